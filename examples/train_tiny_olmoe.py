@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Trains the checkpoint in examples/tiny-olmoe: a small OLMoE on the documentation that every Python carries.
+
+    python examples/train_tiny_olmoe.py [OUT]          trains (a quarter of an hour on 2 cores) and writes OUT
+    python examples/train_tiny_olmoe.py --held-out FILE   only writes the held-out text, for hodgecover.py --eval
+
+The forward pass is that of `model_io`; only the experts are written densely here (every expert on every token,
+times its gate weight), which at this size is the faster way to the same sums.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model_io import Config, Experts, Layer, Model, olmoe_attention, python_documentation, read_config, rms_norm, route
+
+END = "<|endoftext|>"
+CONFIG = {
+    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 96, "initializer_range": 0.02, "intermediate_size": 16,
+    "max_position_embeddings": 512, "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 6,
+    "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 4, "num_key_value_heads": 6,
+    "output_router_logits": False, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True, "vocab_size": 2048,
+}
+
+
+def train_tokenizer(texts: list[str], path: Path) -> None:
+    """Byte-level BPE with the end-of-text token as id 0."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"], special_tokens=[END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": END, "pad_token": END, "model_max_length": CONFIG["max_position_embeddings"],
+        "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def initial_weights(cfg: Config, width: int) -> dict[str, torch.Tensor]:
+    """Parameters by name, experts stacked; the projections back into the stream are scaled down by depth."""
+    d, n = cfg.hidden_size, cfg.num_experts
+    shapes = {"model.embed_tokens.weight": (cfg.vocab_size, d), "model.norm.weight": (d,),
+              "lm_head.weight": (cfg.vocab_size, d)}
+    for i in range(cfg.num_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in {
+            "input_layernorm": (d,), "post_attention_layernorm": (d,),
+            "self_attn.q_proj": (d, d), "self_attn.k_proj": (d, d), "self_attn.v_proj": (d, d),
+            "self_attn.o_proj": (d, d), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,), "mlp.gate": (n, d),
+            "mlp.experts.gate_proj": (n, width, d), "mlp.experts.up_proj": (n, width, d),
+            "mlp.experts.down_proj": (n, d, width)}.items()}
+    weights = {}
+    for name, shape in shapes.items():
+        back = "o_proj" in name or "down_proj" in name
+        std = 0.05 / math.sqrt(2 * cfg.num_layers) if back else 0.05
+        weights[name] = (torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * std).requires_grad_()
+    return weights
+
+
+def forward(ids: torch.Tensor, weights: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, L, V) of ids (B, L), and the load-balancing loss n sum_e (share routed to e) (mean p_e)."""
+    h, balance = F.embedding(ids, weights["model.embed_tokens.weight"]), 0.0
+    for i in range(cfg.num_layers):
+        prefix = f"model.layers.{i}."
+        w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        h = h + olmoe_attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
+        x = rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+        experts = Experts(*(w[f"mlp.experts.{part}_proj.weight"] for part in Experts._fields))
+        gates = route(x.flatten(0, 1), Layer(experts, w["mlp.gate.weight"], w), cfg).view(*x.shape[:2], -1)
+        hidden = F.silu(x @ experts.gate.flatten(0, 1).T) * (x @ experts.up.flatten(0, 1).T)
+        hidden = hidden.unflatten(-1, (cfg.num_experts, -1)) * gates[..., None]
+        h = h + hidden.flatten(-2) @ experts.down.transpose(1, 2).flatten(0, 1)
+        p = (x @ w["mlp.gate.weight"].T).softmax(-1)
+        share = (gates > 0).to(p).mean((0, 1))
+        balance = balance + cfg.num_experts * (share * p.mean((0, 1))).sum() / cfg.num_layers
+    return rms_norm(h, weights["model.norm.weight"], cfg.rms_norm_eps) @ weights["lm_head.weight"].T, balance
+
+
+def train(ids: torch.Tensor, cfg: Config, steps: int, batch: int = 8, seq_len: int = 512, peak: float = 4e-3,
+          balance_weight: float = 0.01) -> dict[str, torch.Tensor]:
+    """AdamW with warm-up and cosine decay on random windows of ids (T,)."""
+    weights = initial_weights(cfg, CONFIG["intermediate_size"])
+    matrices = [w for w in weights.values() if w.dim() > 1]
+    vectors = [w for w in weights.values() if w.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
+                                  lr=peak, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100) * (
+        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))))
+    started = time.monotonic()
+    for step in range(steps):
+        at = torch.randint(len(ids) - seq_len, (batch, 1)) + torch.arange(seq_len + 1)
+        logits, balance = forward(ids[at[:, :-1]], weights, cfg)
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[at[:, 1:]].flatten())
+        optimizer.zero_grad()
+        (loss + balance_weight * balance).backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step:5d}/{steps}  loss {loss.item():.3f}  balance {balance.item():.3f}  "
+                  f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return {name: w.detach() for name, w in weights.items()}
+
+
+def save(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes model.safetensors in bfloat16, one tensor a projection of an expert, as OLMoE is published."""
+    tensors = {}
+    for name, w in weights.items():
+        w = w.to(torch.bfloat16)
+        if ".experts." in name:
+            tensors |= {name.replace("experts.", f"experts.{e}."): w[e].clone() for e in range(len(w))}
+        else:
+            tensors[name] = w
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def unigram_perplexity(train_ids: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> float:
+    """Perplexity on ids (T,) of the add-one-smoothed token frequencies of train_ids."""
+    counts = torch.bincount(train_ids, minlength=vocab_size).double() + 1
+    return (-(counts / counts.sum()).log()[ids].mean()).exp().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "tiny-olmoe")
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="write the held-out text to FILE and stop")
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    if args.held_out:
+        args.held_out.write_text("\n\n".join(python_documentation("held-out")), encoding="utf-8")
+        return
+    torch.manual_seed(0)
+    texts = python_documentation("train")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    train_tokenizer(texts, args.out)
+    cfg = read_config(CONFIG)
+    save(initial_weights(cfg, CONFIG["intermediate_size"]), args.out)  # so that Model can read the tokenizer
+    model = Model(args.out)
+    train_ids, held_out = model.encode(texts), model.encode(python_documentation("held-out"))
+    print(f"{len(train_ids):,} training and {len(held_out):,} held-out tokens", file=sys.stderr)
+    save(train(train_ids, cfg, args.steps), args.out)
+    sequences = held_out[: len(held_out) // 512 * 512].view(-1, 512)
+    print(f"held-out perplexity {Model(args.out).perplexity(sequences):.1f}, "
+          f"of a unigram model {unigram_perplexity(train_ids, held_out, cfg.vocab_size):.1f}")
+
+
+if __name__ == "__main__":
+    main()

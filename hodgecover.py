@@ -1,0 +1,609 @@
+# SPDX-License-Identifier: MIT
+"""HodgeCover (arXiv 2605.13997): compress a sparse Mixture-of-Experts checkpoint without training.
+
+    python hodgecover.py examples/tiny-olmoe --keep 32
+
+The file follows the paper: calibrate, barriers, complex, Hodge decomposition, cover, redirect, export; then the
+command line. `plan_layer` does one layer in memory, for people with model code of their own.
+
+Shapes: T calibration tokens, hidden size d, n experts of width f, vocabulary V, M simplices of 2 or 3 experts.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+
+if __package__:
+    from . import mathx, model_io
+    from .model_io import Experts, InputError, Model
+else:
+    import mathx
+    import model_io
+    from model_io import Experts, InputError, Model
+
+__version__ = "0.1.0"
+
+SCHEMA_VERSION = 1
+BUFFER_BYTES = 1 << 26  # size that the rows of one step of the barrier sweep may take
+
+Tick = Callable[[float], None]  # told the share of the work that is done
+Readout = Callable[..., torch.Tensor]  # (experts, x, gates, y, simplices, tick=...) -> barriers (M,)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of the method. The paper names these quantities; the values are ours (README)."""
+
+    readout: str = "lens"
+    order: str = "saliency"
+    router: str = "drop"
+    edge_percent: float = 5.0
+    triangle_percent: float = 5.0
+    lambda_edge: float = 1.0
+    lambda_triangle: float = 1.0
+    alpha: float = 1.0
+    max_triangles: int = 500
+    thresholds: int = 80
+    margin: float = 0.1
+    seed: int = 0
+
+
+# ------------------------------------------------------------------------------------------------- 1 calibrate
+
+
+def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """REAP output saliency (arXiv 2510.13999): the mean over the tokens routed to e of g_e |E_e(x)|, normalised
+    to sum 1 over the layer. x (T, d), gates (T, n) -> (n,) float64."""
+    saliency = torch.zeros(gates.shape[1], dtype=torch.float64)
+    for e in range(len(saliency)):
+        t = gates[:, e].nonzero().squeeze(1)
+        if len(t):
+            saliency[e] = (gates[t, e].double() * experts(e, x[t]).double().norm(dim=1)).mean()
+    return saliency / saliency.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+# ------------------------------------------------------------------------ 2 barriers (paper section 3.1, A.10)
+
+
+def merge_weights(simplices: torch.Tensor, frequency: torch.Tensor) -> torch.Tensor:
+    """w_e = f_e / sum_S f for the members of each simplex, the plain mean when all f_e are 0 (appendix A.10).
+
+    simplices (M, 2 or 3), frequency (n,) -> (M, 2 or 3) float64, rows summing to 1.
+    """
+    f = frequency.double()[simplices]
+    total = f.sum(1, keepdim=True)
+    return torch.where(total > 0, f / total.clamp(min=1), 1 / f.shape[1])
+
+
+def touched(gates: torch.Tensor, simplices: torch.Tensor) -> torch.Tensor:
+    """(T, M) bool: whether token t is routed to a member of simplex s; nothing changes where it is not."""
+    routed = gates > 0
+    hit = routed[:, simplices[:, 0]]
+    for member in simplices.T[1:]:
+        hit |= routed[:, member]
+    return hit
+
+
+def merge_change(experts: Experts, x: torch.Tensor, gates: torch.Tensor, simplices: torch.Tensor,
+                 weights: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Change of the layer's output at token t[r] when simplex s[r] is merged (paper section 3.1), (R, d):
+
+        (sum_S g_e) E_S(x) - sum_S g_e E_e(x) = sum_{e in S} D_e ( w_e (sum_S g) h_S - g_e h_e ),
+
+    h = silu(gate x) * (up x). The projections are linear in the weights, so a merged expert's pre-activations are
+    the weighted sum of its members', each computed once a token, and no merged matrix is formed.
+
+    x (T, d), gates (T, n), simplices and weights (M, 2 or 3), t and s (R,) -> (R, d).
+    """
+    n, f, _ = experts.gate.shape
+    gate = (x @ experts.gate.flatten(0, 1).T).view(-1, n, f)
+    up = (x @ experts.up.flatten(0, 1).T).view(-1, n, f)
+    members, w = simplices[s], weights[s].to(x)
+    g = gates[t[:, None], members]
+
+    def merged(activation: torch.Tensor) -> torch.Tensor:
+        return sum(w[:, c, None] * activation[t, members[:, c]] for c in range(members.shape[1]))
+    hidden = torch.nn.functional.silu(merged(gate)) * merged(up) * g.sum(1, keepdim=True)
+    own = torch.nn.functional.silu(gate) * up * gates[:, :, None]
+    change = x.new_zeros(len(t), x.shape[1])
+    for e in range(n):
+        r, c = (members == e).nonzero().unbind(1)
+        if len(r):
+            change.index_add_(0, r, (w[r, c, None] * hidden[r] - own[t[r], e]) @ experts.down[e].T)
+    return change
+
+
+def token_chunks(hit: torch.Tensor, rows: int) -> Iterator[slice]:
+    """Consecutive runs of tokens with about `rows` touched (token, simplex) pairs each; hit (T, M) bool."""
+    chunk = hit.sum(1).cumsum(0) // max(rows, 1)
+    start = 0
+    for size in torch.unique_consecutive(chunk, return_counts=True)[1].tolist():
+        yield slice(start, start + size)
+        start += size
+
+
+def lens_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, simplices: torch.Tensor,
+                  norm: Callable[[torch.Tensor], torch.Tensor], unembedding: torch.Tensor,
+                  tick: Tick = lambda share: None) -> torch.Tensor:
+    """Barriers b_S = mean_t KL(p_t || p_S,t) under the `lens` readout p = softmax(W_U norm(y)).
+
+    Parameters
+    ----------
+    x, gates, y : MoE input (T, d), gate weights as applied (T, n), residual stream after the layer (T, d)
+    simplices : (M, 2 or 3) expert indices
+    norm, unembedding : the model's final norm, and its head W_U (V, d)
+
+    Returns (M,) float64, nats.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights, hit = merge_weights(simplices, (gates > 0).sum(0)), touched(gates, simplices)
+    total = torch.zeros(len(simplices), dtype=torch.float64, device=x.device)
+    row_bytes = wide.itemsize * (3 * x.shape[1] + 3 * experts.gate.shape[1])
+    for chunk in token_chunks(hit, BUFFER_BYTES // row_bytes):
+        t, s = hit[chunk].nonzero().unbind(1)
+        change = merge_change(experts, x[chunk], gates[chunk], simplices, weights, t, s)
+        stream = y[chunk].to(wide)
+        u = norm(stream)
+        du = (norm(stream[t] + change) - u[t]).to(x.dtype)
+        log_p = (u.to(x.dtype) @ unembedding.T).to(wide).log_softmax(-1)
+        counts = t.bincount(minlength=len(u)).tolist()
+        for token, rows, hits in zip(log_p, du.split(counts), s.split(counts)):
+            kl = mathx.kl_of_logit_change(token, (rows @ unembedding.T).to(wide))
+            total.index_add_(0, hits, kl.double())
+        tick(chunk.stop / len(x))
+    return total.cpu() / len(x)
+
+
+def model_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, simplices: torch.Tensor,
+                   later: Callable[[torch.Tensor], torch.Tensor], unembedding: torch.Tensor,
+                   tick: Tick = lambda share: None) -> torch.Tensor:
+    """Barriers under the `model` readout: the modified stream goes through all later layers, end to end.
+
+    As `lens_barriers`, but `later` maps a whole residual stream (T, d) to what the head reads, (T, d).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights, hit = merge_weights(simplices, (gates > 0).sum(0)), touched(gates, simplices)
+    base = later(y)
+    barriers = torch.zeros(len(simplices), dtype=torch.float64)
+    for start in range(0, len(simplices), 64):
+        group = slice(start, start + 64)
+        t, s = hit[:, group].nonzero().unbind(1)
+        change = merge_change(experts, x, gates, simplices[group], weights[group], t, s)
+        for m in range(len(simplices[group])):
+            du = later(y.index_add(0, t[s == m], change[s == m])) - base
+            for u, rows in zip(base.split(256), du.split(256)):
+                log_p = (u @ unembedding.T).to(wide).log_softmax(-1)
+                kl = mathx.kl_of_logit_change(log_p, (rows @ unembedding.T).to(wide))
+                barriers[start + m] += kl.double().sum().cpu()
+            tick((start + m + 1) / len(simplices))
+    return barriers / len(x)
+
+
+class Signals(NamedTuple):
+    """What a layer's plan is made from. Edges and triangles are in rank space: vertex r is expert rank[r].
+
+    rank (n,), frequency (n,) tokens routed to each expert, saliency (n,), edge barriers (|E|,), candidate
+    triangles (m, 3) and their triplet barriers (m,).
+    """
+
+    rank: torch.Tensor
+    frequency: torch.Tensor
+    saliency: torch.Tensor
+    barriers: torch.Tensor
+    candidates: torch.Tensor
+    triplets: torch.Tensor
+
+
+def measure_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, readout: Readout,
+                  settings: Settings = Settings(), tick: Tick = lambda share: None) -> Signals:
+    """Saliency, the barriers of all pairs, and the triplet barriers of the candidate triangles of one layer.
+
+    Parameters as for `lens_barriers`; readout is `partial(lens_barriers, norm=..., unembedding=...)` or the like.
+    """
+    n = gates.shape[1]
+    saliency = reap_saliency(experts, x, gates)
+    rank = saliency.sort(stable=True).indices if settings.order == "saliency" else torch.arange(n)
+    pairs = mathx.edges(n)
+    share = len(pairs) / (len(pairs) + settings.max_triangles)
+    barriers = readout(experts, x, gates, y, rank[pairs].to(x.device), tick=lambda done: tick(share * done))
+    candidates = mathx.candidate_triangles(n, barriers, settings.max_triangles, settings.seed)
+    triplets = readout(experts, x, gates, y, rank[candidates].to(x.device),
+                       tick=lambda done: tick(share + (1 - share) * done))
+    return Signals(rank, (gates > 0).sum(0).cpu(), saliency, barriers, candidates, triplets)
+
+
+# ------------------------------------------- 3 to 6: complex, decomposition, cover, redirect (sections 3.2 to 4.1)
+
+
+def curate_triangles(signals: Signals, settings: Settings) -> tuple[torch.Tensor, float]:
+    """Stage 2 of appendix A.9: the candidates with barrier <= tau*, where tau* is the first of evenly spaced
+    thresholds that maximises beta_1 of K_tau. Returns (mask of the candidates, tau*)."""
+    n = len(signals.rank)
+    both = torch.cat((signals.barriers, signals.triplets))
+    thresholds = torch.linspace(both.min().item(), both.max().item(), settings.thresholds, dtype=torch.float64)
+    curve = mathx.betti_curve(n, signals.barriers, signals.candidates, signals.triplets, thresholds)
+    tau = thresholds[curve.argmax()].item()
+    return signals.triplets <= tau, tau
+
+
+def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings()) -> dict:
+    """The plan of one layer from its barriers: Hodge parts, critical simplices, greedy cover, redirect.
+
+    Returns the layer's entry of hodgecover.json (README), in expert indices.
+    """
+    n, rank, b = len(signals.rank), signals.rank, signals.barriers
+    inside, tau = curate_triangles(signals, settings)
+    triangles, triplets = signals.candidates[inside], signals.triplets[inside]
+    d1, d2 = mathx.boundary_matrices(n, triangles)
+    parts = mathx.hodge_decompose(b, d1, d2)
+    flat = mathx.hodge_decompose(torch.ones_like(b), d1, d2)
+    additive = mathx.additive_model(b, d1)
+    discordance = mathx.discordance(n, b, signals.candidates, signals.triplets, settings.margin)
+
+    critical_edges = mathx.edges(n)[mathx.critical(parts.harmonic.abs(), settings.edge_percent)]
+    critical_triangles = triangles[mathx.critical(triplets, settings.triangle_percent)]
+    families = [(critical_edges, settings.lambda_edge), (critical_triangles, settings.lambda_triangle)]
+    order, covered_at = mathx.greedy_cover(signals.saliency[rank], families, n)
+    target = mathx.redirect(order[:keep], b, parts.harmonic, settings.alpha)
+
+    def experts(vertices: torch.Tensor | list[int]) -> list:
+        return rank[torch.as_tensor(vertices, dtype=torch.int64)].sort(-1).values.tolist()
+    survivors = experts(order[:keep])
+    return {
+        "survivors": survivors,
+        "order": rank[order].tolist(),
+        "redirect": {str(i): j for i, j in sorted((int(rank[i]), int(rank[j])) for i, j in target.items())},
+        "eta": mathx.energy_fractions(parts),
+        "eta_constant": mathx.energy_fractions(flat),
+        "additive": {"energy": additive.energy, "variance": additive.variance},
+        "betti_1": len(b) - (n - 1) - len(mathx.independent_columns(d2)),
+        "tau": tau,
+        "triangles": len(triangles),
+        "candidates": len(signals.candidates),
+        "discordance": discordance.fraction,
+        "discordance_quantiles": discordance.ratio_quantiles,
+        "critical_edges": experts(critical_edges),
+        "critical_triangles": experts(critical_triangles),
+        "covered_at": {"edges": covered_at[0], "triangles": covered_at[1]},
+        "routed_share": (signals.frequency[survivors].sum() / signals.frequency.sum().clamp(min=1)).item(),
+        "mean_barrier": b.mean().item(),
+        "frequency": signals.frequency.tolist(),
+        "saliency": signals.saliency.tolist(),
+    }
+
+
+def plan_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, readout: Readout, keep: int,
+               settings: Settings = Settings(), tick: Tick = lambda share: None) -> dict:
+    """Plans one MoE layer from tensors in memory: which `keep` experts stay, and where the others' tokens go.
+
+    Parameters
+    ----------
+    experts : Experts(gate (n, f, d), up (n, f, d), down (n, d, f))
+    x, gates, y : MoE input (T, d), gate weights as applied (T, n; zero off the top-k), stream after the layer (T, d)
+    readout : `partial(lens_barriers, norm=final_norm, unembedding=W_U)`, or `model_barriers` likewise
+    keep : number of survivors, 1..n
+
+    Returns a dict with `survivors` (sorted), `order` (all experts in greedy order), `redirect` and the diagnostics
+    described in the README.
+    """
+    return plan_from_signals(measure_layer(experts, x, gates, y, readout, settings, tick), keep, settings)
+
+
+# ---------------------------------------------------------------------------------------------- the whole model
+
+
+def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Sequences (tokens // seq_len, seq_len) sampled from the user's files, or from Python's documentation."""
+    if tokens < seq_len:
+        raise InputError(f"--tokens {tokens} is less than one sequence of --seq-len {seq_len}")
+    documents = model_io.read_documents(files) if files else model_io.python_documentation("calibration")
+    ids = model_io.sequences(model.encode(documents), seq_len, tokens // seq_len, seed)
+    if ids.numel() < tokens // seq_len * seq_len:
+        warn(f"the calibration text has only {ids.numel()} tokens in whole sequences, all used; {tokens} were asked")
+    return ids
+
+
+def make_readout(model: Model, settings: Settings, ids: torch.Tensor) -> Callable[[int], Readout]:
+    """layer index -> barrier function of that layer. For `model` this loads every layer; see `check_cost`."""
+    head = {"unembedding": model.unembedding()}
+    norm = model.final_norm()
+    if settings.readout == "lens":
+        return lambda index: partial(lens_barriers, norm=norm, **head)
+    check_cost(model, ids, settings)
+    layers = [model.layer(index) for index in range(model.config.num_layers)]
+
+    def later(index: int, y: torch.Tensor) -> torch.Tensor:
+        for layer in layers[index + 1:]:
+            y = model_io.run_layer(y.view(*ids.shape, -1), layer, model.config)[2]
+        return norm(y)
+    return lambda index: partial(model_barriers, later=partial(later, index), **head)
+
+
+def check_cost(model: Model, ids: torch.Tensor, settings: Settings) -> None:
+    """Says what the `model` readout will cost. Raises InputError where it does not fit in memory."""
+    cfg, tensors = model.config, model.checkpoint.tensors
+    size = {name: math.prod(info.shape) for name, info in tensors.items()}
+    experts = sum(count for name, count in size.items() if ".experts." in name)
+    everything = sum(size.values())
+    active = (everything - experts + experts * cfg.top_k / cfg.num_experts) / cfg.num_layers
+    simplices = math.comb(cfg.num_experts, 2) + settings.max_triangles
+    passes = simplices * ids.numel() * (cfg.num_layers - 1) / 2
+    operations = 2 * passes * active + 2 * simplices * cfg.num_layers * ids.numel() * cfg.vocab_size * cfg.hidden_size
+    need = model.dtype.itemsize * (everything + 8 * ids.numel() * cfg.hidden_size) + 16 * 256 * cfg.vocab_size
+    seconds = operations / matrix_rate(model.dtype, model.device)
+    warn(f"--readout model runs {simplices:,} merges a layer through all later layers: {operations:.1e} operations, "
+         f"at least {clock(seconds)} on this machine, {need / 1e9:.1f} GB of memory")
+    if need > available_memory(model.device):
+        raise InputError(f"--readout model needs {need / 1e9:.1f} GB of memory, "
+                         f"{available_memory(model.device) / 1e9:.1f} GB are free; use --readout lens")
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a matrix product of 512 x 512 matrices, from a tenth of a second's run."""
+    a = torch.ones(512, 512, dtype=dtype, device=device)
+    a @ a
+    started, runs = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        (a @ a)[0, 0].item()
+        runs += 1
+    return runs * 2 * 512**3 / (time.perf_counter() - started)
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes of the device that the model lives on."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings, say: Callable[[str], None] = print
+               ) -> list[dict]:
+    """Plans every layer from one forward pass over ids (B, L); says one line a layer."""
+    readout = make_readout(model, settings, ids)
+    plans, bar = [], progress_bar()
+    say(LAYER_HEAD)
+    for step in model.stream(ids):
+        plan = plan_layer(step.layer.experts, step.x, step.gates, step.y, readout(step.index), keep, settings,
+                          tick=lambda done: bar((step.index + done) / model.config.num_layers))
+        plans.append({"layer": step.index} | plan)
+        bar(None)
+        say(layer_line(plans[-1]))
+    return plans
+
+
+def fold_file(model: Model, plans: list[dict]) -> bytes:
+    """What `--router fold` needs beside the survivors (design: gate mass p'_j = sum over pi(i) = j of p_i)."""
+    tensors = {}
+    for plan in plans:
+        index, survivors = plan["layer"], plan["survivors"]
+        name = f"model.layers.{index}.mlp.gate.weight"
+        dropped = sorted(map(int, plan["redirect"]))
+        slots = [survivors.index(plan["redirect"][str(i)]) for i in dropped]
+        tensors[f"layers.{index}.dropped_rows"] = model.checkpoint.load([name])[name][dropped]
+        tensors[f"layers.{index}.slots"] = torch.tensor(slots, dtype=torch.int64)
+    return safetensors.torch.save(tensors)
+
+
+def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None = None, *, calib: list[Path] = (),
+             tokens: int = 2048, seq_len: int = 512, settings: Settings = Settings(), plan_only: bool = False,
+             dtype: torch.dtype = torch.float32, device: str = "cpu", say: Callable[[str], None] = print) -> Path:
+    """Plans the checkpoint at `path` and writes it with `keep` experts a layer to `out`.
+
+    Parameters are those of the command line (README). `out` defaults to `path`-keep`keep` beside it.
+
+    Returns the output folder. Raises InputError where something given is wrong; then nothing is written.
+    """
+    model = Model(path, dtype, device)
+    cfg = model.config
+    if not cfg.top_k <= keep <= cfg.num_experts:
+        raise InputError(f"--keep {keep}: the model has {cfg.num_experts} experts and routes each token to "
+                         f"{cfg.top_k}; K must be from {cfg.top_k} to {cfg.num_experts}")
+    source = Path(os.path.abspath(path))
+    out = Path(out) if out else source.with_name(f"{source.name}-keep{keep}")
+    model_io.check_new(out)
+    ids = calibration_ids(model, list(calib), tokens, seq_len, settings.seed)
+    layers = plan_model(model, ids, keep, settings, say)
+    plan = {
+        "schema_version": SCHEMA_VERSION,
+        "hodgecover_version": __version__,
+        "layers": layers,
+        "settings": {"keep": keep} | dataclasses.asdict(settings) | {
+            "dtype": str(dtype).removeprefix("torch."), "tokens": ids.numel(), "seq_len": seq_len,
+            "calibration": [Path(file).name for file in calib] or "python documentation",
+            "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()},
+        "source": {"name": source.name, "model_type": cfg.model_type, "num_experts": cfg.num_experts,
+                   "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
+    }
+    files = {model_io.PLAN: (json.dumps(plan, indent=1) + "\n").encode()}
+    if plan_only:
+        with model_io.new_folder(out) as folder:
+            (folder / model_io.PLAN).write_bytes(files[model_io.PLAN])
+        return out
+    if settings.router == "fold":
+        files[model_io.FOLD] = fold_file(model, layers)
+    survivors = {layer["layer"]: layer["survivors"] for layer in layers}
+    model_io.write_checkpoint(model.checkpoint, out, survivors, files)
+    return out
+
+
+@torch.no_grad()
+def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Perplexities of source and output on ids (B, L), and the mean KL(source || output) in nats a position."""
+    heads = source.unembedding(), output.unembedding()
+    loss, kl = [0.0, 0.0], 0.0
+    for u, v, tokens in zip(source.hidden(ids), output.hidden(ids), ids.to(source.device)):
+        log_p, log_q = ((h @ head.T).double().log_softmax(-1) for h, head in zip((u, v), heads))
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        for i, log in enumerate((log_p, log_q)):
+            loss[i] -= log[:-1].gather(1, tokens[1:, None]).sum().item()
+    predicted = ids[:, 1:].numel()
+    return math.exp(loss[0] / predicted), math.exp(loss[1] / predicted), kl / ids.numel()
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+LAYER_HEAD = ("layer |  eta gradient    curl        harmonic   | additive residual | beta_1    T  discordance | "
+              "E*, T* covered at | routed to kept\n"
+              "      |  (in brackets: of a constant signal)   | energy   variance |                         | "
+              "      pick        |    share")
+
+
+def layer_line(plan: dict) -> str:
+    """One line of a layer's findings, under LAYER_HEAD."""
+    eta = "  ".join(f"{value:.3f} ({plan['eta_constant'][name]:.3f})" for name, value in plan["eta"].items())
+    at = plan["covered_at"]
+    return (f"{plan['layer']:5d} |  {eta} | {1 - plan['additive']['energy']:6.2%}  {1 - plan['additive']['variance']:8.2%} "
+            f"| {plan['betti_1']:6d} {plan['triangles']:4d} {plan['discordance']:11.1%}  | "
+            f"{at['edges']:7d}, {at['triangles']:d}".ljust(18) + f" | {plan['routed_share']:9.1%}")
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"hodgecover: {message}", file=sys.stderr, flush=True)
+
+
+def progress_bar() -> Callable[[float | None], None]:
+    """A function that shows the share of the work done and the time left on stderr; None clears the line.
+
+    On a terminal the line is redrawn twice a second; elsewhere a line is printed twice a minute.
+    """
+    started, terminal = time.monotonic(), sys.stderr.isatty()
+    shown = started
+
+    def bar(done: float | None) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if done is None:
+            if terminal:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        elif done > 0 and now - shown >= (0.5 if terminal else 30):
+            left = f"{done:4.0%} done, {clock((now - started) * (1 - done) / done)} left"
+            print(f"\r{left}" if terminal else left, end="" if terminal else "\n", file=sys.stderr, flush=True)
+            shown = now
+    return bar
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises InputError rather than printing its usage, so that every error takes the same path."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    default = Settings()
+    parser = Parser(prog="hodgecover.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Compress a sparse MoE checkpoint to K experts a layer, without training.")
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", type=Path, help="folder with config.json, safetensors and tokenizer.json")
+    add("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer")
+    add("--out", metavar="DIR", type=Path, default=None, help="output folder (default: CKPT-keepK beside CKPT)")
+    add("--calib", metavar="FILE", type=Path, nargs="+", default=[],
+        help="calibration text: UTF-8, or .jsonl with a text field (default: Python's own documentation)")
+    add("--tokens", metavar="T", type=int, default=2048, help="calibration tokens")
+    add("--seq-len", metavar="L", type=int, default=512, help="tokens of one sequence")
+    add("--readout", choices=("lens", "model"), default=default.readout,
+        help="where barriers are measured: at the layer's own next-token distribution, or end to end (far dearer)")
+    add("--order", choices=("saliency", "index"), default=default.order, help="total order that orients the complex")
+    add("--router", choices=("drop", "fold"), default=default.router,
+        help="dropped experts' gate mass: renormalised over survivors, or folded into their redirect target")
+    add("--edge-percent", metavar="P", type=float, default=default.edge_percent, help="harmonic-critical edges")
+    add("--triangle-percent", metavar="Q", type=float, default=default.triangle_percent, help="critical triangles")
+    add("--lambda-edge", metavar="A", type=float, default=default.lambda_edge, help="weight of covered edges")
+    add("--lambda-triangle", metavar="B", type=float, default=default.lambda_triangle,
+        help="weight of covered triangles")
+    add("--alpha", metavar="C", type=float, default=default.alpha, help="harmonic penalty of the redirect")
+    add("--max-triangles", metavar="M", type=int, default=default.max_triangles, help="candidate triangles")
+    add("--plan-only", action="store_true", help="write hodgecover.json alone")
+    add("--eval", metavar="FILE", type=Path, help="perplexity of source and output on this text, and their KL")
+    add("--seed", type=int, default=default.seed, help="of the calibration sample and the triangle sample")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the computation")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+    args = parser.parse_args(argv)
+    check_ranges(args)
+    return args
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raises InputError for an option out of its range."""
+    for name, low, high in (("tokens", 2, math.inf), ("seq_len", 2, math.inf), ("edge_percent", 0, 100),
+                            ("triangle_percent", 0, 100), ("lambda_edge", 0, math.inf),
+                            ("lambda_triangle", 0, math.inf), ("alpha", 0, math.inf),
+                            ("max_triangles", 0, math.inf), ("seed", 0, 2**63 - 1)):
+        if not low <= getattr(args, name) <= high or getattr(args, name) == math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be "
+                             + (f"from {low} to {high}" if high < math.inf else f"at least {low}"))
+    if args.plan_only and args.eval:
+        raise InputError("--eval needs an output checkpoint; leave out --plan-only")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of the weights in a checkpoint folder."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything the command line does, after parsing."""
+    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)})
+    dtype = getattr(torch, args.dtype)
+    held_out = None
+    if args.eval:
+        model = Model(args.checkpoint, dtype, args.device)
+        held_out = model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
+    out = compress(args.checkpoint, args.keep, args.out, calib=args.calib, tokens=args.tokens, seq_len=args.seq_len,
+                   settings=settings, plan_only=args.plan_only, dtype=dtype, device=args.device)
+    if args.plan_only:
+        print(f"plan: {out / model_io.PLAN}")
+        return
+    before, after = folder_size(args.checkpoint), folder_size(out)
+    print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})")
+    if held_out is not None:
+        output = Model(out, dtype, args.device, router=settings.router)
+        first, second, kl = evaluate(model, output, held_out)
+        print(f"perplexity: {first:.2f} -> {second:.2f}, KL(source || output) {kl:.4f} nats a token "
+              f"({held_out.numel():,} tokens of {args.eval.name})")
+    print(f"output: {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after one line on stderr if an input is wrong."""
+    try:
+        run(parse_arguments(argv))
+    except InputError as err:
+        warn(f"error: {err}")
+        return 2
+    except KeyboardInterrupt:
+        warn("interrupted; nothing was written")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: MIT
+"""The mathematics of HodgeCover (arXiv 2605.13997) as pure functions on tensors.
+
+Vertices are 0..n-1 in the total order that orients the complex. Edges are all pairs (i < j) in lexicographic
+order, so that a signal on edges is a vector of length |E| = n (n - 1) / 2; triangles are the rows of a (|T|, 3)
+int64 tensor, increasing in each row and lexicographic. Everything is float64, except the KL of a logit change,
+which keeps the dtype it is given.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+__version__ = "0.1.0"
+
+
+# --------------------------------------------------------------------------- the complex (paper section 3.2)
+
+
+def edges(n: int) -> torch.Tensor:
+    """All edges of the complete graph on n vertices, (|E|, 2), lexicographic.
+
+    >>> edges(3).tolist()
+    [[0, 1], [0, 2], [1, 2]]
+    """
+    return torch.triu_indices(n, n, offset=1).T.contiguous()
+
+
+def edge_index(n: int, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Position of the edges (i, j), i < j, in `edges(n)`.
+
+    >>> edge_index(4, torch.tensor([0, 1, 2]), torch.tensor([3, 2, 3])).tolist()
+    [2, 3, 5]
+    """
+    return i * (2 * n - i - 1) // 2 + j - i - 1
+
+
+def triangle_edges(n: int, triangles: torch.Tensor) -> torch.Tensor:
+    """Edge positions (|T|, 3) of the faces (j, k), (i, k), (i, j) of each triangle (i, j, k)."""
+    i, j, k = triangles.unbind(1)
+    return torch.stack((edge_index(n, j, k), edge_index(n, i, k), edge_index(n, i, j)), dim=1)
+
+
+def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boundary operators of the complete graph on n vertices with the given triangles (paper section 3.2).
+
+    Parameters
+    ----------
+    triangles : (|T|, 3) int64, each row increasing
+
+    Returns
+    -------
+    d1 : (n, |E|), column (i, j) is e_j - e_i
+    d2 : (|E|, |T|), column (i, j, k) is e_(jk) - e_(ik) + e_(ij)
+
+    >>> d1, d2 = boundary_matrices(3, torch.tensor([[0, 1, 2]]))
+    >>> d2.T.tolist(), (d1 @ d2).abs().max().item()
+    ([[1.0, -1.0, 1.0]], 0.0)
+    """
+    pairs = edges(n)
+    d1 = torch.zeros(n, len(pairs), dtype=torch.float64)
+    column = torch.arange(len(pairs))
+    d1[pairs[:, 0], column], d1[pairs[:, 1], column] = -1, 1
+    d2 = torch.zeros(len(pairs), len(triangles), dtype=torch.float64)
+    faces = triangle_edges(n, triangles)
+    for face, sign in enumerate((1, -1, 1)):
+        d2[faces[:, face], torch.arange(len(triangles))] = sign
+    return d1, d2
+
+
+def hodge_laplacian(d1: torch.Tensor, d2: torch.Tensor) -> torch.Tensor:
+    """L1 = d1' d1 + d2 d2', (|E|, |E|), symmetric positive semi-definite. For teaching and small complexes only:
+    the method never forms it."""
+    return d1.T @ d1 + d2 @ d2.T
+
+
+def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
+    """First Betti number |E| - rank d1 - rank d2 = dim ker L1 (paper section 3.3), by ranks of Gram matrices."""
+    def rank(gram: torch.Tensor) -> int:
+        return int(torch.linalg.matrix_rank(gram, hermitian=True)) if len(gram) else 0
+    return d1.shape[1] - rank(d1 @ d1.T) - rank(d2.T @ d2)
+
+
+# ------------------------------------------------------------------ the Hodge decomposition (paper section 3.3)
+
+
+class HodgeParts(NamedTuple):
+    """The three parts of an edge signal, (|E|,) each: mutually orthogonal, and they sum to the signal."""
+
+    gradient: torch.Tensor
+    curl: torch.Tensor
+    harmonic: torch.Tensor
+
+
+def hodge_decompose(signal: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> HodgeParts:
+    """Hodge decomposition of an edge signal (paper section 3.3, theorem 1).
+
+    gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl. Only n x n and
+    |T| x |T| pseudo-inverses are formed.
+
+    Parameters
+    ----------
+    signal : (|E|,) float64
+    d1, d2 : from `boundary_matrices`
+
+    >>> d1, d2 = boundary_matrices(3, torch.empty(0, 3, dtype=torch.int64))  # an unfilled 3-cycle
+    >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
+    [1.0, -1.0, 1.0]
+    """
+    gradient = d1.T @ (torch.linalg.pinv(d1 @ d1.T, hermitian=True) @ (d1 @ signal))
+    curl = d2 @ (torch.linalg.pinv(d2.T @ d2, hermitian=True) @ (d2.T @ signal))
+    return HodgeParts(gradient, curl, signal - gradient - curl)
+
+
+def energy_fractions(parts: HodgeParts) -> dict[str, float]:
+    """eta of each part: its share of |b|^2 (paper section 3.4, equation 8); all 0 where b = 0."""
+    energy = sum(parts).square().sum()
+    return {name: (part.square().sum() / energy).item() if energy > 0 else 0.0
+            for name, part in parts._asdict().items()}
+
+
+class AdditiveModel(NamedTuple):
+    """Least-squares fit b_ij ~ phi_i + phi_j: residual (|E|,), and the shares of the signal's energy
+    and of its variance about the mean that the fit explains (1 where there is none to explain)."""
+
+    residual: torch.Tensor
+    energy: float
+    variance: float
+
+
+def additive_model(signal: torch.Tensor, d1: torch.Tensor) -> AdditiveModel:
+    """The unsigned vertex model, which no relabelling of the vertices changes (ours; not in the paper)."""
+    incidence = d1.abs()
+    phi = torch.linalg.pinv(incidence @ incidence.T, hermitian=True) @ (incidence @ signal)
+    residual = signal - incidence.T @ phi
+    left = residual.square().sum()
+
+    def explained(of: torch.Tensor) -> float:
+        total = of.square().sum()
+        return (1 - left / total).item() if total > 1e-24 * signal.square().sum() else 1.0
+    return AdditiveModel(residual, explained(signal), explained(signal - signal.mean()))
+
+
+# ------------------------------------------------------------------- curated triangles (paper appendix A.9)
+
+
+def candidate_triangles(n: int, barriers: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
+    """Stage 1: 3-cliques of the graph of edges with barrier <= median, at most `limit` of them.
+
+    Parameters
+    ----------
+    barriers : (|E|,)
+    limit, seed : more cliques than `limit` are sampled without replacement by a generator with this seed
+
+    Returns (|T|, 3) int64, lexicographic.
+    """
+    cheap = edges(n)[barriers <= barriers.median()]
+    adjacent = torch.zeros(n, n, dtype=torch.bool)
+    adjacent[cheap[:, 0], cheap[:, 1]] = True  # upper triangle only: third vertices k > j
+    edge, third = (adjacent[cheap[:, 0]] & adjacent[cheap[:, 1]]).nonzero().unbind(1)
+    triangles = torch.cat((cheap[edge], third[:, None]), dim=1)
+    if len(triangles) > limit:
+        keep = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:limit]
+        triangles = triangles[keep.sort().values]
+    return triangles
+
+
+def betti_curve(n: int, barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor,
+                thresholds: torch.Tensor) -> torch.Tensor:
+    """beta_1 of K_tau for each threshold tau: edges with barrier <= tau, and triangles with barrier <= tau whose
+    three edges are in.
+
+    Adds the simplices once, in the order in which they enter: beta_1 = edges - rank d1 - rank d2, where an edge
+    raises rank d1 iff it joins two components (Kruskal), and a triangle raises rank d2 iff its column is
+    independent of the earlier ones.
+
+    Parameters
+    ----------
+    barriers : (|E|,) of the edges; triplets : (|T|,) of the triangles; thresholds : (m,)
+
+    Returns (m,) int64.
+    """
+    enters = torch.maximum(triplets, barriers[triangle_edges(n, triangles)].amax(1))
+    order = enters.sort(stable=True).indices
+    filling = enters[order[independent_columns(boundary_matrices(n, triangles[order])[1])]]
+    joining = spanning_forest(n, barriers)
+
+    def entered(values: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(values.sort().values, thresholds, right=True)
+    return entered(barriers) - entered(joining) - entered(filling)
+
+
+def spanning_forest(n: int, barriers: torch.Tensor) -> torch.Tensor:
+    """Barriers (n - 1,) of a minimum spanning tree of the complete graph, ascending (Kruskal)."""
+    parent = list(range(n))
+
+    def root(v: int) -> int:
+        while parent[v] != v:
+            parent[v] = v = parent[parent[v]]
+        return v
+    tree = []
+    order = barriers.sort(stable=True).indices
+    for edge, (i, j) in zip(order.tolist(), edges(n)[order].tolist()):
+        if root(i) != root(j):
+            parent[root(i)] = root(j)
+            tree.append(edge)
+    return barriers[tree]
+
+
+def independent_columns(matrix: torch.Tensor) -> list[int]:
+    """Columns that are linearly independent of those before them, by Cholesky of the Gram matrix that skips a
+    column whose pivot vanishes. For integer matrices, whose pivots are not tiny unless they are 0."""
+    gram, kept = matrix.T @ matrix, []
+    factor = torch.zeros_like(gram)  # lower triangular in the kept columns
+    for column in range(len(gram)):
+        rank = len(kept)
+        row = torch.linalg.solve_triangular(factor[:rank, :rank], gram[kept, column, None], upper=False).squeeze(1)
+        pivot = gram[column, column] - row.square().sum()
+        if pivot > 1e-7:
+            factor[rank, :rank], factor[rank, rank] = row, pivot.sqrt()
+            kept.append(column)
+    return kept
+
+
+class Discordance(NamedTuple):
+    """Share of triangles whose barrier exceeds (1 + margin) times that of each of its edges, and the quantiles
+    (0, 1/4, 1/2, 3/4, 1) of barrier / largest edge barrier over the triangles where that is defined."""
+
+    fraction: float
+    ratio_quantiles: list[float]
+
+
+def discordance(n: int, barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor, margin: float
+                ) -> Discordance:
+    """The combinatorial diagnostic of paper section 3.4 over triangles (|T|, 3) with barriers `triplets` (|T|,)."""
+    if not len(triangles):
+        return Discordance(0.0, [])
+    worst = barriers[triangle_edges(n, triangles)].amax(1)
+    ratio = (triplets / worst)[worst > 0]
+    quantiles = ratio.quantile(torch.linspace(0, 1, 5, dtype=ratio.dtype)).tolist() if len(ratio) else []
+    return Discordance((triplets > (1 + margin) * worst).double().mean().item(), quantiles)
+
+
+# --------------------------------------------------------------------------------- barriers (paper section 3.1)
+
+
+def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """KL(p || p') in nats, where p' has the logits of p plus delta.
+
+    With m = E_p[delta], KL = log1p(E_p[phi(delta - m)]), phi(x) = exp(x) - 1 - x >= 0: never negative, and
+    accurate where delta is tiny, unlike a difference of log-softmaxes. Rows whose exponentials overflow take
+    log E_p[exp delta] - m instead, which is accurate there.
+
+    Parameters
+    ----------
+    log_p : (V,) or (R, V), log-probabilities
+    delta : (R, V)
+
+    Returns (R,).
+    """
+    p = log_p.exp()
+    mean = torch.einsum("...v,...v->...", delta, p)
+    x = delta - mean[:, None]
+    kl = torch.einsum("...v,...v->...", torch.expm1(x).sub_(x), p).clamp_(min=0).log1p_()
+    overflow = ~kl.isfinite()
+    if overflow.any():
+        rows = log_p if log_p.dim() == 1 else log_p[overflow]
+        kl[overflow] = (rows + x[overflow]).logsumexp(-1).clamp(min=0)
+    return kl
+
+
+# --------------------------------------------------------------- selection (paper section 4.1, appendix B.2)
+
+
+def critical(values: torch.Tensor, percent: float) -> torch.Tensor:
+    """Positions of the top `percent` % of values (m,), rounded up, ties to the first; ascending.
+
+    Values of 0 (below 1e-12 of the norm) are never critical.
+    """
+    count = math.ceil(len(values) * percent / 100 - 1e-9)
+    top = values.sort(descending=True, stable=True).indices[:count]
+    return top[values[top] > 1e-12 * values.norm()].sort().values
+
+
+def incidence(n: int, simplices: torch.Tensor) -> torch.Tensor:
+    """(n, m) float64: 1 where vertex i belongs to simplex s; simplices (m, 2) or (m, 3)."""
+    out = torch.zeros(n, len(simplices), dtype=torch.float64)
+    return out.scatter_(0, simplices.T, 1.0) if len(simplices) else out
+
+
+def coverage(chosen: list[int], saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]]) -> float:
+    """The objective Phi (paper equation 10): sum of s_i over the chosen, plus for each family of critical
+    simplices (m, 2 or 3) its weight times the share of them with a chosen vertex (0 for an empty family)."""
+    total = saliency[chosen].sum().item()
+    for simplices, weight in families:
+        if len(simplices):
+            total += weight * incidence(len(saliency), simplices)[chosen].any(0).double().mean().item()
+    return total
+
+
+def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], k: int
+                 ) -> tuple[list[int], list[int]]:
+    """k times the vertex of largest marginal gain in `coverage`, ties to the lowest index (paper equation 11).
+
+    Reaches at least 1 - 1/e of the best k-subset (proposition 2).
+
+    Parameters
+    ----------
+    saliency : (n,), non-negative
+    families : (simplices, weight) pairs, as for `coverage`
+
+    Returns
+    -------
+    order : the k vertices as picked; its prefixes are the choices for smaller k
+    covered_at : for each family the number of picks after which it was fully covered (k + 1 if never, 0 if empty)
+
+    >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
+    >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # {0, 1} ties by incidence count but covers only 3 edges
+    ([0, 2], [2])
+    """
+    n = len(saliency)
+    member = [incidence(n, simplices) for simplices, _ in families]
+    uncovered = [torch.ones(len(simplices), dtype=torch.float64) for simplices, _ in families]
+    covered_at = [k + 1 if len(simplices) else 0 for simplices, _ in families]
+    order: list[int] = []
+    for pick in range(1, k + 1):
+        gain = saliency.double().clone()
+        for f, (simplices, weight) in enumerate(families):
+            gain += weight * (member[f] @ uncovered[f]) / max(len(simplices), 1)  # whole counts: ties stay ties
+        gain[order] = -math.inf
+        order.append(int(gain.argmax()))
+        for f in range(len(families)):
+            uncovered[f] *= 1 - member[f][order[-1]]
+            if covered_at[f] > pick and not uncovered[f].any():
+                covered_at[f] = pick
+    return order, covered_at
+
+
+def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:
+    """Where each dropped vertex goes: argmin over survivors j of b_ij (1 + alpha |b_harm,ij| / |b|), ties to the
+    lowest index (paper equation 13); the factor is 1 where |b| < 1e-12.
+
+    Parameters
+    ----------
+    barriers, harmonic : (|E|,)
+    """
+    norm = barriers.norm()
+    cost = barriers * (1 + alpha * harmonic.abs() / norm) if norm >= 1e-12 else barriers
+    n = (1 + math.isqrt(1 + 8 * len(barriers))) // 2
+    table = torch.zeros(n, n, dtype=cost.dtype)
+    i, j = edges(n).unbind(1)
+    table[i, j] = table[j, i] = cost
+    kept = sorted(survivors)
+    dropped = sorted(set(range(n)) - set(kept))
+    return {v: kept[int(table[v, kept].argmin())] for v in dropped}
