@@ -254,8 +254,9 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
     additive = mathx.additive_model(b, d1)
     discordance = mathx.discordance(n, b, signals.candidates, signals.triplets, settings.margin)
 
-    critical_edges = mathx.edges(n)[mathx.critical(parts.harmonic.abs(), settings.edge_percent)]
-    critical_triangles = triangles[mathx.critical(triplets, settings.triangle_percent)]
+    tiny = 1e-12 * b.norm().item()
+    critical_edges = mathx.edges(n)[mathx.critical(parts.harmonic.abs(), settings.edge_percent, tiny)]
+    critical_triangles = triangles[mathx.critical(triplets, settings.triangle_percent, tiny)]
     families = [(critical_edges, settings.lambda_edge), (critical_triangles, settings.lambda_triangle)]
     order, covered_at = mathx.greedy_cover(signals.saliency[rank], families, n)
     target = mathx.redirect(order[:keep], b, parts.harmonic, settings.alpha)
@@ -386,6 +387,7 @@ def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings, s
         plans.append({"layer": step.index} | plan)
         bar(None)
         say(layer_line(plans[-1]))
+        del step  # before the next layer is read
     return plans
 
 
@@ -444,7 +446,6 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     return out
 
 
-@torch.no_grad()
 def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, float, float]:
     """Perplexities of source and output on ids (B, L), and the mean KL(source || output) in nats a position."""
     heads = source.unembedding(), output.unembedding()
@@ -564,29 +565,28 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
 
 
-def folder_size(path: Path) -> int:
-    """Bytes of the weights in a checkpoint folder."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+def weight_bytes(model: Model) -> int:
+    """Size of a checkpoint's weight files."""
+    return sum((model.checkpoint.path / file).stat().st_size for file in model.checkpoint.metadata)
 
 
 def run(args: argparse.Namespace) -> None:
     """Everything the command line does, after parsing."""
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)})
     dtype = getattr(torch, args.dtype)
-    held_out = None
+    source, held_out = Model(args.checkpoint, dtype, args.device), None
     if args.eval:
-        model = Model(args.checkpoint, dtype, args.device)
-        held_out = model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
+        held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
     out = compress(args.checkpoint, args.keep, args.out, calib=args.calib, tokens=args.tokens, seq_len=args.seq_len,
                    settings=settings, plan_only=args.plan_only, dtype=dtype, device=args.device)
     if args.plan_only:
         print(f"plan: {out / model_io.PLAN}")
         return
-    before, after = folder_size(args.checkpoint), folder_size(out)
+    output = Model(out, dtype, args.device, router=settings.router)
+    before, after = weight_bytes(source), weight_bytes(output)
     print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})")
     if held_out is not None:
-        output = Model(out, dtype, args.device, router=settings.router)
-        first, second, kl = evaluate(model, output, held_out)
+        first, second, kl = evaluate(source, output, held_out)
         print(f"perplexity: {first:.2f} -> {second:.2f}, KL(source || output) {kl:.4f} nats a token "
               f"({held_out.numel():,} tokens of {args.eval.name})")
     print(f"output: {out}")

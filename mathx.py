@@ -274,14 +274,14 @@ def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor
 # --------------------------------------------------------------- selection (paper section 4.1, appendix B.2)
 
 
-def critical(values: torch.Tensor, percent: float) -> torch.Tensor:
+def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
     """Positions of the top `percent` % of values (m,), rounded up, ties to the first; ascending.
 
-    Values of 0 (below 1e-12 of the norm) are never critical.
+    Values up to `floor` are never critical: rounding must not elect the edges of a signal without harmonic part.
     """
     count = math.ceil(len(values) * percent / 100 - 1e-9)
     top = values.sort(descending=True, stable=True).indices[:count]
-    return top[values[top] > 1e-12 * values.norm()].sort().values
+    return top[values[top] > floor].sort().values
 
 
 def incidence(n: int, simplices: torch.Tensor) -> torch.Tensor:

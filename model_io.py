@@ -10,6 +10,7 @@ Shapes: B sequences of L tokens, T = B L; hidden size d, n experts of width f, v
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -215,7 +216,7 @@ class Experts(NamedTuple):
         return (F.silu(x @ self.gate[e].T) * (x @ self.up[e].T)) @ self.down[e].T
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
     """One decoder layer: its experts, its router (n, d), and all other weights by their name in the layer.
 
@@ -404,7 +405,6 @@ class Model:
         """The head W_U, (V, d)."""
         return self._tensor("model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight")
 
-    @torch.no_grad()
     def stream(self, ids: torch.Tensor) -> Iterator[LayerPass]:
         """Runs ids (B, L) through the decoder layers, yielding each one's LayerPass; one layer in memory."""
         h = self.embed(ids)
@@ -413,23 +413,21 @@ class Model:
             x, gates, y = run_layer(h, layer, self.config)
             yield LayerPass(index, layer, x, gates, y)
             h = y.view_as(h)
-            del layer, x, gates, y
+            del layer, x, gates, y  # before the next layer is read; callers do the same with what they got
 
-    @torch.no_grad()
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """The normed residual stream that the head reads, (B, L, d), for ids (B, L) int64."""
         y = self.embed(ids)
         for step in self.stream(ids):
             y = step.y.view_as(y)
+            del step  # before the next layer is read
         return self.final_norm()(y)
 
-    @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Next-token logits (B, L, V) for ids (B, L) int64: float32, or float64 when that is the model's dtype."""
         logits = self.hidden(ids) @ self.unembedding().T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    @torch.no_grad()
     def perplexity(self, ids_or_text: torch.Tensor | str, seq_len: int = 512) -> float:
         """exp of the mean next-token loss in nats over ids (B, L), or over a text cut into sequences."""
         if isinstance(ids_or_text, str):
@@ -629,32 +627,26 @@ def copy_small_files(source: Path, out: Path) -> None:
             (out / file.name).write_text(card[:cut] + notice + card[cut:], encoding="utf-8", errors="surrogateescape")
 
 
-class new_folder:
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
     """Context manager: a hidden folder beside `out` that becomes `out` on success and vanishes on failure.
 
     Raises InputError where `out` exists and is not an empty folder, or cannot be made.
     """
-
-    def __init__(self, out: Path):
-        self.out = out
-        check_new(out)
-
-    def __enter__(self) -> Path:
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
-        except OSError as err:
-            raise InputError(f"{self.out}: cannot be made ({err.strerror})") from None
-        return self.partial
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            umask = os.umask(0)
-            os.umask(umask)
-            self.partial.chmod(0o777 & ~umask)
-            self.partial.replace(self.out)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
+    check_new(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as err:
+        raise InputError(f"{out}: cannot be made ({err.strerror})") from None
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)  # mkdtemp's is private
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_new(out: Path) -> None:

@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "tiny-olmoe")
     parser.add_argument("--held-out", type=Path, metavar="FILE", help="write the held-out text to FILE and stop")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps (default 1500)")
     args = parser.parse_args()
     if args.held_out:
         args.held_out.write_text("\n\n".join(python_documentation("held-out")), encoding="utf-8")

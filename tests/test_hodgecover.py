@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: MIT
+"""The method against a plain oracle, and the command line from end to end."""
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import hodgecover
+import mathx
+import model_io
+import pytest
+import torch
+import torch.nn.functional as F
+from hodgecover import Settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from model_io import Experts, Model
+from safetensors.torch import load_file
+
+ROOT = Path(hodgecover.__file__).parent
+GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir())
+
+
+def random_layer(seed: int = 0, n: int = 7, k: int = 2, renormalise: bool = False, unreached: int | None = None,
+                 tokens: int = 40, d: int = 12, f: int = 5, vocab: int = 30) -> dict:
+    """A float64 layer in memory: experts, x, gates, y, and the norm and head that read it out."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    logits = normal(tokens, n)
+    if unreached is not None:
+        logits[:, unreached] = -50
+    p, index = logits.softmax(-1).topk(k)
+    if renormalise:
+        p = p / p.sum(-1, keepdim=True)
+    weight = 1 + 0.1 * normal(d)
+    return {"experts": Experts(normal(n, f, d) / 3, normal(n, f, d) / 3, normal(n, d, f) / 3), "x": normal(tokens, d),
+            "gates": torch.zeros(tokens, n, dtype=torch.float64).scatter(1, index, p), "y": normal(tokens, d),
+            "norm": lambda y: model_io.rms_norm(y, weight, 1e-5), "unembedding": normal(vocab, d)}
+
+
+def plain_merged_stream(layer: dict, simplex: list[int]) -> torch.Tensor:
+    """y_S of design 2.3: build the merged weights and run them on every token."""
+    experts, x, gates = layer["experts"], layer["x"], layer["gates"]
+    f = [(gates[:, e] > 0).sum().item() for e in simplex]
+    w = [c / sum(f) if sum(f) else 1 / len(f) for c in f]
+    gate, up, down = (sum(w_e * part[e] for w_e, e in zip(w, simplex)) for part in experts)
+    merged = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    own = sum(gates[:, e, None] * ((F.silu(x @ experts.gate[e].T) * (x @ experts.up[e].T)) @ experts.down[e].T)
+              for e in simplex)
+    return layer["y"] + gates[:, simplex].sum(1, keepdim=True) * merged - own
+
+
+def plain_barrier(layer: dict, simplex: list[int], features) -> float:
+    """mean_t KL(p_t || p_S,t) from two log-softmaxes."""
+    log_p, log_q = ((features(stream) @ layer["unembedding"].T).log_softmax(-1)
+                    for stream in (layer["y"], plain_merged_stream(layer, simplex)))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def lens(layer: dict):
+    return partial(hodgecover.lens_barriers, norm=layer["norm"], unembedding=layer["unembedding"])
+
+
+def parts(layer: dict) -> tuple:
+    return tuple(layer[name] for name in ("experts", "x", "gates", "y"))
+
+
+def assert_is_the_plain_barrier(barriers: torch.Tensor, layer: dict, simplices: torch.Tensor, features) -> None:
+    plain = torch.tensor([plain_barrier(layer, s, features) for s in simplices.tolist()], dtype=torch.float64)
+    assert barriers.dtype == torch.float64
+    torch.testing.assert_close(barriers, plain, rtol=1e-5, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- barriers
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", [{}, {"renormalise": True}, {"unreached": 3}, {"k": 1}, {"k": 7}])
+def test_lens_barriers_are_the_plain_ones(case, size):
+    layer = random_layer(**case)
+    simplices = torch.tensor(list(itertools.combinations(range(7), size)))
+    barriers = lens(layer)(*parts(layer), simplices)
+    assert_is_the_plain_barrier(barriers, layer, simplices, layer["norm"])
+    assert (barriers >= 0).all() and barriers.max() > 1e-3
+
+
+def test_merging_two_experts_that_no_token_reaches_costs_nothing():
+    layer = random_layer(unreached=3)
+    layer["gates"][:, 5] = 0
+    assert lens(layer)(*parts(layer), torch.tensor([[3, 5]])).item() == 0
+    assert hodgecover.merge_weights(torch.tensor([[3, 5]]), torch.zeros(7)).tolist() == [[0.5, 0.5]]
+
+
+def test_merging_equal_experts_costs_nothing():
+    layer = random_layer()
+    layer["experts"] = Experts(*(part[:1].expand_as(part) for part in layer["experts"]))
+    assert lens(layer)(*parts(layer), mathx.edges(7)).max() < 1e-20
+
+
+def test_barriers_do_not_depend_on_the_buffer(monkeypatch):
+    layer = random_layer()
+    whole = lens(layer)(*parts(layer), mathx.edges(7))
+    monkeypatch.setattr(hodgecover, "BUFFER_BYTES", 1)
+    torch.testing.assert_close(lens(layer)(*parts(layer), mathx.edges(7)), whole, rtol=1e-12, atol=0)
+
+
+def test_no_simplices_no_barriers():
+    layer = random_layer()
+    assert lens(layer)(*parts(layer), torch.empty(0, 3, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_barriers_of_checkpoints_are_the_plain_ones(path):
+    """Both readouts, pairs and triples, on every layer of each golden checkpoint."""
+    model = Model(path, dtype=torch.float64)
+    ids = load_file(path / "golden.safetensors")["ids"]
+    simplices = {2: torch.tensor([[0, 1], [2, 7], [3, 5]]), 3: torch.tensor([[0, 1, 2], [3, 5, 7]])}
+    for step in model.stream(ids):
+        layer = {"experts": step.layer.experts, "x": step.x, "gates": step.gates, "y": step.y,
+                 "unembedding": model.unembedding(), "norm": model.final_norm()}
+
+        def later(y: torch.Tensor, index: int = step.index) -> torch.Tensor:
+            for after in range(index + 1, model.config.num_layers):
+                y = model_io.run_layer(y.view(*ids.shape, -1), model.layer(after), model.config)[2]
+            return model.final_norm()(y)
+        for name, features in (("lens", layer["norm"]), ("model", later)):
+            readout = hodgecover.make_readout(model, Settings(readout=name), ids)(step.index)
+            for chosen in simplices.values():
+                assert_is_the_plain_barrier(readout(*parts(layer), chosen), layer, chosen, features)
+
+
+def test_bfloat16_and_float32_barriers_rank_as_float64():
+    layer = random_layer(tokens=200)
+    exact = lens(layer)(*parts(layer), mathx.edges(7))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        weight, head = torch.ones(12, dtype=dtype), layer["unembedding"].to(dtype)
+        exact_here = partial(hodgecover.lens_barriers, norm=lambda y: model_io.rms_norm(y, torch.ones(12).to(y), 1e-5),
+                             unembedding=layer["unembedding"])(*parts(layer), mathx.edges(7))
+        rounded = hodgecover.lens_barriers(
+            Experts(*(part.to(dtype) for part in layer["experts"])), *(layer[v].to(dtype) for v in ("x", "gates", "y")),
+            mathx.edges(7), norm=partial(model_io.rms_norm, weight=weight, eps=1e-5), unembedding=head)
+        torch.testing.assert_close(rounded, exact_here, rtol=bound, atol=0)
+    assert exact.isfinite().all()
+
+
+def test_reap_saliency_word_by_word():
+    layer = random_layer(unreached=3)
+    expected = []
+    for e in range(7):
+        routed = [t for t in range(40) if layer["gates"][t, e] > 0]
+        norms = [layer["gates"][t, e] * layer["experts"](e, layer["x"][t: t + 1]).norm() for t in routed]
+        expected.append(sum(norms) / len(norms) if norms else torch.tensor(0.0).double())
+    saliency = hodgecover.reap_saliency(*parts(layer)[:3])
+    torch.testing.assert_close(saliency, torch.stack(expected) / sum(expected))
+    assert saliency[3] == 0
+
+
+# --------------------------------------------------------------------------------------------------- the plan
+
+
+def permuted(layer: dict, order: list[int]) -> dict:
+    """The same layer with its experts numbered otherwise: expert i is the old order[i]."""
+    return layer | {"experts": Experts(*(part[order] for part in layer["experts"])), "gates": layer["gates"][:, order]}
+
+
+def survivors(layer: dict, **choices) -> list[int]:
+    return hodgecover.plan_layer(*parts(layer), lens(layer), 5, Settings(edge_percent=10, **choices))["survivors"]
+
+
+@given(st.integers(0, 1000), st.randoms(use_true_random=False))
+@hypothesis_settings(max_examples=15)
+def test_numbering_the_experts_otherwise_permutes_the_survivors(seed, random):
+    layer, order = random_layer(seed, n=10), random.sample(range(10), 10)
+    assert sorted(order[i] for i in survivors(permuted(layer, order))) == survivors(layer)
+
+
+def test_under_index_order_the_numbering_can_change_the_survivors():
+    layer = random_layer(3, n=10)
+    found = {tuple(sorted(order[i] for i in survivors(permuted(layer, order), order="index")))
+             for order in (torch.randperm(10, generator=torch.Generator().manual_seed(s)).tolist() for s in range(10))}
+    assert len(found) > 1
+
+
+def test_a_plan_is_what_its_parts_say():
+    """The plan of a layer in index order, from its barriers and the functions of mathx called one by one."""
+    layer = random_layer(5, n=9)
+    settings = Settings(order="index", edge_percent=10, triangle_percent=20, max_triangles=12)
+    plan = hodgecover.plan_layer(*parts(layer), lens(layer), 4, settings)
+    b = lens(layer)(*parts(layer), mathx.edges(9))
+    candidates = mathx.candidate_triangles(9, b, 12, 0)
+    triplets = lens(layer)(*parts(layer), candidates)
+    curve = mathx.betti_curve(9, b, candidates, triplets, torch.linspace(
+        min(b.min(), triplets.min()).item(), max(b.max(), triplets.max()).item(), 80, dtype=torch.float64))
+    triangles = candidates[triplets <= plan["tau"]]
+    assert plan["candidates"] == len(candidates) == 12 and plan["triangles"] == len(triangles)
+    d1, d2 = mathx.boundary_matrices(9, triangles)
+    assert curve.max() == curve[-1] or plan["tau"] < max(b.max(), triplets.max())
+    harmonic = mathx.hodge_decompose(b, d1, d2).harmonic
+    assert plan["betti_1"] == mathx.betti_1(d1, d2)
+    critical = [mathx.edges(9)[mathx.critical(harmonic.abs(), 10)],
+                triangles[mathx.critical(triplets[triplets <= plan["tau"]], 20)]]
+    assert [plan["critical_edges"], plan["critical_triangles"]] == [c.tolist() for c in critical]
+    assert len(critical[0]) == math.ceil(3.6) and len(critical[1]) == math.ceil(0.2 * len(triangles))
+    saliency = hodgecover.reap_saliency(*parts(layer)[:3])
+    assert plan["order"] == mathx.greedy_cover(saliency, [(c, 1.0) for c in critical], 9)[0]
+    assert plan["survivors"] == sorted(plan["order"][:4])
+    target = mathx.redirect(plan["survivors"], b, harmonic, 1.0)
+    assert plan["redirect"] == {str(i): j for i, j in target.items()}
+    assert sum(plan["frequency"]) == 40 * 2 and sum(plan["saliency"]) == pytest.approx(1)
+
+
+def test_plans_of_fewer_survivors_nest():
+    layer = random_layer(1, n=9)
+    chosen = [set(hodgecover.plan_layer(*parts(layer), lens(layer), k)["survivors"]) for k in range(1, 10)]
+    assert all(a < b for a, b in zip(chosen, chosen[1:])) and chosen[-1] == set(range(9))
+
+
+def test_two_experts_are_a_gradient():
+    layer = random_layer(n=2, k=1)
+    plan = hodgecover.plan_layer(*parts(layer), lens(layer), 1)
+    assert plan["eta"] == {"gradient": pytest.approx(1), "curl": 0, "harmonic": pytest.approx(0, abs=1e-20)}
+    assert plan["triangles"] == plan["betti_1"] == 0
+    assert plan["critical_edges"] == plan["critical_triangles"] == []
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+QUICK = ["--tokens", "256", "--seq-len", "128", "--max-triangles", "40"]
+
+
+def run(*argv: object) -> int:
+    return hodgecover.main([str(a) for a in argv])
+
+
+@pytest.fixture(scope="module")
+def output(tiny, tmp_path_factory) -> Path:
+    """The tiny checkpoint at half its experts, with what the dropped rows fold into."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    assert run(tiny, "--keep", 32, "--out", out, "--router", "fold", *QUICK) == 0
+    return out
+
+
+def test_the_plan_file_says_what_was_done(tiny, output):
+    plan = json.loads((output / "hodgecover.json").read_text())
+    assert plan["schema_version"] == 1 and plan["settings"]["keep"] == 32 and plan["settings"]["tokens"] == 256
+    assert plan["source"]["fingerprint"] == model_io.Checkpoint(tiny).fingerprint()
+    assert [layer["layer"] for layer in plan["layers"]] == [0, 1, 2, 3]
+    for layer in plan["layers"]:
+        kept = layer["survivors"]
+        assert kept == sorted(layer["order"][:32]) and sorted(layer["order"]) == list(range(64))
+        assert sorted(map(int, layer["redirect"])) == sorted(set(range(64)) - set(kept))
+        assert set(layer["redirect"].values()) <= set(kept)
+        assert sum(layer["eta"].values()) == pytest.approx(1) and sum(layer["eta_constant"].values()) == pytest.approx(1)
+        assert layer["betti_1"] >= 2016 - 63 - layer["triangles"]
+    text = (output / "hodgecover.json").read_text()
+    assert str(ROOT) not in text and not re.search(r"\d\d:\d\d", text)
+
+
+def test_the_output_holds_the_planned_survivors(tiny, output):
+    plan = json.loads((output / "hodgecover.json").read_text())
+    before, after = (load_file(path / "model.safetensors") for path in (tiny, output))
+    for layer in plan["layers"]:
+        name = f"model.layers.{layer['layer']}.mlp"
+        assert torch.equal(after[f"{name}.gate.weight"], before[f"{name}.gate.weight"][layer["survivors"]])
+        for i, e in enumerate(layer["survivors"]):
+            assert torch.equal(after[f"{name}.experts.{i}.up_proj.weight"], before[f"{name}.experts.{e}.up_proj.weight"])
+    assert Model(output).config.num_experts == 32
+    assert (output / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+
+
+def test_folding_moves_the_gate_mass_to_the_redirect_target(tiny, output):
+    plan = json.loads((output / "hodgecover.json").read_text())
+    source, folded = Model(tiny), Model(output, router="fold")
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    for entry in plan["layers"]:
+        p = (x @ source.layer(entry["layer"]).router.T).softmax(-1)
+        mass = {j: p[:, j].clone() for j in entry["survivors"]}
+        for i, j in entry["redirect"].items():
+            mass[j] += p[:, int(i)]
+        expected = torch.stack([mass[j] for j in entry["survivors"]], 1)
+        gates = model_io.route(x, folded.layer(entry["layer"]), folded.config)
+        top = expected.topk(8).indices
+        torch.testing.assert_close(gates.gather(1, top), expected.gather(1, top))
+        assert ((gates > 0).sum(1) == 8).all()
+    assert not torch.equal(folded.logits(torch.ones(1, 4, dtype=torch.int64)),
+                           Model(output).logits(torch.ones(1, 4, dtype=torch.int64)))
+
+
+def test_the_same_command_gives_the_same_bytes(tiny, output, tmp_path):
+    out = tmp_path / "again"
+    assert run(tiny, "--keep", 32, "--out", out, "--router", "fold", *QUICK) == 0
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in output.iterdir()}
+
+
+def test_lines_for_people(tiny, tmp_path, capsys):
+    text = tmp_path / "eval.txt"
+    text.write_text("\n".join(model_io.python_documentation("held-out"))[:20000], encoding="utf-8")
+    shutil.copytree(tiny, tmp_path / "ckpt")
+    assert run(tmp_path / "ckpt", "--keep", 16, *QUICK, "--eval", text, "--calib", text) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d \| ", said, re.M)) == 4
+    before, after, kl = map(float, re.search(r"perplexity: ([\d.]+) -> ([\d.]+), KL\S+ \S+ output\) ([\d.]+)", said).groups())
+    ids = model_io.sequences(Model(tiny).encode([text.read_text()]), 128)
+    out = tmp_path / "ckpt-keep16"
+    assert before == pytest.approx(Model(tiny).perplexity(ids), abs=0.01)
+    assert after == pytest.approx(Model(out).perplexity(ids), abs=0.01)
+    log_p, log_q = (Model(path).logits(ids).double().log_softmax(-1) for path in (tiny, out))
+    assert kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), abs=1e-4)
+    assert f"output: {out}" in said
+
+
+def test_plan_only_writes_the_plan_alone(tiny, output, tmp_path):
+    assert run(tiny, "--keep", 32, "--out", tmp_path / "plan", "--plan-only", *QUICK) == 0
+    assert [f.name for f in (tmp_path / "plan").iterdir()] == ["hodgecover.json"]
+    plans = [json.loads((path / "hodgecover.json").read_text()) for path in (tmp_path / "plan", output)]
+    assert plans[0]["layers"] == plans[1]["layers"]
+
+
+def test_the_model_readout_runs_and_says_its_cost(tmp_path, capsys):
+    path = GOLDEN[0]
+    shutil.copytree(path, tmp_path / "c")
+    shutil.copy(ROOT / "examples" / "tiny-olmoe" / "tokenizer.json", tmp_path / "c")
+    model = Model(tmp_path / "c")
+    ids = load_file(path / "golden.safetensors")["ids"]
+    plans = hodgecover.plan_model(model, ids, 4, Settings(readout="model"))
+    assert "through all later layers" in capsys.readouterr().err
+    last = hodgecover.plan_model(model, ids, 4, Settings())
+    assert plans[-1]["mean_barrier"] == pytest.approx(last[-1]["mean_barrier"], rel=1e-3)  # no layer comes after
+    assert plans[0]["mean_barrier"] != pytest.approx(last[0]["mean_barrier"], rel=1e-3)
+
+
+def test_the_model_readout_is_refused_where_it_does_not_fit(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hodgecover, "available_memory", lambda device: 1000)
+    assert run(tiny, "--keep", 32, "--out", tmp_path / "o", "--readout", "model", *QUICK) == 2
+    assert "GB are free; use --readout lens" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--keep", "65"], "from 8 to 64"),
+    (["--keep", "7"], "from 8 to 64"),
+    (["--keep", "many"], "--keep"),
+    ([], "--keep"),
+    (["--keep", "32", "--tokens", "100"], "less than one sequence"),
+    (["--keep", "32", "--edge-percent", "101"], "--edge-percent 101.0: must be from 0 to 100"),
+    (["--keep", "32", "--alpha", "nan"], "--alpha nan"),
+    (["--keep", "32", "--readout", "lense"], "lense"),
+    (["--keep", "32", "--calib", "absent.txt"], "absent.txt"),
+    (["--keep", "32", "--eval", "absent.txt"], "absent.txt"),
+    (["--keep", "32", "--eval", "x", "--plan-only"], "--plan-only"),
+])
+def test_wrong_options_get_one_line(tiny, tmp_path, monkeypatch, capsys, options, says):
+    monkeypatch.chdir(tmp_path)
+    assert run(tiny, "--out", "out", *options) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and says in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_left_alone(tiny, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(tiny, "--keep", 32, "--out", tmp_path) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_vendored_copy_works(tiny, tmp_path):
+    package = tmp_path / "mypkg" / "vendor"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    for name in ("hodgecover.py", "model_io.py", "mathx.py"):
+        shutil.copy(ROOT / name, package)
+        head = (ROOT / name).read_text()
+        assert head.startswith("# SPDX-License-Identifier: MIT\n") and re.search(r'^__version__ = "\d', head, re.M)
+    script = ("import sys; from mypkg.vendor.hodgecover import main, mathx; "
+              "assert mathx.__name__ == 'mypkg.vendor.mathx' and 'mathx' not in sys.modules; sys.exit(main(sys.argv[1:]))")
+    command = [sys.executable, "-c", script, str(tiny), "--keep", "32", "--out", "out", "--plan-only", *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "hodgecover.json").is_file()

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: MIT
+"""Reading, running and rewriting checkpoints, against transformers' golden logits and the safetensors library."""
+import doctest
+import gc
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import model_io
+import pytest
+import torch
+from model_io import Checkpoint, InputError, Model
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir())
+SURVIVORS = [5, 0, 3, 6]
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+def golden(request) -> Path:
+    return request.param
+
+
+def source_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, by the safetensors library."""
+    files = [file for file in path.glob("model*.safetensors")]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+# ---------------------------------------------------------------------------------------------- forward passes
+
+
+def test_logits_equal_those_of_transformers(golden):
+    reference = load_file(golden / "golden.safetensors")
+    model = Model(golden)
+    logits = model.logits(reference["ids"])
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, reference["logits"], rtol=0, atol=1e-4)
+    wide = Model(golden, dtype=torch.float64).logits(reference["ids"])
+    torch.testing.assert_close(wide, reference["logits"].double(), rtol=0, atol=1e-4)
+
+
+def test_bfloat16_stays_near(golden):
+    reference = load_file(golden / "golden.safetensors")
+    logits = Model(golden, dtype=torch.bfloat16).logits(reference["ids"])
+    correlation = torch.corrcoef(torch.stack((logits.flatten(), reference["logits"].flatten())))[0, 1]
+    assert logits.dtype == torch.float32 and correlation > 0.99
+
+
+def test_the_docstrings_examples_hold(monkeypatch, tiny):
+    monkeypatch.chdir(tiny.parent.parent)
+    assert doctest.testmod(model_io).failed == 0
+
+
+def test_gates_are_the_models(golden):
+    """Zero off the top-k; their sum is 1 iff the model renormalises."""
+    model = Model(golden)
+    step = next(model.stream(load_file(golden / "golden.safetensors")["ids"]))
+    p = (step.x @ step.layer.router.T).softmax(-1)
+    assert ((step.gates > 0).sum(1) == model.config.top_k).all()
+    for token in range(len(p)):
+        top = p[token].sort(descending=True).indices[: model.config.top_k]
+        expected = p[token, top] / (p[token, top].sum() if model.config.norm_topk_prob else 1)
+        torch.testing.assert_close(step.gates[token, top], expected)
+
+
+def test_only_one_layer_is_in_memory(golden, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    read = Model.layer
+
+    def layer(self, index):
+        gc.collect()
+        most.append(len(alive))
+        alive.add(found := read(self, index))
+        return found
+    monkeypatch.setattr(Model, "layer", layer)
+    model = Model(golden)
+    model.logits(torch.ones(1, 5, dtype=torch.int64))
+    assert most == [0] * model.config.num_layers
+
+
+def test_perplexity_is_that_of_the_logits(tiny):
+    model = Model(tiny)
+    text = model_io.python_documentation("held-out")[0][:4000]
+    ids = model_io.sequences(model.encode([text]), 64)
+    log_p = model.logits(ids).double().log_softmax(-1)
+    loss = [-log_p[b, t, ids[b, t + 1]] for b in range(len(ids)) for t in range(63)]
+    assert model.perplexity(ids) == pytest.approx(torch.stack(loss).mean().exp().item(), rel=1e-5)
+    assert model.perplexity(text, seq_len=64) == model.perplexity(ids)
+
+
+# -------------------------------------------------------------------------------------------------------- text
+
+
+def test_documents_of_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "url": 1}\n', encoding="utf-8")
+    assert model_io.read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one\n\ntwo", "three", "four"]
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "d.jsonl").write_text("[1]\n")
+    for name in ("c.txt", "d.jsonl", "absent.txt"):
+        with pytest.raises(InputError, match=name):
+            model_io.read_documents([tmp_path / name])
+
+
+def test_the_parts_of_the_documentation_are_apart():
+    parts = [model_io.python_documentation(part) for part in ("train", "calibration", "held-out")]
+    assert len(parts[0]) > 300 and min(map(len, parts[1:])) > 30
+    texts = [set(part) for part in parts]
+    assert not (texts[1] & texts[2]) and len(texts[0] & (texts[1] | texts[2])) < 5  # a few stubs say the same
+    assert model_io.python_documentation("calibration") == parts[1]
+
+
+def test_sequences_are_whole_and_sampled_by_seed():
+    ids = torch.arange(103)
+    assert model_io.sequences(ids, 10).flatten().tolist() == list(range(100))
+    sample = model_io.sequences(ids, 10, 4, seed=1)
+    assert sample.shape == (4, 10) and (sample == model_io.sequences(ids, 10, 4, seed=1)).all()
+    assert (sample[:, 0] % 10 == 0).all() and (sample[1:, 0] > sample[:-1, 0]).all()
+    assert any((sample != model_io.sequences(ids, 10, 4, seed=s)).any() for s in range(2, 5))
+    with pytest.raises(InputError, match="103 tokens"):
+        model_io.sequences(ids, 104)
+
+
+def test_encode_ends_each_document(tiny):
+    model = Model(tiny)
+    one, both = model.encode(["a b"]), model.encode(["a b", "c"])
+    assert one[-1] == both[-1] == model.config.eos_token_id and both[: len(one)].tolist() == one.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.fixture
+def compressed(golden, tmp_path) -> tuple[Path, Path]:
+    """A golden checkpoint with the small files that published ones have, and its compression to SURVIVORS."""
+    source = tmp_path / "source"
+    shutil.copytree(golden, source)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# Model\nscore 61.2\n")
+    (source / "pytorch_model.bin").write_bytes(b"old")
+    (source / ".gitattributes").write_text("x")
+    (source / model_io.PLAN).write_text("of an earlier run")
+    checkpoint = Checkpoint(source)
+    layers = range(checkpoint.raw_config["num_hidden_layers"])
+    model_io.write_checkpoint(checkpoint, tmp_path / "out", {i: sorted(SURVIVORS) for i in layers},
+                              {model_io.PLAN: b"{}"})
+    return source, tmp_path / "out"
+
+
+def test_kept_tensors_are_bit_identical(compressed):
+    before, after = map(source_tensors, compressed)
+    kept = sorted(SURVIVORS)
+    for name, tensor in after.items():
+        if ".mlp.gate." in name:
+            expected = before[name][kept]
+        elif ".experts." in name:
+            prefix, rest = name.split(".experts.")
+            index, rest = rest.split(".", 1)
+            expected = before[f"{prefix}.experts.{kept[int(index)]}.{rest}"]
+        else:
+            expected = before[name]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    dropped = sum(".experts." in name for name in before) - sum(".experts." in name for name in after)
+    assert len(before) - len(after) == dropped == sum(".experts." in name for name in before) // 2
+
+
+def test_shards_index_and_metadata_follow_the_source(compressed):
+    source, out = compressed
+    before, after = Checkpoint(source), Checkpoint(out)
+    assert after.metadata == before.metadata
+    assert all(metadata == {"format": "pt"} for metadata in after.metadata.values())
+    if before.sharded:
+        index = json.loads((out / model_io.INDEX).read_text())
+        tensors = {file: safe_open(out / file, "pt").keys() for file in after.metadata}
+        assert index["weight_map"] == {name: file for file, names in tensors.items() for name in names}
+        assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in source_tensors(out).values())
+    else:
+        assert not (out / model_io.INDEX).exists()
+
+
+def test_configuration_and_small_files_come_along(compressed):
+    source, out = compressed
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, out))
+    assert after == before | {"num_experts": len(SURVIVORS)}
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    names = {file.name for file in out.iterdir()}
+    assert not names & {"pytorch_model.bin", ".gitattributes", "golden.safetensors"}
+    assert (out / model_io.PLAN).read_text() == "{}"
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n> **This is a compressed model.**")
+    assert card.endswith("# Model\nscore 61.2\n")
+    assert out.stat().st_mode == source.stat().st_mode
+
+
+def masked_logits(path: Path, ids: torch.Tensor, kept: list[int], monkeypatch) -> torch.Tensor:
+    """The source's logits with the router logits of all but `kept` at minus infinity."""
+    def masked(x, layer, cfg):
+        logits = x @ layer.router.T
+        logits[:, [e for e in range(cfg.num_experts) if e not in kept]] = -torch.inf
+        p = logits.softmax(-1)
+        top, index = p.topk(cfg.top_k)
+        if cfg.norm_topk_prob:
+            top = top / top.sum(-1, keepdim=True)
+        return torch.zeros_like(p).scatter(1, index, top)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_io, "route", masked)
+        return Model(path).logits(ids)
+
+
+def test_the_output_is_the_survivor_sub_moe(compressed, monkeypatch):
+    source, out = compressed
+    ids = load_file(source / "golden.safetensors")["ids"]
+    torch.testing.assert_close(Model(out).logits(ids), masked_logits(source, ids, SURVIVORS, monkeypatch),
+                               rtol=0, atol=2e-6)
+
+
+def test_keeping_all_experts_changes_nothing(golden, tmp_path):
+    checkpoint = Checkpoint(golden)
+    everyone = list(range(checkpoint.raw_config["num_experts"]))
+    layers = range(checkpoint.raw_config["num_hidden_layers"])
+    model_io.write_checkpoint(checkpoint, tmp_path / "out", dict.fromkeys(layers, everyone), {})
+    for file in checkpoint.metadata:
+        assert load_file(tmp_path / "out" / file).keys() == load_file(golden / file).keys()
+    ids = load_file(golden / "golden.safetensors")["ids"]
+    assert torch.equal(Model(tmp_path / "out").logits(ids), Model(golden).logits(ids))
+
+
+def test_the_output_appears_whole_or_not_at_all(golden, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(model_io, "copy_small_files", full)
+    with pytest.raises(OSError):
+        model_io.write_checkpoint(Checkpoint(golden), tmp_path / "out", {0: [0], 1: [0], 2: [0]}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fingerprint_sees_a_changed_weight(golden, tmp_path):
+    shutil.copytree(golden, tmp_path / "copy")
+    assert Checkpoint(tmp_path / "copy").fingerprint() == Checkpoint(golden).fingerprint()
+    file = tmp_path / "copy" / next(iter(Checkpoint(golden).metadata))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert Checkpoint(tmp_path / "copy").fingerprint() != Checkpoint(golden).fingerprint()
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"model_type": "llama"}, "model_type 'llama' is not supported"),
+    ({"num_experts": 9}, "says 9 experts"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn'"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+])
+def test_a_wrong_configuration_is_named(golden, tmp_path, change, says):
+    shutil.copytree(golden, tmp_path / "c")
+    raw = json.loads((tmp_path / "c" / "config.json").read_text()) | change
+    (tmp_path / "c" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    with pytest.raises(InputError, match=says):
+        Model(tmp_path / "c")
+
+
+def test_a_shard_name_that_leaves_the_folder_is_refused(golden, tmp_path):
+    shutil.copytree(golden, tmp_path / "c")
+    (tmp_path / "c" / "model.safetensors").unlink(missing_ok=True)
+    for name in ("../golden/model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin"):
+        (tmp_path / "c" / model_io.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match="not the name of a safetensors file"):
+            Checkpoint(tmp_path / "c")
+
+
+def test_missing_weights_are_named(golden, tmp_path):
+    shutil.copytree(golden, tmp_path / "c")
+    for file in (tmp_path / "c").glob("model*"):
+        file.unlink()
+    with pytest.raises(InputError, match="no weights"):
+        Model(tmp_path / "c")
+    with pytest.raises(InputError, match="not a folder"):
+        Model(tmp_path / "absent")
