@@ -462,19 +462,18 @@ def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, fl
 # ------------------------------------------------------------------------------------------- the command line
 
 
-LAYER_HEAD = ("layer |  eta gradient    curl        harmonic   | additive residual | beta_1    T  discordance | "
-              "E*, T* covered at | routed to kept\n"
-              "      |  (in brackets: of a constant signal)   | energy   variance |                         | "
-              "      pick        |    share")
+LAYER_HEAD = (
+    "layer  eta: gradient  curl           harmonic       additive residual  beta_1    T  discordance  covered at  routed to\n"
+    "       (in brackets: of a constant signal)          energy  variance                              E*   T*    survivors")
 
 
 def layer_line(plan: dict) -> str:
     """One line of a layer's findings, under LAYER_HEAD."""
     eta = "  ".join(f"{value:.3f} ({plan['eta_constant'][name]:.3f})" for name, value in plan["eta"].items())
+    residual = "  ".join(f"{1 - plan['additive'][of]:{width}.2%}" for of, width in (("energy", 6), ("variance", 8)))
     at = plan["covered_at"]
-    return (f"{plan['layer']:5d} |  {eta} | {1 - plan['additive']['energy']:6.2%}  {1 - plan['additive']['variance']:8.2%} "
-            f"| {plan['betti_1']:6d} {plan['triangles']:4d} {plan['discordance']:11.1%}  | "
-            f"{at['edges']:7d}, {at['triangles']:d}".ljust(18) + f" | {plan['routed_share']:9.1%}")
+    return (f"{plan['layer']:5d}  {eta}  {residual}   {plan['betti_1']:6d} {plan['triangles']:4d}  "
+            f"{plan['discordance']:11.1%}  {at['edges']:3d}  {at['triangles']:3d}  {plan['routed_share']:10.1%}")
 
 
 def clock(seconds: float) -> str:

@@ -306,7 +306,7 @@ def test_lines_for_people(tiny, tmp_path, capsys):
     shutil.copytree(tiny, tmp_path / "ckpt")
     assert run(tmp_path / "ckpt", "--keep", 16, *QUICK, "--eval", text, "--calib", text) == 0
     said = capsys.readouterr().out
-    assert len(re.findall(r"^ +\d \| ", said, re.M)) == 4
+    assert len(re.findall(r"^ +\d  (\d\.\d{3} \(\d\.\d{3}\)  ){3}", said, re.M)) == 4
     before, after, kl = map(float, re.search(r"perplexity: ([\d.]+) -> ([\d.]+), KL\S+ \S+ output\) ([\d.]+)", said).groups())
     ids = model_io.sequences(Model(tiny).encode([text.read_text()]), 128)
     out = tmp_path / "ckpt-keep16"
