@@ -29,11 +29,11 @@ import torch
 
 if __package__:
     from . import mathx, model_io
-    from .model_io import Experts, InputError, Model
+    from .model_io import Experts, InputError, LayerPass, Model
 else:
     import mathx
     import model_io
-    from model_io import Experts, InputError, Model
+    from model_io import Experts, InputError, LayerPass, Model
 
 __version__ = "0.1.0"
 
@@ -149,7 +149,7 @@ def lens_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
 
     Returns (M,) float64, nats.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = model_io.widened(x.dtype)
     weights, hit = merge_weights(simplices, (gates > 0).sum(0)), touched(gates, simplices)
     total = torch.zeros(len(simplices), dtype=torch.float64, device=x.device)
     row_bytes = wide.itemsize * (3 * x.shape[1] + 3 * experts.gate.shape[1])
@@ -175,7 +175,7 @@ def model_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: to
 
     As `lens_barriers`, but `later` maps a whole residual stream (T, d) to what the head reads, (T, d).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = model_io.widened(x.dtype)
     weights, hit = merge_weights(simplices, (gates > 0).sum(0)), touched(gates, simplices)
     base = later(y)
     barriers = torch.zeros(len(simplices), dtype=torch.float64)
@@ -318,20 +318,20 @@ def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, 
     return ids
 
 
-def make_readout(model: Model, settings: Settings, ids: torch.Tensor) -> Callable[[int], Readout]:
-    """layer index -> barrier function of that layer. For `model` this loads every layer; see `check_cost`."""
-    head = {"unembedding": model.unembedding()}
-    norm = model.final_norm()
+def make_readout(model: Model, settings: Settings, ids: torch.Tensor) -> Callable[[LayerPass], Readout]:
+    """layer pass -> barrier function of that layer. For `model` this loads every layer; see `check_cost`."""
+    head = model.unembedding()
     if settings.readout == "lens":
-        return lambda index: partial(lens_barriers, norm=norm, **head)
+        return lambda step: partial(lens_barriers, norm=step.norm, unembedding=head)
     check_cost(model, ids, settings)
-    layers = [model.layer(index) for index in range(model.config.num_layers)]
+    depth = model.config.num_layers
+    layers = [model.layer(index) for index in range(depth)]
 
-    def later(index: int, y: torch.Tensor) -> torch.Tensor:
+    def later(y: torch.Tensor, index: int, norm: Callable) -> torch.Tensor:
         for layer in layers[index + 1:]:
             y = model_io.run_layer(y.view(*ids.shape, -1), layer, model.config)[2]
         return norm(y)
-    return lambda index: partial(model_barriers, later=partial(later, index), **head)
+    return lambda step: partial(model_barriers, later=partial(later, index=step.index, norm=step.norm), unembedding=head)
 
 
 def check_cost(model: Model, ids: torch.Tensor, settings: Settings) -> None:
@@ -377,16 +377,17 @@ def available_memory(device: torch.device) -> int:
 
 def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings, say: Callable[[str], None] = print
                ) -> list[dict]:
-    """Plans every layer from one forward pass over ids (B, L); says one line a layer."""
+    """Plans every sparse layer from one forward pass over ids (B, L); says one line a layer."""
     readout = make_readout(model, settings, ids)
     plans, bar = [], progress_bar()
     say(LAYER_HEAD)
     for step in model.stream(ids):
-        plan = plan_layer(step.layer.experts, step.x, step.gates, step.y, readout(step.index), keep, settings,
-                          tick=lambda done: bar((step.index + done) / model.config.num_layers))
-        plans.append({"layer": step.index} | plan)
-        bar(None)
-        say(layer_line(plans[-1]))
+        if step.gates is not None:
+            plan = plan_layer(step.layer.experts, step.x, step.gates, step.y, readout(step), keep, settings,
+                              tick=lambda done: bar((step.index + done) / len(model.layer_names)))
+            plans.append({"layer": step.index, "name": step.name} | plan)
+            bar(None)
+            say(layer_line(plans[-1]))
         del step  # before the next layer is read
     return plans
 
@@ -395,12 +396,11 @@ def fold_file(model: Model, plans: list[dict]) -> bytes:
     """What `--router fold` needs beside the survivors (design: gate mass p'_j = sum over pi(i) = j of p_i)."""
     tensors = {}
     for plan in plans:
-        index, survivors = plan["layer"], plan["survivors"]
-        name = f"model.layers.{index}.mlp.gate.weight"
+        router = f"{plan['name']}.mlp.gate.weight"
         dropped = sorted(map(int, plan["redirect"]))
-        slots = [survivors.index(plan["redirect"][str(i)]) for i in dropped]
-        tensors[f"layers.{index}.dropped_rows"] = model.checkpoint.load([name])[name][dropped]
-        tensors[f"layers.{index}.slots"] = torch.tensor(slots, dtype=torch.int64)
+        slots = [plan["survivors"].index(plan["redirect"][str(i)]) for i in dropped]
+        tensors[f"{plan['name']}.dropped_rows"] = model.checkpoint.load([router])[router][dropped]
+        tensors[f"{plan['name']}.slots"] = torch.tensor(slots, dtype=torch.int64)
     return safetensors.torch.save(tensors)
 
 
@@ -415,6 +415,8 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     """
     model = Model(path, dtype, device)
     cfg = model.config
+    if not any(f"{name}.mlp.gate.weight" in model.checkpoint.tensors for name in model.layer_names):
+        raise InputError(f"{path}: no layer has a router; the checkpoint is dense")
     if not cfg.top_k <= keep <= cfg.num_experts:
         raise InputError(f"--keep {keep}: the model has {cfg.num_experts} experts and routes each token to "
                          f"{cfg.top_k}; K must be from {cfg.top_k} to {cfg.num_experts}")
@@ -441,7 +443,7 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
         return out
     if settings.router == "fold":
         files[model_io.FOLD] = fold_file(model, layers)
-    survivors = {layer["layer"]: layer["survivors"] for layer in layers}
+    survivors = {layer["name"]: layer["survivors"] for layer in layers}
     model_io.write_checkpoint(model.checkpoint, out, survivors, files)
     return out
 

@@ -20,7 +20,8 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,17 +51,18 @@ class Config:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
+    rotary_dim: int
     rope_theta: float
+    rms_norm_eps: float
     num_experts: int
     top_k: int
     norm_topk_prob: bool
     tie_word_embeddings: bool
-    clip_qkv: float | None
     eos_token_id: int | None
+    clip_qkv: float | None = None  # OLMoE
+    linear_key_head_dim: int = 0  # Qwen3.5, Gated DeltaNet
+    linear_value_head_dim: int = 0
 
 
 def read_json(path: Path) -> dict:
@@ -75,40 +77,63 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(raw: dict) -> Config:
-    """Config from the object in `config.json` (the key names of transformers 4 and 5).
+    """Config from the object in `config.json` (the key names of transformers 4 and 5; a nested `text_config`).
 
     Raises InputError for an unsupported model type or option, or a missing key.
     """
     if raw.get("model_type") not in FAMILIES:
         raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported; "
                          f"supported: {', '.join(FAMILIES)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise InputError(f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
-    eos = raw.get("eos_token_id")
+    text = raw.get("text_config") or raw
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    refuse_unsupported(raw, text, rope)
+    family = FAMILIES[raw["model_type"]]
+    eos = text.get("eos_token_id", raw.get("eos_token_id"))
     try:
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        rotary = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", family.partial_rotary_factor))
         return Config(
             model_type=raw["model_type"],
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            num_experts=raw["num_experts"],
-            top_k=raw["num_experts_per_tok"],
-            norm_topk_prob=raw.get("norm_topk_prob", False),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            clip_qkv=raw.get("clip_qkv"),
+            vocab_size=text["vocab_size"],
+            hidden_size=text["hidden_size"],
+            num_layers=text["num_hidden_layers"],
+            head_dim=head_dim,
+            rotary_dim=int(head_dim * rotary),
+            rope_theta=rope.get("rope_theta", text.get("rope_theta", 10000.0)),
+            rms_norm_eps=text.get("rms_norm_eps", family.rms_norm_eps),
+            num_experts=text[expert_count_key(text)],
+            top_k=text["num_experts_per_tok"],
+            norm_topk_prob=family.always_renormalised or text.get("norm_topk_prob", False),
+            tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
             eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            clip_qkv=text.get("clip_qkv"),
+            linear_key_head_dim=text.get("linear_key_head_dim", 128),
+            linear_value_head_dim=text.get("linear_value_head_dim", 128),
         )
     except KeyError as err:
         raise InputError(f"config.json: the key {err} is missing") from None
+
+
+def expert_count_key(text: dict) -> str:
+    """The key that holds the number of experts: published files say `num_experts`, transformers 5 may write the
+    other name for Qwen3-MoE."""
+    return "num_local_experts" if "num_local_experts" in text else "num_experts"
+
+
+def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
+    """Raises InputError for what would otherwise give a wrong number: quantised weights, another rope type,
+    a sliding window in use, another activation."""
+    quantised = raw.get("quantization_config") or text.get("quantization_config")
+    if quantised:
+        raise InputError(f"config.json: quantised weights ({quantised.get('quant_method', 'unknown format')}) are not "
+                         "supported; use the checkpoint in bfloat16, float16 or float32")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise InputError(f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
+    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or []):
+        raise InputError("config.json: a sliding window is in use; only full attention is supported")
+    if text.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json: hidden_act {text['hidden_act']!r} is not supported; only 'silu' is")
 
 
 # ------------------------------------------------------------------------------------------------ safetensors
@@ -218,38 +243,40 @@ class Experts(NamedTuple):
 
 @dataclass(eq=False)
 class Layer:
-    """One decoder layer: its experts, its router (n, d), and all other weights by their name in the layer.
+    """One decoder layer: its experts and its router (n, d), both None where the layer is dense, and all other
+    weights by their name in the layer.
 
     `fold` is None, or for `--router fold` the dropped experts' router rows (n - K, d) and the slot among the
     survivors (n - K,) that each one's gate mass goes to.
     """
 
-    experts: Experts
-    router: torch.Tensor
+    experts: Experts | None
+    router: torch.Tensor | None
     weights: dict[str, torch.Tensor]
     fold: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """float32, or dtype itself where that is wider: what norms, softmaxes and recurrences are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last dimension; the mean square is taken in float32 or better."""
-    h = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    """x / rms(x) * weight over the last dimension, in x's dtype; the mean square is taken in float32 or better."""
+    h = x.to(widened(x.dtype))
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (weight * h.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
 
 
-def rope(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary position embedding of x (B, heads, L, head_dim) at positions 0..L-1, in rotate-half layout."""
-    length, half = x.shape[-2], x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
+def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Rotary position embedding of x (B, heads, L, head_dim) at positions 0..L-1, on the first `rotary_dim`
+    dimensions in rotate-half layout. (Multimodal sections have equal positions on text, and reduce to this.)"""
+    length, half = x.shape[-2], cfg.rotary_dim // 2
+    frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q (B, H, L, h), k and v (B, H_kv, L, h), H a multiple of H_kv -> (B, L, H h)."""
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2).flatten(2)
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -257,23 +284,104 @@ def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tens
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Causal attention with rotary positions: q (B, L, H, h), k and v (B, L, H_kv, h) -> (B, L, H h)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(rope(q, cfg), rope(k, cfg), v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+def heads(x: torch.Tensor, w: dict[str, torch.Tensor], name: str, width: int) -> torch.Tensor:
+    """Projection `name` (q, k or v) of x (B, L, d), split into heads (B, L, heads, width)."""
+    return linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (-1, width))
+
+
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """OLMoE self-attention on normed x (B, L, d): q/k norms over the full width, then an optional clip."""
+    """OLMoE: q/k norms over the full width, then an optional clip. x (B, L, d), normed -> (B, L, d)."""
     q = rms_norm(linear(x, w, "self_attn.q_proj"), w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
     k = rms_norm(linear(x, w, "self_attn.k_proj"), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
     v = linear(x, w, "self_attn.v_proj")
     if cfg.clip_qkv is not None:
         q, k, v = (t.clamp(-cfg.clip_qkv, cfg.clip_qkv) for t in (q, k, v))
-    q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2) for t in (q, k, v))
-    return linear(causal_attention(rope(q, cfg.rope_theta), rope(k, cfg.rope_theta), v), w, "self_attn.o_proj")
+    q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
+    return linear(attend(q, k, v, cfg), w, "self_attn.o_proj")
+
+
+def qwen2_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
+    """Qwen2-MoE: biases on q, k, v. x (B, L, d), normed -> (B, L, d)."""
+    q, k, v = (heads(x, w, name, cfg.head_dim) for name in "qkv")
+    return linear(attend(q, k, v, cfg), w, "self_attn.o_proj")
+
+
+def qwen3_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
+    """Qwen3-MoE: q/k norms per head. x (B, L, d), normed -> (B, L, d)."""
+    q = rms_norm(heads(x, w, "q", cfg.head_dim), w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+    k = rms_norm(heads(x, w, "k", cfg.head_dim), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
+    return linear(attend(q, k, heads(x, w, "v", cfg.head_dim), cfg), w, "self_attn.o_proj")
+
+
+def qwen3_5_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
+    """Qwen3.5-MoE: Gated DeltaNet in most layers, gated full attention in the others.
+
+    In the latter each head's query comes with a gate of its size, whose sigmoid multiplies the head's output.
+    """
+    if "linear_attn.A_log" in w:
+        return gated_delta_net(x, w, cfg)
+    q, gate = heads(x, w, "q", 2 * cfg.head_dim).chunk(2, dim=-1)
+    q = rms_norm(q, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+    k = rms_norm(heads(x, w, "k", cfg.head_dim), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
+    return linear(attend(q, k, heads(x, w, "v", cfg.head_dim), cfg) * gate.flatten(2).sigmoid(), w, "self_attn.o_proj")
+
+
+def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
+    """Gated DeltaNet (arXiv 2412.06464) with a short causal convolution over q, k and v. x (B, L, d) -> (B, L, d)."""
+    kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
+    mixed = F.pad(linear(x, w, "linear_attn.in_proj_qkv").transpose(1, 2), (kernel.shape[-1] - 1, 0))
+    mixed = F.silu(F.conv1d(mixed, kernel, groups=len(kernel))).transpose(1, 2)
+    value_dim = w["linear_attn.out_proj.weight"].shape[1]
+    key_dim = (mixed.shape[-1] - value_dim) // 2
+    q, k, v = mixed.split((key_dim, key_dim, value_dim), dim=-1)
+    wide = widened(x.dtype)
+    q, k = (t.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(wide) for t in (q, k))
+    v = v.unflatten(-1, (-1, cfg.linear_value_head_dim))
+    q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+    groups = v.shape[2] // k.shape[2]  # value heads that share a query and key head
+    q, k = (t.repeat_interleave(groups, dim=2) for t in (q, k))
+    log_decay = -w["linear_attn.A_log"].exp() * F.softplus(
+        linear(x, w, "linear_attn.in_proj_a").to(wide) + w["linear_attn.dt_bias"])
+    beta = linear(x, w, "linear_attn.in_proj_b").sigmoid().to(wide)
+    out = gated_delta_rule(q * q.shape[-1] ** -0.5, k, v.to(wide), log_decay, beta).to(x.dtype)
+    z = linear(x, w, "linear_attn.in_proj_z").unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
+    out = (rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * F.silu(z)).to(x.dtype)
+    return linear(out.flatten(2), w, "linear_attn.out_proj")
+
+
+def gated_delta_rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor
+                     ) -> torch.Tensor:
+    """The recurrence S_t = a_t S_{t-1} + k_t (beta_t (v_t - (a_t S_{t-1})' k_t))', o_t = S_t' q_t, a = exp(log_decay).
+
+    q, k (B, L, H, h_k); v (B, L, H, h_v); log_decay, beta (B, L, H) -> (B, L, H, h_v).
+    """
+    state = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])  # (B, H, h_k, h_v)
+    out = torch.empty_like(v)
+    for t in range(v.shape[1]):
+        state = state * log_decay[:, t, :, None, None].exp()
+        error = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
+        out[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], state)
+    return out
+
+
+def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A dense SwiGLU block `name` of the layer on x (T, d)."""
+    return linear(F.silu(linear(x, w, f"{name}.gate_proj")) * linear(x, w, f"{name}.up_proj"), w, f"{name}.down_proj")
 
 
 def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
     """Gate weights (T, n) of tokens x (T, d) exactly as the model applies them: zero off the top-k,
     renormalised iff `norm_topk_prob`. Softmax in float32 or better."""
     router = layer.router if layer.fold is None else torch.cat((layer.router, layer.fold[0]))
-    logits = x @ router.T
-    p = logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    p = (x @ router.T).softmax(-1, dtype=widened(x.dtype))
     if layer.fold is not None:
         kept = len(layer.router)
         p = p[:, :kept].index_add(1, layer.fold[1], p[:, kept:])
@@ -293,36 +401,59 @@ def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch
     return out
 
 
-class LayerPass(NamedTuple):
-    """What one layer saw and made: MoE input x (T, d), gates (T, n), residual stream after the layer y (T, d)."""
-
-    index: int
-    layer: Layer
-    x: torch.Tensor
-    gates: torch.Tensor
-    y: torch.Tensor
-
-
-def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
+              ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """One pre-norm decoder layer on the residual stream h (B, L, d).
 
-    Returns (x, gates, y) as in LayerPass, the token dimension flattened.
+    Returns the feed-forward input x (T, d), the gates (T, n) or None for a dense layer, and the stream after the
+    layer y (T, d); a shared expert's output, times its sigmoid gate, is in y.
     """
     w = layer.weights
     h = h + FAMILIES[cfg.model_type].attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
     h = h.flatten(0, 1)
     x = rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+    if layer.router is None:
+        return x, None, h + mlp(x, w, "mlp")
     gates = route(x, layer, cfg)
-    return x, gates, h + mix_experts(layer.experts, x, gates)
+    out = mix_experts(layer.experts, x, gates)
+    if "mlp.shared_expert_gate.weight" in w:
+        out = out + linear(x, w, "mlp.shared_expert_gate").sigmoid() * mlp(x, w, "mlp.shared_expert")
+    return x, gates, h + out
 
 
 class Family(NamedTuple):
-    """What differs between model families: the self-attention (x, weights, cfg) -> (B, L, d)."""
+    """What differs between model families: the token mixer (x (B, L, d), weights, cfg) -> (B, L, d), defaults of
+    the configuration, and whether norm weights are stored less 1."""
 
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
+    rms_norm_eps: float = 1e-6
+    partial_rotary_factor: float = 1.0
+    always_renormalised: bool = False
+    norms_less_1: bool = False
 
 
-FAMILIES = {"olmoe": Family(olmoe_attention)}
+QWEN3_5 = Family(qwen3_5_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True)
+FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5), "qwen2_moe": Family(qwen2_attention),
+            "qwen3_moe": Family(qwen3_attention), "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
+
+
+# -------------------------------------------------------------------------------------------------- the model
+
+
+class LayerPass(NamedTuple):
+    """What one layer saw and made.
+
+    `name` is its prefix among the tensors; x (T, d) the feed-forward input; gates (T, n), None in a dense layer;
+    y (T, d) the residual stream after the layer; norm the norm between that stream and the head.
+    """
+
+    index: int
+    name: str
+    layer: Layer
+    x: torch.Tensor
+    gates: torch.Tensor | None
+    y: torch.Tensor
+    norm: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Model:
@@ -348,17 +479,27 @@ class Model:
         self.checkpoint = Checkpoint(path)
         self.config = read_config(self.checkpoint.raw_config)
         self.dtype, self.device = dtype, torch.device(device)
+        names = self.checkpoint.tensors
+        self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
+        self.layer_names = [f"{self.prefix}layers.{i}" for i in range(self.config.num_layers)]
+        self.layer_names += sorted({match[0] for match in map(re.compile(r"mtp\.layers\.\d+").match, names) if match})
+        for layer in self.layer_names:
+            info = names.get(f"{layer}.mlp.gate.weight")
+            if info and info.shape != [self.config.num_experts, self.config.hidden_size]:
+                raise InputError(f"{path}: config.json says {self.config.num_experts} experts and hidden size "
+                                 f"{self.config.hidden_size}, the router of {layer} has shape {info.shape}")
         self.folds = self._read_folds() if router == "fold" else {}
-        shape = self.checkpoint.tensors.get("model.layers.0.mlp.gate.weight")
-        if shape and shape.shape != [self.config.num_experts, self.config.hidden_size]:
-            raise InputError(f"{path}: config.json says {self.config.num_experts} experts of hidden size "
-                             f"{self.config.hidden_size}, the router of layer 0 has shape {shape.shape}")
 
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, self.dtype)
+    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """In the model's dtype; where norms are stored less 1, they and the recurrence's parameters stay wide."""
+        norm = re.search(r"norm(_\w+)?\.weight$", name)
+        if not FAMILIES[self.config.model_type].norms_less_1 or not (norm or name.endswith(("A_log", "dt_bias"))):
+            return tensor.to(self.device, self.dtype)
+        tensor = tensor.to(self.device, widened(self.dtype))
+        return tensor + 1 if norm and "linear_attn." not in name else tensor
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return self._cast(self.checkpoint.load([name])[name])
+        return self._cast(name, self.checkpoint.load([name])[name])
 
     def _read_folds(self) -> dict[str, torch.Tensor]:
         path = self.checkpoint.path / FOLD
@@ -368,65 +509,79 @@ class Model:
             return {name: f.get_tensor(name).to(self.device) for name in f.keys()}
 
     def layer(self, index: int) -> Layer:
-        """The weights of decoder layer `index`, read from disk now."""
-        prefix = f"model.layers.{index}."
-        weights = self.checkpoint.load(name for name in self.checkpoint.tensors if name.startswith(prefix))
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-        experts = Experts(*(self._stack(weights, f"mlp.experts.{{}}.{part}_proj.weight", index)
-                            for part in Experts._fields))
+        """The weights of decoder layer `index` (those of the multi-token head come last), read from disk now."""
+        layer = self.layer_names[index]
+        found = self.checkpoint.load(name for name in self.checkpoint.tensors if name.startswith(f"{layer}."))
+        weights = {name.removeprefix(f"{layer}."): tensor for name, tensor in found.items()}
+        experts = self._experts(layer, weights) if "mlp.gate.weight" in weights else None
+        weights = {name: self._cast(name, tensor) for name, tensor in weights.items()}
         fold = None
         if self.folds:
-            fold = self._cast(self.folds[f"layers.{index}.dropped_rows"]), self.folds[f"layers.{index}.slots"]
-        weights = {name: self._cast(tensor) for name, tensor in weights.items()}
-        return Layer(experts, weights.pop("mlp.gate.weight"), weights, fold)
+            fold = self.folds[f"{layer}.dropped_rows"].to(self.dtype), self.folds[f"{layer}.slots"]
+        return Layer(experts, weights.pop("mlp.gate.weight", None), weights, fold)
 
-    def _stack(self, weights: dict[str, torch.Tensor], name: str, index: int) -> torch.Tensor:
-        """Moves the tensors name.format(0..n-1) of `weights` into one stacked tensor."""
+    def _experts(self, layer: str, weights: dict[str, torch.Tensor]) -> Experts:
+        """Moves the experts' tensors, fused or one by one, out of `weights`."""
+        def stack(tensors: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+            stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=self.dtype, device=self.device)
+            for slot, tensor in zip(stacked, tensors):
+                slot.copy_(tensor)
+            return stacked
         try:
-            tensors = [weights.pop(name.format(e)) for e in range(self.config.num_experts)]
+            if "mlp.experts.gate_up_proj" in weights:
+                gate, up = weights.pop("mlp.experts.gate_up_proj").chunk(2, dim=1)
+                return Experts(stack(gate), stack(up), stack(weights.pop("mlp.experts.down_proj")))
+            return Experts(*(stack([weights.pop(f"mlp.experts.{e}.{part}_proj.weight")
+                                    for e in range(self.config.num_experts)]) for part in Experts._fields))
         except KeyError as err:
-            raise InputError(f"{self.checkpoint.path}: layer {index} has no tensor {err}") from None
-        stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=self.dtype, device=self.device)
-        for slot, tensor in zip(stacked, tensors):
-            slot.copy_(tensor)
-        return stacked
+            raise InputError(f"{self.checkpoint.path}: {layer} has no tensor {err}") from None
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of ids (B, L): the residual stream before the first layer, (B, L, d)."""
-        table = self.checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
-        return self._cast(F.embedding(ids.cpu(), table))
+        name = f"{self.prefix}embed_tokens.weight"
+        return F.embedding(ids.cpu(), self.checkpoint.load([name])[name]).to(self.device, self.dtype)
 
-    def final_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The norm before the head, as a function of the residual stream."""
-        weight = self._tensor("model.norm.weight")
-        return lambda y: rms_norm(y, weight, self.config.rms_norm_eps)
+    def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The norm with the weight `name`, as a function of the residual stream."""
+        return partial(rms_norm, weight=self._tensor(name), eps=self.config.rms_norm_eps)
 
     def unembedding(self) -> torch.Tensor:
         """The head W_U, (V, d)."""
-        return self._tensor("model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight")
+        return self._tensor(f"{self.prefix}embed_tokens.weight" if self.config.tie_word_embeddings
+                            else "lm_head.weight")
 
     def stream(self, ids: torch.Tensor) -> Iterator[LayerPass]:
-        """Runs ids (B, L) through the decoder layers, yielding each one's LayerPass; one layer in memory."""
-        h = self.embed(ids)
-        for index in range(self.config.num_layers):
+        """Runs ids (B, L) through the decoder layers, then through those of a multi-token prediction head where
+        there is one, yielding each one's LayerPass; one layer in memory."""
+        h, norm = self.embed(ids), self.norm(f"{self.prefix}norm.weight")
+        for index, name in enumerate(self.layer_names):
+            if name.startswith("mtp."):
+                h, norm = self._mtp_input(h, norm, ids), self.norm("mtp.norm.weight")
+                ids = ids[:, 1:]
             layer = self.layer(index)
             x, gates, y = run_layer(h, layer, self.config)
-            yield LayerPass(index, layer, x, gates, y)
+            yield LayerPass(index, name, layer, x, gates, y, norm)
             h = y.view_as(h)
             del layer, x, gates, y  # before the next layer is read; callers do the same with what they got
 
+    def _mtp_input(self, h: torch.Tensor, norm: Callable, ids: torch.Tensor) -> torch.Tensor:
+        """What a layer of the multi-token prediction head reads at position t, (B, L - 1, d): the embedding of
+        token t + 1 beside the last hidden state at t, each normed, projected to the width of the stream."""
+        pair = (self.norm("mtp.pre_fc_norm_embedding.weight")(self.embed(ids[:, 1:])),
+                self.norm("mtp.pre_fc_norm_hidden.weight")(norm(h[:, :-1])))
+        return torch.cat(pair, dim=-1) @ self._tensor("mtp.fc.weight").T
+
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """The normed residual stream that the head reads, (B, L, d), for ids (B, L) int64."""
-        y = self.embed(ids)
-        for step in self.stream(ids):
-            y = step.y.view_as(y)
+        for step in islice(self.stream(ids), self.config.num_layers):
+            y, norm = step.y, step.norm
             del step  # before the next layer is read
-        return self.final_norm()(y)
+        return norm(y).view(*ids.shape, -1)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Next-token logits (B, L, V) for ids (B, L) int64: float32, or float64 when that is the model's dtype."""
         logits = self.hidden(ids) @ self.unembedding().T
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.to(widened(logits.dtype))
 
     def perplexity(self, ids_or_text: torch.Tensor | str, seq_len: int = 512) -> float:
         """exp of the mean next-token loss in nats over ids (B, L), or over a text cut into sequences."""
@@ -434,7 +589,7 @@ class Model:
             ids_or_text = sequences(self.encode([ids_or_text]), seq_len)
         head, total = self.unembedding(), 0.0
         for h, ids in zip(self.hidden(ids_or_text), ids_or_text.to(self.device)):
-            logits = (h[:-1] @ head.T).to(torch.promote_types(h.dtype, torch.float32))
+            logits = (h[:-1] @ head.T).to(widened(h.dtype))
             total += F.cross_entropy(logits, ids[1:], reduction="sum").item()
         return float(torch.tensor(total / ids_or_text[:, 1:].numel(), dtype=torch.float64).exp())
 
@@ -546,21 +701,30 @@ class Copy(NamedTuple):
         return sum(end - start for start, end in self.ranges())
 
 
-def surviving_tensors(checkpoint: Checkpoint, survivors: dict[int, list[int]]) -> dict[str, Copy]:
-    """Tensors of the compressed checkpoint by name: expert survivors[layer][i] becomes expert i of its layer."""
+def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -> dict[str, Copy]:
+    """Tensors of the compressed checkpoint by name: expert survivors[layer][i] becomes expert i of that layer.
+
+    Router rows and fused experts keep the survivors' rows; experts stored one by one are renumbered; all else,
+    layers that are not in `survivors` among it, stays as it is.
+    """
     kept = {}
     for name, info in checkpoint.tensors.items():
-        match = re.fullmatch(r"(model\.layers\.(\d+)\.mlp\.)(?:experts\.(\d+)(\..+)|gate\.weight)", name)
-        if not match:
+        match = re.fullmatch(r"(.+)\.mlp\.(?:gate\.weight|experts\.(?:gate_up_proj|down_proj|(\d+)\.(.+)))", name)
+        rows = match and survivors.get(match[1])
+        if not rows:
             kept[name] = Copy(info)
-            continue
-        prefix, layer, expert, rest = match.groups()
-        rows = survivors[int(layer)]
-        if expert is None:
+        elif match[2] is None:
             kept[name] = Copy(info, rows)
-        elif int(expert) in rows:
-            kept[f"{prefix}experts.{rows.index(int(expert))}{rest}"] = Copy(info)
+        elif int(match[2]) in rows:
+            kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = Copy(info)
     return kept
+
+
+def with_num_experts(config: dict, count: int) -> dict:
+    """The object of config.json with another number of experts, where it stands: at the top or in `text_config`."""
+    if "text_config" in config:
+        return config | {"text_config": with_num_experts(config["text_config"], count)}
+    return config | {expert_count_key(config): count}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, str], folder: Path) -> None:
@@ -582,15 +746,15 @@ def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, 
                         out.write(source.read(min(1 << 24, end - at)))
 
 
-def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[int, list[int]], files: dict[str, bytes]
+def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes]
                      ) -> None:
-    """Writes the checkpoint that keeps `survivors` (layer -> sorted expert indices, K of them each) to `out`.
+    """Writes the checkpoint that keeps `survivors` (layer name -> sorted expert indices, K of them each) to `out`.
 
     Names, dtypes and shards are the source's, experts renumbered 0..K-1 and `num_experts` set to K; tokenizer
     and other small files are copied, `files` (name -> content) added. `out` appears whole or not at all.
     """
     kept = surviving_tensors(checkpoint, survivors)
-    config = checkpoint.raw_config | {"num_experts": len(next(iter(survivors.values())))}
+    config = with_num_experts(checkpoint.raw_config, len(next(iter(survivors.values()))))
     with new_folder(out) as partial:
         for file, metadata in checkpoint.metadata.items():
             shard = {name: copy for name, copy in kept.items() if copy.source.file == file}

@@ -22,16 +22,16 @@ def main() -> None:
     held_out = model_io.sequences(source.encode(model_io.python_documentation("held-out")), 512)
     ids = calibration_ids(source, [], 2048, 512, settings.seed)
     readout = make_readout(source, settings, ids)
-    signals = [measure_layer(step.layer.experts, step.x, step.gates, step.y, readout(step.index), settings)
-               for step in source.stream(ids)]
+    signals = {step.name: measure_layer(step.layer.experts, step.x, step.gates, step.y, readout(step), settings)
+               for step in source.stream(ids)}
     print(f"source: perplexity {source.perplexity(held_out):.1f} on {held_out.numel():,} held-out tokens\n")
     print("| kept of 64 | HodgeCover | top-K by REAP saliency | HodgeCover, fold |")
     print("|---|---|---|---|")
     for keep in (48, 32, 21, 16):
-        plans = [plan_from_signals(s, keep, settings) | {"layer": i} for i, s in enumerate(signals)]
-        hodge = {plan["layer"]: plan["survivors"] for plan in plans}
-        reap = {i: s.saliency.sort(descending=True, stable=True).indices[:keep].sort().values.tolist()
-                for i, s in enumerate(signals)}
+        plans = [plan_from_signals(s, keep, settings) | {"name": name} for name, s in signals.items()]
+        hodge = {plan["name"]: plan["survivors"] for plan in plans}
+        reap = {name: s.saliency.sort(descending=True, stable=True).indices[:keep].sort().values.tolist()
+                for name, s in signals.items()}
         cells = []
         for survivors, router in ((hodge, "drop"), (reap, "drop"), (hodge, "fold")):
             with tempfile.TemporaryDirectory() as folder:

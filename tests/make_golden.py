@@ -4,8 +4,9 @@
     pip install transformers && python tests/make_golden.py
 
 Each folder holds the checkpoint as transformers saves it, and golden.safetensors with `ids` (B, L) and `logits`
-(B, L, V). One-dimensional parameters are shaken, so that a norm or a bias left out would show.
+(B, L, V), for a checkpoint with a multi-token prediction head also `mtp_logits` (B, L - 1, V). One-dimensional parameters are shaken, so that a norm or a bias left out would show.
 """
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 
 try:
     import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.modeling_layers import MtpModel
 except ImportError:
     sys.exit("make_golden.py needs transformers: pip install transformers")
 
@@ -22,6 +25,17 @@ HERE = Path(__file__).resolve().parent / "golden"
 SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
              max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=0)
 OLMOE = SMALL | dict(intermediate_size=16, num_experts=8, num_experts_per_tok=3)
+QWEN2 = OLMOE | dict(intermediate_size=24, moe_intermediate_size=16, shared_expert_intermediate_size=20)
+QWEN3 = OLMOE | dict(intermediate_size=24, moe_intermediate_size=16, head_dim=12, num_key_value_heads=2)
+QWEN3_5 = SMALL | dict(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, shared_expert_intermediate_size=12, head_dim=16,
+    num_key_value_heads=2, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=8, linear_value_head_dim=6, linear_conv_kernel_dim=4, max_position_embeddings=128,
+    rms_norm_eps=1e-3,  # at 1e-6 the norm after the recurrence amplifies float32 rounding to 1e-4 of a logit
+    rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5,
+                     "mrope_interleaved": True, "mrope_section": [2, 1, 1]})
+VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4,
+              spatial_merge_size=1, temporal_patch_size=1, num_position_embeddings=4)
 CASES = {
     "olmoe-plain": (transformers.OlmoeConfig, OLMOE, {}),
     "olmoe-gqa-clip": (transformers.OlmoeConfig, OLMOE | dict(
@@ -30,26 +44,75 @@ CASES = {
         norm_topk_prob=True, tie_word_embeddings=True, attention_bias=True), {}),
     "olmoe-sharded": (transformers.OlmoeConfig, OLMOE | dict(num_hidden_layers=3, rms_norm_eps=1e-3),
                       {"max_shard_size": "60KB"}),
+    "qwen2-dense-between": (transformers.Qwen2MoeConfig, QWEN2 | dict(num_hidden_layers=3, mlp_only_layers=[1]), {}),
+    "qwen2-renormalised": (transformers.Qwen2MoeConfig, QWEN2 | dict(
+        decoder_sparse_step=2, norm_topk_prob=True, qkv_bias=False, num_key_value_heads=2), {}),
+    "qwen3-dense-first": (transformers.Qwen3MoeConfig, QWEN3 | dict(mlp_only_layers=[0], norm_topk_prob=True), {}),
+    "qwen3-plain-tied": (transformers.Qwen3MoeConfig, QWEN3 | dict(tie_word_embeddings=True, attention_bias=True),
+                         {"max_shard_size": "60KB"}),
+    "qwen3_5-text": (transformers.Qwen3_5MoeTextConfig, QWEN3_5, {}),
+    "qwen3_5-vision-mtp": (transformers.Qwen3_5MoeConfig, dict(
+        text_config=QWEN3_5 | dict(mtp_num_hidden_layers=1, layer_types=["linear_attention", "full_attention"] * 2),
+        vision_config=VISION), {"max_shard_size": "100KB", "save_original_format": False}),
 }
 
 
-def make(name: str, config_class: type, options: dict, save: dict) -> None:
-    """One checkpoint folder with its golden logits."""
-    torch.manual_seed(sorted(CASES).index(name))
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**options), dtype=torch.float32).eval()
+def shake(model: torch.nn.Module) -> None:
+    """Moves one-dimensional parameters off their initial values, and gives matrices, a router of zeros among them,
+    values that matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
-                parameter.mul_(8)  # the initial 0.02 would leave attention and router flat
-    ids = torch.randint(options["vocab_size"], (2, 24))
-    with torch.no_grad():
-        logits = model(ids).logits
-    shutil.rmtree(HERE / name, ignore_errors=True)
-    model.save_pretrained(HERE / name, **save)
-    save_file({"ids": ids, "logits": logits.contiguous()}, HERE / name / "golden.safetensors")
-    print(f"{name}: logits of size {logits.abs().mean():.2f}")
+                parameter.normal_(std=0.16)
+
+
+def add_mtp(model: torch.nn.Module, path: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Adds a multi-token prediction head to the saved checkpoint, in a shard of its own under its published names.
+
+    Returns its golden logits (B, L - 1, V) by name.
+    """
+    text = model.config.get_text_config()
+    text.num_mtp_layers, text.mtp_layer_types = 1, ["full_attention"]
+    mtp = MtpModel(model, 1).eval()
+    shake(mtp.layers[0])
+    layer = mtp.layers[0].state_dict()
+    outside = {"eh_proj.": "fc.", "enorm.": "pre_fc_norm_embedding.", "hnorm.": "pre_fc_norm_hidden.",
+               "post_norm.": "norm.", "mtp_block.": "layers.0."}
+    tensors = {f"mtp.{new}{name.removeprefix(old)}": tensor.contiguous() for name, tensor in layer.items()
+               for old, new in outside.items() if name.startswith(old)}
+    save_file(tensors, path / "model-mtp.safetensors", metadata={"format": "pt"})
+    index_file = path / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-mtp.safetensors")
+    index["metadata"]["total_size"] += sum(t.numel() * t.itemsize for t in tensors.values())
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
+    hidden = model(ids, output_hidden_states=True).hidden_states[-1]  # after the final norm
+    positions = torch.arange(1, ids.shape[1])[None].expand(len(ids), -1)
+    drafted = mtp.forward_layer(0, hidden[:, :-1], positions, None, input_ids=ids[:, 1:])
+    return {"mtp_logits": mtp._project_to_logits(drafted).contiguous()}
+
+
+@torch.no_grad()
+def make(name: str, config_class: type, options: dict, save: dict) -> None:
+    """One checkpoint folder with its golden logits."""
+    torch.manual_seed(sum(name.encode()))
+    config = config_class(**options)
+    auto = AutoModelForImageTextToText if "vision_config" in options else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    shake(model)
+    ids = torch.randint(SMALL["vocab_size"], (2, 70 if "qwen3_5" in name else 24))
+    path = HERE / name
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path, **save)
+    golden = {"ids": ids, "logits": model(ids).logits.contiguous()}
+    if "mtp_num_hidden_layers" in options.get("text_config", {}):
+        golden |= add_mtp(model, path, ids)
+    save_file(golden, path / "golden.safetensors")
+    for file in path.iterdir():
+        file.chmod(0o644)
+    print(f"{name}: logits of size {golden['logits'].abs().mean():.2f}")
 
 
 if __name__ == "__main__":
