@@ -5,6 +5,8 @@ import gc
 import json
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from model_io import Checkpoint, InputError, Model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir())
 PLAIN = Path(__file__).parent / "golden" / "olmoe-plain"
@@ -64,6 +66,17 @@ def test_the_multi_token_head_predicts_as_in_transformers():
     assert step.name == "mtp.layers.0" and step.index == model.config.num_layers
     logits = (step.norm(step.y) @ model.unembedding().T).view_as(reference["mtp_logits"])
     torch.testing.assert_close(logits, reference["mtp_logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("decay", [0.01, 1.0, 30.0])
+def test_the_chunked_delta_rule_is_the_recurrence(length, decay):
+    g = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, length, 3, width, generator=g, dtype=torch.float64) for width in (8, 8, 5))
+    k = k / k.norm(dim=-1, keepdim=True)
+    log_decay, beta = (torch.rand(2, length, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    plain = model_io.gated_delta_rule(q, k, v, -decay * log_decay, beta)
+    torch.testing.assert_close(model_io.chunked_gated_delta_rule(q, k, v, -decay * log_decay, beta), plain)
 
 
 def test_gates_are_the_models(golden):
@@ -302,3 +315,56 @@ def test_missing_weights_are_named(tmp_path):
         Model(tmp_path / "c")
     with pytest.raises(InputError, match="not a folder"):
         Model(tmp_path / "absent")
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+PASS_AND_EXPORT = """
+import resource, sys, torch, model_io
+model = model_io.Model(sys.argv[1])
+steps = 0
+for step in model.stream(torch.arange(64).view(1, 64)):
+    steps += 1
+    del step
+model_io.write_checkpoint(model.checkpoint, model_io.Path(sys.argv[2]), {n: [0, 1] for n in model.layer_names}, {})
+print(steps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def write_random_checkpoint(path: Path, layers: int, n: int = 16, d: int = 256, f: int = 512) -> None:
+    """A sharded bfloat16 OLMoE, a shard a layer: 12 MiB each on disk, 24 in float32."""
+    path.mkdir()
+    config = json.loads((PLAIN / "config.json").read_text()) | {
+        "num_hidden_layers": layers, "num_experts": n, "num_experts_per_tok": 2, "hidden_size": d,
+        "intermediate_size": f}
+    (path / "config.json").write_text(json.dumps(config))
+    g, weight_map = torch.Generator().manual_seed(0), {}
+
+    def shard(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        save_file({name: (torch.randn(shape, generator=g) / 16).bfloat16() for name, shape in shapes.items()},
+                  path / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shapes, file))
+    shard("model-0.safetensors", {"model.embed_tokens.weight": (96, d), "lm_head.weight": (96, d),
+                                  "model.norm.weight": (d,)})
+    for i in range(layers):
+        names = {f"self_attn.{p}_proj": (d, d) for p in "qkvo"} | {f"self_attn.{p}_norm": (d,) for p in "qk"} | {
+            "input_layernorm": (d,), "post_attention_layernorm": (d,), "mlp.gate": (n, d)}
+        for e in range(n):
+            names |= {f"mlp.experts.{e}.gate_proj": (f, d), f"mlp.experts.{e}.up_proj": (f, d),
+                      f"mlp.experts.{e}.down_proj": (d, f)}
+        shard(f"model-{i + 1}.safetensors", {f"model.layers.{i}.{name}.weight": s for name, s in names.items()})
+    (path / model_io.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """Calibration pass and export of 3 and of 15 layers, each in a process of its own: 12 more layers are 144 MiB on
+    disk and 288 MiB in float32, and cost nothing; the bound of 24 MiB, one layer, is for the allocator's noise."""
+    peak = {}
+    for layers in (3, 15):
+        write_random_checkpoint(tmp_path / f"c{layers}", layers)
+        done = subprocess.run([sys.executable, "-c", PASS_AND_EXPORT, tmp_path / f"c{layers}", tmp_path / f"o{layers}"],
+                              capture_output=True, text=True, cwd=Path(model_io.__file__).parent)
+        assert done.returncode == 0, done.stderr
+        steps, peak[layers] = map(int, done.stdout.split())
+        assert steps == layers and Checkpoint(tmp_path / f"o{layers}").raw_config["num_experts"] == 2
+    assert peak[15] - peak[3] < 24, peak
