@@ -82,6 +82,11 @@ def add_mtp(model: torch.nn.Module, path: Path, ids: torch.Tensor) -> dict[str, 
                "post_norm.": "norm.", "mtp_block.": "layers.0."}
     tensors = {f"mtp.{new}{name.removeprefix(old)}": tensor.contiguous() for name, tensor in layer.items()
                for old, new in outside.items() if name.startswith(old)}
+    for part in ("gate", "up", "down"):  # one by one, as Qwen3.5 is published; its other layers are fused
+        fused = tensors["mtp.layers.0.mlp.experts." + ("down_proj" if part == "down" else "gate_up_proj")]
+        stacked = fused if part == "down" else fused.chunk(2, dim=1)[part == "up"]
+        tensors |= {f"mtp.layers.0.mlp.experts.{e}.{part}_proj.weight": w.contiguous() for e, w in enumerate(stacked)}
+    del tensors["mtp.layers.0.mlp.experts.gate_up_proj"], tensors["mtp.layers.0.mlp.experts.down_proj"]
     save_file(tensors, path / "model-mtp.safetensors", metadata={"format": "pt"})
     index_file = path / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
