@@ -147,7 +147,7 @@ def additive_model(signal: torch.Tensor, d1: torch.Tensor) -> AdditiveModel:
 
 
 def candidate_triangles(n: int, barriers: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
-    """Stage 1: 3-cliques of the graph of edges with barrier <= median, at most `limit` of them.
+    """Stage 1: 3-cliques of the graph of edges with barrier <= median (the lower of two), at most `limit` of them.
 
     Parameters
     ----------
@@ -185,14 +185,14 @@ def betti_curve(n: int, barriers: torch.Tensor, triangles: torch.Tensor, triplet
     enters = torch.maximum(triplets, barriers[triangle_edges(n, triangles)].amax(1))
     order = enters.sort(stable=True).indices
     filling = enters[order[independent_columns(boundary_matrices(n, triangles[order])[1])]]
-    joining = spanning_forest(n, barriers)
+    joining = spanning_tree(n, barriers)
 
     def entered(values: torch.Tensor) -> torch.Tensor:
         return torch.searchsorted(values.sort().values, thresholds, right=True)
     return entered(barriers) - entered(joining) - entered(filling)
 
 
-def spanning_forest(n: int, barriers: torch.Tensor) -> torch.Tensor:
+def spanning_tree(n: int, barriers: torch.Tensor) -> torch.Tensor:
     """Barriers (n - 1,) of a minimum spanning tree of the complete graph, ascending (Kruskal)."""
     parent = list(range(n))
 
@@ -210,8 +210,8 @@ def spanning_forest(n: int, barriers: torch.Tensor) -> torch.Tensor:
 
 
 def independent_columns(matrix: torch.Tensor) -> list[int]:
-    """Columns that are linearly independent of those before them, by Cholesky of the Gram matrix that skips a
-    column whose pivot vanishes. For integer matrices, whose pivots are not tiny unless they are 0."""
+    """Columns of a boundary matrix that are linearly independent of those before them: Cholesky of the Gram matrix,
+    skipping a column whose pivot vanishes. (With entries 0 and +-1, other pivots are far from 0.)"""
     gram, kept = matrix.T @ matrix, []
     factor = torch.zeros_like(gram)  # lower triangular in the kept columns
     for column in range(len(gram)):
@@ -249,9 +249,9 @@ def discordance(n: int, barriers: torch.Tensor, triangles: torch.Tensor, triplet
 def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """KL(p || p') in nats, where p' has the logits of p plus delta.
 
-    With m = E_p[delta], KL = log1p(E_p[phi(delta - m)]), phi(x) = exp(x) - 1 - x >= 0: never negative, and
-    accurate where delta is tiny, unlike a difference of log-softmaxes. Rows whose exponentials overflow take
-    log E_p[exp delta] - m instead, which is accurate there.
+    With m = E_p[delta], KL = log1p(E_p[phi(delta - m)]), phi(x) = exp(x) - 1 - x >= 0: never negative, and with a
+    relative error of about eps / |delta| where delta is small; a difference of log-softmaxes has eps / delta^2.
+    Rows whose exponentials overflow take log E_p[exp delta] - m instead, which is accurate there.
 
     Parameters
     ----------

@@ -69,49 +69,68 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises InputError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{path}: cannot be read as JSON ({err})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
 
 
+def value_of(text: dict, key: str, kind: type, default: float | None = None):
+    """text[key] (default where it is absent or null), checked to be a `kind`; numbers also to be positive."""
+    value = text.get(key) if text.get(key) is not None else default
+    if value is None:
+        raise InputError(f"config.json: the key {key!r} is missing")
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is not bool and isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < 2**31:
+        return value
+    what = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
+    raise InputError(f"config.json: {key} is {value!r}; it must be {what}")
+
+
 def read_config(raw: dict) -> Config:
     """Config from the object in `config.json` (the key names of transformers 4 and 5; a nested `text_config`).
 
-    Raises InputError for an unsupported model type or option, or a missing key.
+    Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind.
     """
-    if raw.get("model_type") not in FAMILIES:
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if not family:
         raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported; "
                          f"supported: {', '.join(FAMILIES)}")
     text = raw.get("text_config") or raw
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = isinstance(text, dict) and (text.get("rope_parameters") or text.get("rope_scaling") or {})
+    if not isinstance(rope, dict):
+        raise InputError("config.json: text_config and rope_parameters must be JSON objects")
     refuse_unsupported(raw, text, rope)
-    family = FAMILIES[raw["model_type"]]
     eos = text.get("eos_token_id", raw.get("eos_token_id"))
-    try:
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        rotary = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", family.partial_rotary_factor))
-        return Config(
-            model_type=raw["model_type"],
-            vocab_size=text["vocab_size"],
-            hidden_size=text["hidden_size"],
-            num_layers=text["num_hidden_layers"],
-            head_dim=head_dim,
-            rotary_dim=int(head_dim * rotary),
-            rope_theta=rope.get("rope_theta", text.get("rope_theta", 10000.0)),
-            rms_norm_eps=text.get("rms_norm_eps", family.rms_norm_eps),
-            num_experts=text[expert_count_key(text)],
-            top_k=text["num_experts_per_tok"],
-            norm_topk_prob=family.always_renormalised or text.get("norm_topk_prob", False),
-            tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
-            clip_qkv=text.get("clip_qkv"),
-            linear_key_head_dim=text.get("linear_key_head_dim", 128),
-            linear_value_head_dim=text.get("linear_value_head_dim", 128),
-        )
-    except KeyError as err:
-        raise InputError(f"config.json: the key {err} is missing") from None
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    vocab_size, hidden_size = value_of(text, "vocab_size", int), value_of(text, "hidden_size", int)
+    if eos is not None and eos not in range(vocab_size):
+        raise InputError(f"config.json: eos_token_id is {eos!r}; it must be a token id below {vocab_size}")
+    head_dim = value_of(text, "head_dim", int, hidden_size // value_of(text, "num_attention_heads", int))
+    rotary = value_of(rope | text, "partial_rotary_factor", float, family.partial_rotary_factor)
+    config = Config(
+        model_type=raw["model_type"],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=value_of(text, "num_hidden_layers", int),
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * rotary),
+        rope_theta=value_of(text | rope, "rope_theta", float, 10000.0),
+        rms_norm_eps=value_of(text, "rms_norm_eps", float, family.rms_norm_eps),
+        num_experts=value_of(text, expert_count_key(text), int),
+        top_k=value_of(text, "num_experts_per_tok", int),
+        norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, False),
+        tie_word_embeddings=value_of(text | raw, "tie_word_embeddings", bool, False),
+        eos_token_id=eos,
+        clip_qkv=None if text.get("clip_qkv") is None else value_of(text, "clip_qkv", float),
+        linear_key_head_dim=value_of(text, "linear_key_head_dim", int, 128),
+        linear_value_head_dim=value_of(text, "linear_value_head_dim", int, 128),
+    )
+    if config.top_k > config.num_experts:
+        raise InputError(f"config.json: num_experts_per_tok {config.top_k} is above {config.num_experts} experts")
+    return config
 
 
 def expert_count_key(text: dict) -> str:
@@ -125,8 +144,9 @@ def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
     a sliding window in use, another activation."""
     quantised = raw.get("quantization_config") or text.get("quantization_config")
     if quantised:
-        raise InputError(f"config.json: quantised weights ({quantised.get('quant_method', 'unknown format')}) are not "
-                         "supported; use the checkpoint in bfloat16, float16 or float32")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise InputError(f"config.json: quantised weights ({method}) are not supported; use the checkpoint in "
+                         "bfloat16, float16 or float32")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise InputError(f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
@@ -157,7 +177,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(length))
-    except (OSError, ValueError, SafetensorError) as err:
+    except (OSError, ValueError, RecursionError, SafetensorError) as err:
         raise InputError(f"{path}: not a readable safetensors file ({err})") from None
     header.pop("__metadata__", None)
     base = 8 + length
@@ -239,6 +259,13 @@ class Experts(NamedTuple):
     def __call__(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """Output of expert e on x (T, d): down_e (silu(gate_e x) * up_e x), (T, d)."""
         return (F.silu(x @ self.gate[e].T) * (x @ self.up[e].T)) @ self.down[e].T
+
+
+class Weights(dict):
+    """A layer's weights by name; a name that is not there is an InputError."""
+
+    def __missing__(self, name: str):
+        raise InputError(f"a layer of the checkpoint has no tensor {name!r}")
 
 
 @dataclass(eq=False)
@@ -505,13 +532,16 @@ class Model:
         self.dtype, self.device = dtype, torch.device(device)
         names = self.checkpoint.tensors
         self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
+        self._embedding = f"{self.prefix}embed_tokens.weight"
+        self._head = self._embedding if self.config.tie_word_embeddings else "lm_head.weight"
         self.layer_names = [f"{self.prefix}layers.{i}" for i in range(self.config.num_layers)]
         self.layer_names += sorted({match[0] for match in map(re.compile(r"mtp\.layers\.\d+").match, names) if match})
-        for layer in self.layer_names:
-            info = names.get(f"{layer}.mlp.gate.weight")
-            if info and info.shape != [self.config.num_experts, self.config.hidden_size]:
-                raise InputError(f"{path}: config.json says {self.config.num_experts} experts and hidden size "
-                                 f"{self.config.hidden_size}, the router of {layer} has shape {info.shape}")
+        rows_of = {self._embedding: self.config.vocab_size, self._head: self.config.vocab_size}
+        rows_of |= {f"{layer}.mlp.gate.weight": self.config.num_experts for layer in self.layer_names}
+        for name, rows in rows_of.items():
+            if name in names and names[name].shape != [rows, self.config.hidden_size]:
+                raise InputError(f"{path}: {name} has shape {names[name].shape}; by config.json it must be "
+                                 f"{[rows, self.config.hidden_size]}")
         self.folds = self._read_folds() if router == "fold" else {}
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -538,7 +568,7 @@ class Model:
         found = self.checkpoint.load(name for name in self.checkpoint.tensors if name.startswith(f"{layer}."))
         weights = {name.removeprefix(f"{layer}."): tensor for name, tensor in found.items()}
         experts = self._experts(layer, weights) if "mlp.gate.weight" in weights else None
-        weights = {name: self._cast(name, tensor) for name, tensor in weights.items()}
+        weights = Weights({name: self._cast(name, tensor) for name, tensor in weights.items()})
         fold = None
         if self.folds:
             fold = self.folds[f"{layer}.dropped_rows"].to(self.dtype), self.folds[f"{layer}.slots"]
@@ -546,24 +576,30 @@ class Model:
 
     def _experts(self, layer: str, weights: dict[str, torch.Tensor]) -> Experts:
         """Moves the experts' tensors, fused or one by one, out of `weights`."""
-        def stack(tensors: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-            stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=self.dtype, device=self.device)
-            for slot, tensor in zip(stacked, tensors):
-                slot.copy_(tensor)
-            return stacked
+        n, d = self.config.num_experts, self.config.hidden_size
         try:
             if "mlp.experts.gate_up_proj" in weights:
-                gate, up = weights.pop("mlp.experts.gate_up_proj").chunk(2, dim=1)
-                return Experts(stack(gate), stack(up), stack(weights.pop("mlp.experts.down_proj")))
-            return Experts(*(stack([weights.pop(f"mlp.experts.{e}.{part}_proj.weight")
-                                    for e in range(self.config.num_experts)]) for part in Experts._fields))
+                parts = [*weights.pop("mlp.experts.gate_up_proj").chunk(2, dim=1), weights.pop("mlp.experts.down_proj")]
+            else:
+                parts = [[weights.pop(f"mlp.experts.{e}.{part}_proj.weight") for e in range(n)]
+                         for part in Experts._fields]
         except KeyError as err:
             raise InputError(f"{self.checkpoint.path}: {layer} has no tensor {err}") from None
+        f = parts[0][0].shape[0]
+        experts = Experts(*(torch.empty(n, *shape, dtype=self.dtype, device=self.device)
+                            for shape in ((f, d), (f, d), (d, f))))
+        for stacked, tensors in zip(experts, parts):
+            if len(tensors) != n or any(t.shape != stacked.shape[1:] or not t.is_floating_point() for t in tensors):
+                raise InputError(f"{self.checkpoint.path}: the experts of {layer} are not {n} floating-point matrices "
+                                 f"of one size for a hidden size of {d}")
+            for slot, tensor in zip(stacked, tensors):
+                slot.copy_(tensor)
+        return experts
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of ids (B, L): the residual stream before the first layer, (B, L, d)."""
-        name = f"{self.prefix}embed_tokens.weight"
-        return F.embedding(ids.cpu(), self.checkpoint.load([name])[name]).to(self.device, self.dtype)
+        table = self.checkpoint.load([self._embedding])[self._embedding]
+        return F.embedding(ids.cpu(), table).to(self.device, self.dtype)
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The norm with the weight `name`, as a function of the residual stream."""
@@ -571,8 +607,7 @@ class Model:
 
     def unembedding(self) -> torch.Tensor:
         """The head W_U, (V, d)."""
-        return self._tensor(f"{self.prefix}embed_tokens.weight" if self.config.tie_word_embeddings
-                            else "lm_head.weight")
+        return self._tensor(self._head)
 
     def stream(self, ids: torch.Tensor) -> Iterator[LayerPass]:
         """Runs ids (B, L) through the decoder layers, then through those of a multi-token prediction head where
@@ -584,6 +619,9 @@ class Model:
                 ids = ids[:, 1:]
             layer = self.layer(index)
             x, gates, y = run_layer(h, layer, self.config)
+            if not y.isfinite().all():
+                raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
+                                 f"in its weights, or an overflow of {self.dtype}")
             yield LayerPass(index, name, layer, x, gates, y, norm)
             h = y.view_as(h)
             del layer, x, gates, y  # before the next layer is read; callers do the same with what they got
@@ -627,6 +665,8 @@ class Model:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as err:  # the library raises plain Exception
             raise InputError(f"{path}: not a readable tokenizer ({err})") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
         ids = [i for encoding in tokenizer.encode_batch(list(documents), add_special_tokens=False)
                for i in encoding.ids + end]
@@ -639,19 +679,31 @@ class Model:
 
 
 def read_documents(paths: Iterable[str | os.PathLike]) -> list[str]:
-    """One document a UTF-8 text file, or one a line (its `text` field) of a `.jsonl` file."""
+    """One document a UTF-8 text file, or one a line (its `text` field) of a `.jsonl` or `.json` file."""
     documents = []
     for path in map(Path, paths):
         try:
             text = path.read_text(encoding="utf-8")
-            documents += [json.loads(line)["text"] for line in text.splitlines() if line.strip()] \
-                if path.suffix == ".jsonl" else [text]
         except OSError as err:
             raise InputError(f"{path}: cannot be read ({err.strerror})") from None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: expected UTF-8 text, or .jsonl with an object with a \"text\" field a line"
-                             ) from None
+        except ValueError:
+            raise InputError(f"{path}: not UTF-8 text") from None
+        if path.suffix in (".jsonl", ".json"):
+            lines = enumerate(text.split("\n"), 1)
+            documents += [json_text(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+        else:
+            documents.append(text)
     return documents
+
+
+def json_text(line: str, where: str) -> str:
+    """The `text` field of a JSON object."""
+    try:
+        text = json.loads(line)["text"]
+        text.encode()  # a lone surrogate is no text
+        return text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f'{where}: expected a JSON object with a "text" field that is a string') from None
 
 
 def python_documentation(part: str) -> list[str]:
@@ -785,7 +837,7 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
             write_safetensors(partial / file, shard, metadata, checkpoint.path)
         if checkpoint.sharded:
             index = read_json(checkpoint.path / INDEX)
-            index["metadata"] = index.get("metadata", {}) | {"total_size": sum(c.nbytes() for c in kept.values())}
+            index["metadata"] = (index.get("metadata") or {}) | {"total_size": sum(c.nbytes() for c in kept.values())}
             index["weight_map"] = {name: copy.source.file for name, copy in sorted(kept.items())}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -838,6 +890,13 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_new(out: Path) -> None:
-    """Raises InputError where `out` exists and is not an empty folder."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; name another with --out, or remove it")
+    """Raises InputError where `out` cannot become a new folder: it exists and is not an empty one, or no folder
+    can be made where it should lie."""
+    try:
+        if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(f"{out}: exists and is not an empty folder; name another with --out, or remove it")
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"{out}: cannot be made; {above} is not a folder that can be written to")
+    except OSError as err:
+        raise InputError(f"{out}: cannot be made ({err.strerror})") from None

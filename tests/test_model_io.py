@@ -283,7 +283,7 @@ def test_fingerprint_sees_a_changed_weight(golden, tmp_path):
 
 @pytest.mark.parametrize("change, says", [
     ({"model_type": "llama"}, "model_type 'llama' is not supported"),
-    ({"num_experts": 9}, "says 9 experts"),
+    ({"num_experts": 9}, r"gate.weight has shape \[8, 32\]; by config.json it must be \[9, 32\]"),
     ({"hidden_size": None}, "hidden_size"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn'"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
