@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 
 SCHEMA_VERSION = 1
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
-BUFFER_BYTES = 1 << 28  # what one step of the barrier sweep may take beside the layer's weights and the head
+BUFFER_BYTES = 1 << 26  # what one step of the barrier sweep may take beside the layer's weights and the head
 
 Tick = Callable[[float], None]  # told the share of the work that is done
 Readout = Callable[..., torch.Tensor]  # (experts, x, gates, y, simplices, tick=...) -> barriers (M,)

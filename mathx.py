@@ -261,9 +261,11 @@ def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor
     Returns (R,).
     """
     p = log_p.exp()
-    mean = torch.einsum("...v,...v->...", delta, p)
-    x = delta - mean[:, None]
-    kl = torch.einsum("...v,...v->...", torch.expm1(x).sub_(x), p).clamp_(min=0).log1p_()
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values @ p if p.dim() == 1 else torch.linalg.vecdot(values, p)
+    x = delta - mean(delta)[:, None]
+    kl = mean(torch.expm1(x).sub_(x)).clamp_(min=0).log1p_()
     overflow = ~kl.isfinite()
     if overflow.any():
         rows = log_p if log_p.dim() == 1 else log_p[overflow]

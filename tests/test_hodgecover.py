@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The method against a plain oracle, and the command line from end to end."""
+import hashlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from hodgecover import Settings
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from model_io import Experts, Model
+from model_io import Experts, InputError, Model
 from safetensors.torch import load_file
 
 ROOT = Path(hodgecover.__file__).parent
@@ -139,18 +140,28 @@ def test_barriers_of_checkpoints_are_the_plain_ones(path):
                 assert_is_the_plain_barrier(readout(*parts(layer), chosen), layer, chosen, features)
 
 
-def test_bfloat16_and_float32_barriers_rank_as_float64():
+def test_the_model_readout_agrees_where_no_layer_comes_after():
+    """More simplices than one group of 64, more tokens than one block of 256; `later` is the norm alone."""
+    layer = random_layer(n=13, tokens=300)
+    barriers = hodgecover.model_barriers(*parts(layer), mathx.edges(13), later=layer["norm"],
+                                         unembedding=layer["unembedding"])
+    torch.testing.assert_close(barriers, lens(layer)(*parts(layer), mathx.edges(13)), rtol=1e-9, atol=1e-15)
+
+
+def test_progress_is_told():
+    seen = []
+    lens(random_layer())(*parts(random_layer()), mathx.edges(7), tick=seen.append)
+    assert seen == sorted(seen) and seen[-1] == 1
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_barriers_of_lesser_precision_stay_near(dtype, bound):
     layer = random_layer(tokens=200)
+    layer["norm"] = partial(model_io.rms_norm, weight=torch.ones(12, dtype=dtype), eps=1e-5)
     exact = lens(layer)(*parts(layer), mathx.edges(7))
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        weight, head = torch.ones(12, dtype=dtype), layer["unembedding"].to(dtype)
-        exact_here = partial(hodgecover.lens_barriers, norm=lambda y: model_io.rms_norm(y, torch.ones(12).to(y), 1e-5),
-                             unembedding=layer["unembedding"])(*parts(layer), mathx.edges(7))
-        rounded = hodgecover.lens_barriers(
-            Experts(*(part.to(dtype) for part in layer["experts"])), *(layer[v].to(dtype) for v in ("x", "gates", "y")),
-            mathx.edges(7), norm=partial(model_io.rms_norm, weight=weight, eps=1e-5), unembedding=head)
-        torch.testing.assert_close(rounded, exact_here, rtol=bound, atol=0)
-    assert exact.isfinite().all()
+    low = layer | {"experts": Experts(*(part.to(dtype) for part in layer["experts"]))} | {
+        name: layer[name].to(dtype) for name in ("x", "gates", "y", "unembedding")}
+    torch.testing.assert_close(lens(low)(*parts(low), mathx.edges(7)), exact, rtol=bound, atol=0)
 
 
 def test_reap_saliency_word_by_word():
@@ -163,6 +174,7 @@ def test_reap_saliency_word_by_word():
     saliency = hodgecover.reap_saliency(*parts(layer)[:3])
     torch.testing.assert_close(saliency, torch.stack(expected) / sum(expected))
     assert saliency[3] == 0
+    assert hodgecover.reap_saliency(layer["experts"], layer["x"], layer["gates"] * 0).tolist() == [0] * 7
 
 
 # --------------------------------------------------------------------------------------------------- the plan
@@ -191,32 +203,92 @@ def test_under_index_order_the_numbering_can_change_the_survivors():
     assert len(found) > 1
 
 
-def test_a_plan_is_what_its_parts_say():
+def test_saliency_order_is_index_order_of_the_sorted_layer():
+    """Plans of a layer in saliency order, and in index order of the layer with its experts sorted by saliency."""
+    layer = random_layer(3, n=10)
+    rank = hodgecover.reap_saliency(*parts(layer)[:3]).sort().indices.tolist()
+    settings = dict(edge_percent=10, triangle_percent=30)
+    plan = hodgecover.plan_layer(*parts(layer), lens(layer), 4, Settings(**settings))
+    sorted_layer = permuted(layer, rank)
+    other = hodgecover.plan_layer(*parts(sorted_layer), lens(sorted_layer), 4, Settings(order="index", **settings))
+    assert plan["eta"] == pytest.approx(other["eta"]) and plan["covered_at"] == other["covered_at"]
+    assert plan["order"] == [rank[i] for i in other["order"]]
+    assert plan["redirect"] == {str(rank[int(i)]): rank[j] for i, j in other["redirect"].items()}
+    for name in ("critical_edges", "critical_triangles"):
+        assert plan[name] == [sorted(rank[i] for i in simplex) for simplex in other[name]] != []
+    f = plan["frequency"]
+    assert plan["routed_share"] == pytest.approx(sum(f[i] for i in plan["survivors"]) / sum(f))
+
+
+def test_tau_is_the_first_threshold_of_the_largest_betti_number():
+    """The cycle 0-1-2-3 closes by 0.4 and its chord 02 enters by 0.5; the triangles fill both halves by 0.8."""
+    b = torch.tensor([0.1, 0.45, 0.15, 0.25, 1.0, 0.35], dtype=torch.float64)  # 01 02 03 12 13 23
+    signals = hodgecover.Signals(torch.arange(4), torch.ones(4), torch.ones(4).double() / 4, b,
+                                 torch.tensor([[0, 1, 2], [0, 2, 3]]), torch.tensor([0.75, 0.75]).double())
+    inside, tau, curve = hodgecover.curate_triangles(signals, Settings(thresholds=10))  # 0.1, 0.2, ..., 1.0
+    assert curve.tolist() == [0, 0, 0, 1, 2, 2, 2, 0, 0, 1]
+    assert tau == pytest.approx(0.5) and inside.tolist() == [False, False]
+    exactly = signals._replace(triplets=torch.tensor([tau, 0.75], dtype=torch.float64))
+    assert hodgecover.curate_triangles(exactly, Settings(thresholds=10))[0].tolist() == [True, False]
+    assert hodgecover.plan_from_signals(signals, 2)["discordance"] == 1  # of the candidates, though T is empty
+
+
+@pytest.mark.parametrize("choices", [{}, dict(lambda_edge=0.3, lambda_triangle=2.0, alpha=50.0, seed=3, thresholds=7,
+                                             margin=1.0)])
+def test_a_plan_is_what_its_parts_say(choices):
     """The plan of a layer in index order, from its barriers and the functions of mathx called one by one."""
     layer = random_layer(5, n=9)
-    settings = Settings(order="index", edge_percent=10, triangle_percent=20, max_triangles=12)
+    settings = Settings(order="index", edge_percent=10, triangle_percent=20, max_triangles=12, **choices)
     plan = hodgecover.plan_layer(*parts(layer), lens(layer), 4, settings)
     b = lens(layer)(*parts(layer), mathx.edges(9))
-    candidates = mathx.candidate_triangles(9, b, 12, 0)
+    candidates = mathx.candidate_triangles(9, b, 12, settings.seed)
     triplets = lens(layer)(*parts(layer), candidates)
-    curve = mathx.betti_curve(9, b, candidates, triplets, torch.linspace(
-        min(b.min(), triplets.min()).item(), max(b.max(), triplets.max()).item(), 80, dtype=torch.float64))
-    triangles = candidates[triplets <= plan["tau"]]
+    thresholds = torch.linspace(min(b.min(), triplets.min()).item(), max(b.max(), triplets.max()).item(),
+                                settings.thresholds, dtype=torch.float64)
+    curve = mathx.betti_curve(9, b, candidates, triplets, thresholds)
+    assert plan["betti_curve"] == curve.tolist() and plan["tau"] == thresholds[curve.argmax()].item()
+    triangles, triplets_in = candidates[triplets <= plan["tau"]], triplets[triplets <= plan["tau"]]
     assert plan["candidates"] == len(candidates) == 12 and plan["triangles"] == len(triangles)
     d1, d2 = mathx.boundary_matrices(9, triangles)
-    assert curve.max() == curve[-1] or plan["tau"] < max(b.max(), triplets.max())
-    harmonic = mathx.hodge_decompose(b, d1, d2).harmonic
-    assert plan["betti_1"] == mathx.betti_1(d1, d2)
-    critical = [mathx.edges(9)[mathx.critical(harmonic.abs(), 10)],
-                triangles[mathx.critical(triplets[triplets <= plan["tau"]], 20)]]
+    parts_of = mathx.hodge_decompose(b, d1, d2)
+    assert plan["eta"] == mathx.energy_fractions(parts_of)
+    assert plan["eta_constant"] == mathx.energy_fractions(mathx.hodge_decompose(torch.ones_like(b), d1, d2))
+    fit = mathx.additive_model(b, d1)
+    assert plan["additive"] == {"energy": fit.energy, "variance": fit.variance}
+    discordance = mathx.discordance(9, b, candidates, triplets, settings.margin)
+    assert (plan["discordance"], plan["discordance_quantiles"]) == discordance
+    assert plan["betti_1"] == mathx.betti_1(d1, d2) and plan["mean_barrier"] == b.mean().item()
+    critical = [mathx.edges(9)[mathx.critical(parts_of.harmonic.abs(), 10)], triangles[mathx.critical(triplets_in, 20)]]
     assert [plan["critical_edges"], plan["critical_triangles"]] == [c.tolist() for c in critical]
     assert len(critical[0]) == math.ceil(3.6) and len(critical[1]) == math.ceil(0.2 * len(triangles))
     saliency = hodgecover.reap_saliency(*parts(layer)[:3])
-    assert plan["order"] == mathx.greedy_cover(saliency, [(c, 1.0) for c in critical], 9)[0]
+    weights = settings.lambda_edge, settings.lambda_triangle
+    order, covered_at = mathx.greedy_cover(saliency, list(zip(critical, weights)), 9)
+    assert plan["order"] == order and list(plan["covered_at"].values()) == covered_at
     assert plan["survivors"] == sorted(plan["order"][:4])
-    target = mathx.redirect(plan["survivors"], b, harmonic, 1.0)
+    target = mathx.redirect(plan["survivors"], b, parts_of.harmonic, settings.alpha)
     assert plan["redirect"] == {str(i): j for i, j in target.items()}
     assert sum(plan["frequency"]) == 40 * 2 and sum(plan["saliency"]) == pytest.approx(1)
+
+
+def test_defaults_are_those_of_the_readme():
+    assert Settings() == Settings(
+        readout="lens", order="saliency", router="drop", edge_percent=5, triangle_percent=5, lambda_edge=1,
+        lambda_triangle=1, alpha=1, max_triangles=500, thresholds=80, margin=0.1, seed=0)
+
+
+def test_nan_in_an_expert_is_an_error_not_a_plan():
+    layer = random_layer()
+    layer["experts"].down[4, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        hodgecover.plan_layer(*parts(layer), lens(layer), 3)
+
+
+@pytest.mark.parametrize("keep", [0, 8])
+def test_keep_is_from_1_to_n(keep):
+    layer = random_layer()
+    with pytest.raises(InputError, match="from 1 to the layer's 7"):
+        hodgecover.plan_layer(*parts(layer), lens(layer), keep)
 
 
 def test_plans_of_fewer_survivors_nest():
@@ -302,6 +374,35 @@ def test_the_same_command_gives_the_same_bytes(tiny, output, tmp_path):
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in output.iterdir()}
 
 
+def test_calibration_is_sampled_by_seed_and_a_short_text_is_said(tiny, tmp_path, capsys):
+    model = Model(tiny)
+    first, other = (hodgecover.calibration_ids(model, [], 256, 128, seed) for seed in (0, 1))
+    assert first.shape == other.shape == (2, 128) and not torch.equal(first, other) and capsys.readouterr().err == ""
+    (tmp_path / "short.txt").write_text("A short text. " * 100)
+    assert hodgecover.calibration_ids(model, [tmp_path / "short.txt"], 2048, 128, 0).shape[0] < 16
+    assert "all used; 2048 were asked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", [8, 64])
+def test_the_least_and_the_most_that_can_be_kept(tiny, tmp_path, keep):
+    assert run(tiny, "--keep", keep, "--out", tmp_path / "o", *QUICK, "--dtype", "float64", "--seed", 1) == 0
+    plan = json.loads((tmp_path / "o" / "hodgecover.json").read_text())
+    assert [len(layer["survivors"]) for layer in plan["layers"]] == [keep] * 4
+    assert (plan["settings"]["dtype"], plan["settings"]["seed"]) == ("float64", 1)
+    ids = hodgecover.calibration_ids(Model(tiny), [], 256, 128, 1)
+    assert plan["settings"]["calibration_sha256"] == hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+
+def test_the_fold_is_evaluated_as_a_fold(tiny, output, monkeypatch, capsys):
+    monkeypatch.setattr(hodgecover, "compress", lambda *_, **__: output)
+    text = output.parent / "held-out.txt"
+    text.write_text("\n".join(model_io.python_documentation("held-out"))[:3000], encoding="utf-8")
+    assert run(tiny, "--keep", 32, "--router", "fold", "--eval", text, "--seq-len", 128) == 0
+    ids = model_io.sequences(Model(tiny).encode([text.read_text()]), 128)
+    after = float(re.search(r"-> ([\d.]+), KL", capsys.readouterr().out)[1])
+    assert after == pytest.approx(Model(output, router="fold").perplexity(ids), abs=0.01)
+
+
 def test_lines_for_people(tiny, tmp_path, capsys):
     text = tmp_path / "eval.txt"
     text.write_text("\n".join(model_io.python_documentation("held-out"))[:20000], encoding="utf-8")
@@ -316,7 +417,29 @@ def test_lines_for_people(tiny, tmp_path, capsys):
     assert after == pytest.approx(Model(out).perplexity(ids), abs=0.01)
     log_p, log_q = (Model(path).logits(ids).double().log_softmax(-1) for path in (tiny, out))
     assert kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), abs=1e-4)
-    assert f"output: {out}" in said
+    assert f"output: {out}" in said and "weights: 3.6 MB -> 1.7 MB (48%)" in said
+    settings = json.loads((out / "hodgecover.json").read_text())["settings"]
+    assert settings["calibration"] == ["eval.txt"] and str(tmp_path) not in (out / "hodgecover.json").read_text()
+
+
+def test_a_layers_line_and_the_clock():
+    plan = {"layer": 3, "eta": {"gradient": 0.5, "curl": 0.1, "harmonic": 0.4},
+            "eta_constant": {"gradient": 0.6, "curl": 0.15, "harmonic": 0.25}, "additive": {"energy": 0.99, "variance": 0.9},
+            "betti_1": 1453, "triangles": 500, "discordance": 0.75, "covered_at": {"edges": 20, "triangles": 18},
+            "routed_share": 0.5}
+    assert hodgecover.layer_line(plan).split() == [
+        "3", "0.500", "(0.600)", "0.100", "(0.150)", "0.400", "(0.250)", "1.00%", "10.00%", "1453", "500", "75.0%",
+        "20", "18", "50.0%"]
+    assert hodgecover.clock(3661) == "1:01:01"
+
+
+def test_progress_tells_the_time_left(monkeypatch, capsys):
+    now = iter((0.0, 10.0, 40.0))
+    monkeypatch.setattr(hodgecover.time, "monotonic", lambda: next(now))
+    bar = hodgecover.progress_bar()
+    bar(0.1)
+    bar(0.25)
+    assert capsys.readouterr().err == " 25% done, 0:02:00 left\n"
 
 
 def test_plan_only_writes_the_plan_alone(tiny, output, tmp_path):
@@ -346,6 +469,20 @@ def test_the_model_readout_is_refused_where_it_does_not_fit(tiny, tmp_path, monk
     assert not (tmp_path / "o").exists()
 
 
+def test_the_cost_of_the_model_readout_counts_its_parts(monkeypatch, tiny, capsys):
+    """Four layers of 500 + 2,016 merges over T tokens: layer l runs 3 - l later layers, and the head each time."""
+    monkeypatch.setattr(hodgecover, "matrix_rate", lambda *_: 1e9)
+    ids = torch.ones(2, 64, dtype=torch.int64)
+    hodgecover.check_cost(Model(tiny), ids, Settings(readout="model"))
+    layer = 4 * 96 * 96 + 64 * 96 + 4 * 96 + 8 * 3 * 96 * 16  # attention, router, norms, 8 of 64 experts
+    operations = 2 * 2516 * 128 * (layer * (3 + 2 + 1 + 0) + 4 * 2048 * 96)
+    assert f"{operations:.1e} operations" in capsys.readouterr().err
+    weights = 4 * 4 * (layer + 56 * 3 * 96 * 16)
+    monkeypatch.setattr(hodgecover, "available_memory", lambda device: weights)
+    with pytest.raises(InputError, match="GB are free"):
+        hodgecover.check_cost(Model(tiny), ids, Settings(readout="model"))
+
+
 @pytest.mark.parametrize("options, says", [
     (["--keep", "65"], "from 8 to 64"),
     (["--keep", "7"], "from 8 to 64"),
@@ -354,6 +491,12 @@ def test_the_model_readout_is_refused_where_it_does_not_fit(tiny, tmp_path, monk
     (["--keep", "32", "--tokens", "100"], "less than one sequence"),
     (["--keep", "32", "--edge-percent", "101"], "--edge-percent 101.0: must be from 0 to 100"),
     (["--keep", "32", "--alpha", "nan"], "--alpha nan"),
+    (["--keep", "32", "--alpha", "inf"], "--alpha inf"),
+    (["--keep", "32", "--seed", "-1"], "--seed -1"),
+    (["--keep", "32", "--lambda-triangle", "-1"], "--lambda-triangle -1"),
+    (["--keep", "32", "--max-triangles", "-1"], "--max-triangles -1"),
+    (["--keep", "32", "--seq-len", "1"], "--seq-len 1"),
+    (["--keep", "32", "--device", "cuda"], "sees no GPU"),
     (["--keep", "32", "--readout", "lense"], "lense"),
     (["--keep", "32", "--calib", "absent.txt"], "absent.txt"),
     (["--keep", "32", "--eval", "absent.txt"], "absent.txt"),
@@ -361,17 +504,40 @@ def test_the_model_readout_is_refused_where_it_does_not_fit(tiny, tmp_path, monk
 ])
 def test_wrong_options_get_one_line(tiny, tmp_path, monkeypatch, capsys, options, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(tiny, "--out", "out", *options) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and says in said.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_exists_is_left_alone(tiny, tmp_path, capsys):
+def test_an_output_that_cannot_be_is_refused_before_the_work(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hodgecover, "plan_model", None)
     (tmp_path / "notes.txt").write_text("mine")
-    assert run(tiny, "--keep", 32, "--out", tmp_path) == 2
-    assert "exists and is not an empty folder" in capsys.readouterr().err
-    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "link").symlink_to("elsewhere")
+    for out, says in ((tmp_path, "not an empty folder"), (tmp_path / "notes.txt", "not an empty folder"),
+                      (tmp_path / "notes.txt" / "out", "cannot be made"), (tmp_path / "link", "not an empty folder"),
+                      (tmp_path / ("x" * 300), "cannot be made"), (tiny / "out", "lies in the checkpoint")):
+        assert run(tiny, "--keep", 32, "--out", out) == 2
+        said = capsys.readouterr()
+        assert says in said.err and said.err.count("\n") == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["link", "notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(hodgecover, "run", interrupt)
+    assert run("x", "--keep", 1) == 130 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_dense_checkpoint_is_refused(tmp_path, capsys):
+    path = tmp_path / "dense"
+    shutil.copytree(ROOT / "tests" / "golden" / "qwen3-dense-first", path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert run(path, "--keep", 3) == 2 and "no layer has a router" in capsys.readouterr().err
 
 
 def test_a_vendored_copy_works(tiny, tmp_path):

@@ -157,6 +157,14 @@ def test_a_zero_signal_has_no_energy():
     assert mathx.energy_fractions(parts) == {"gradient": 0, "curl": 0, "harmonic": 0}
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("n", [3, 7, 20])
+def test_a_constant_signal_is_additive(n, value):
+    d1, _ = mathx.boundary_matrices(n, tensor([]))
+    fit = mathx.additive_model(torch.full((math.comb(n, 2),), value, dtype=torch.float64), d1)
+    assert (fit.energy, fit.variance) == (pytest.approx(1), 1)
+
+
 @given(st.integers(3, 8), st.integers(0, 2**31))
 def test_additive_model_is_exact_on_sums_and_beats_other_potentials(n, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -200,6 +208,13 @@ def test_candidates_are_the_cliques_below_the_median(n, seed, limit):
     assert len(found) == min(limit, len(cliques)) and found == sorted(set(found)) and set(found) <= set(cliques)
 
 
+def test_more_candidates_than_the_limit_are_sampled_by_seed():
+    b = torch.arange(28, dtype=torch.float64)
+    assert len(mathx.candidate_triangles(8, b, 500, 0)) > 3
+    samples = {str(mathx.candidate_triangles(8, b, 3, seed).tolist()) for seed in range(6)}
+    assert len(samples) > 1 and str(mathx.candidate_triangles(8, b, 3, 5).tolist()) in samples
+
+
 @given(complexes(3, 7), st.integers(0, 2**31))
 def test_betti_curve_equals_betti_numbers_of_each_complex(case, seed):
     n, triangles, _ = case
@@ -217,12 +232,16 @@ def test_betti_curve_equals_betti_numbers_of_each_complex(case, seed):
 
 
 def test_discordance_by_hand():
-    b = torch.tensor([1.0, 2, 0, 3, 0, 0], dtype=torch.float64)  # edges 01 02 03 12 13 23
-    triangles = tensor([(0, 1, 2), (0, 1, 3)])
-    result = mathx.discordance(4, b, triangles, torch.tensor([3.2, 1.2], dtype=torch.float64), 0.1)
-    assert result.fraction == 0.5
-    assert result.ratio_quantiles[0] == pytest.approx(3.2 / 3) and result.ratio_quantiles[-1] == pytest.approx(1.2)
-    assert mathx.discordance(4, b, tensor([]), torch.zeros(0, dtype=torch.float64), 0.1) == (0.0, [])
+    """Triangles 012, 034, 056 share no edge; all edges cost 1, but those of 056 nothing."""
+    triangles = tensor([(0, 1, 2), (0, 3, 4), (0, 5, 6)])
+    b = torch.ones(21, dtype=torch.float64)
+    b[mathx.triangle_edges(7, triangles[2:])] = 0
+    triplets = torch.tensor([1.1, 3.0, 0.5], dtype=torch.float64)
+    assert mathx.discordance(7, b, triangles, triplets, 0.1).fraction == pytest.approx(2 / 3)  # 1.1 does not exceed
+    quantiles = [1.1, 1.1 + 1.9 / 4, 1.1 + 1.9 / 2, 1.1 + 1.9 * 3 / 4, 3.0]  # of two ratios; 0.5 / 0 is none
+    assert mathx.discordance(7, b, triangles, triplets, 0.1).ratio_quantiles == pytest.approx(quantiles)
+    assert mathx.discordance(7, b, triangles[2:], triplets[2:], 0.1) == (1.0, [])
+    assert mathx.discordance(7, b, tensor([]), triplets[:0], 0.1) == (0.0, [])
 
 
 # --------------------------------------------------------------------------------------------------------- KL
@@ -241,8 +260,9 @@ def test_kl_of_a_logit_change_is_the_direct_kl(seed, peak, size):
     assert (kl >= 0).all() and kl.isfinite().all()
     noise = 1e-14 * max(peak * 10, size * 10, 1)  # the direct difference of log-softmaxes cancels
     torch.testing.assert_close(kl, direct, rtol=1e-8, atol=noise)
-    rows = mathx.kl_of_logit_change(log_p.expand(3, -1), delta)
-    torch.testing.assert_close(rows, kl, rtol=1e-12, atol=0)
+    each = torch.stack((log_p, (logits / 2).log_softmax(-1), (-logits).log_softmax(-1)))  # a p for each row
+    rows = torch.cat([mathx.kl_of_logit_change(p, row[None]) for p, row in zip(each, delta)])
+    torch.testing.assert_close(mathx.kl_of_logit_change(each, delta), rows, rtol=1e-9, atol=1e-300)
     single = mathx.kl_of_logit_change(log_p.float(), delta.float())
     assert (single >= 0).all() and single.isfinite().all()
     torch.testing.assert_close(single.double(), kl, rtol=1e-3, atol=1e-6 * min(size, 1) + 1e-6 * peak * (size > 1))
@@ -338,6 +358,10 @@ def test_critical_rounds_up_and_breaks_ties_to_the_first(percent, count):
     assert mathx.critical(values, percent).tolist() == expected
 
 
+def test_a_count_that_is_whole_is_not_rounded_up_by_its_binary_fraction():
+    assert len(mathx.critical(torch.arange(3000, dtype=torch.float64), 1.1)) == 33  # 3000 * 1.1 / 100 > 33 in floats
+
+
 def test_values_up_to_the_floor_are_never_critical():
     assert mathx.critical(torch.zeros(10, dtype=torch.float64), 50).tolist() == []
     assert mathx.critical(torch.tensor([0.0, 1.0, 1e-15], dtype=torch.float64), 100, 1e-12).tolist() == [1]
@@ -347,15 +371,22 @@ def test_values_up_to_the_floor_are_never_critical():
 @given(st.integers(3, 8), st.integers(0, 2**31), st.sampled_from([0.0, 1.0, 5.0]))
 def test_redirect_is_the_cheapest_survivor(n, seed, alpha):
     generator = torch.Generator().manual_seed(seed)
-    b, h = torch.rand(2, math.comb(n, 2), generator=generator, dtype=torch.float64)
+    b = torch.rand(math.comb(n, 2), generator=generator, dtype=torch.float64)
+    h = torch.randn(math.comb(n, 2), generator=generator, dtype=torch.float64)
     survivors = torch.randperm(n, generator=generator)[: 1 + seed % (n - 1)].tolist()
     target = mathx.redirect(survivors, b, h, alpha)
     assert sorted(target) == sorted(set(range(n)) - set(survivors))
     for i, chosen in target.items():
         def cost(j: int) -> float:
             at = mathx.edge_index(n, torch.tensor(min(i, j)), torch.tensor(max(i, j)))
-            return (b[at] * (1 + alpha * h[at] / b.norm())).item()
+            return (b[at] * (1 + alpha * abs(h[at]) / b.norm())).item()
         assert cost(chosen) == pytest.approx(min(map(cost, survivors)))
+
+
+def test_redirect_shuns_harmonic_edges_unless_the_signal_is_nothing():
+    b, harmonic = torch.ones(3, dtype=torch.float64), torch.tensor([0.0, -1.0, 0.0], dtype=torch.float64)
+    for scale, target in ((1, 1), (1e-4, 1), (1e-13, 0)):
+        assert mathx.redirect([0, 1], b * scale, harmonic * scale, 1.0) == {2: target}
 
 
 def test_redirect_of_a_zero_signal_goes_to_the_first_survivor():

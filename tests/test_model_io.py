@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Reading, running and rewriting checkpoints, against transformers' golden logits and the safetensors library."""
+import dataclasses
 import doctest
 import gc
 import json
@@ -51,6 +52,29 @@ def test_bfloat16_stays_near(golden):
     logits = Model(golden, dtype=torch.bfloat16).logits(reference["ids"])
     correlation = torch.corrcoef(torch.stack((logits.flatten(), reference["logits"].flatten())))[0, 1]
     assert logits.dtype == torch.float32 and correlation > 0.98
+
+
+def test_norms_and_router_are_computed_wide():
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(50, 64, generator=g) * 3).bfloat16(), torch.rand(64, generator=g).bfloat16()
+    wide = model_io.rms_norm(x.float(), torch.ones(64), 1e-5).bfloat16()
+    assert torch.equal(model_io.rms_norm(x, weight, 1e-5), wide * weight)
+    cfg = Model(PLAIN).config
+    layer = model_io.Layer(None, torch.randn(8, 64, generator=g).bfloat16(), {})
+    gates = model_io.route(x, layer, cfg)
+    p = (x @ layer.router.T).softmax(-1, dtype=torch.float32)
+    assert torch.equal(gates[gates > 0], p[gates > 0].bfloat16())
+
+
+def test_a_fold_renormalises_where_the_model_does():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 32, generator=g)
+    layer = model_io.Layer(None, torch.randn(5, 32, generator=g), {},
+                           (torch.randn(3, 32, generator=g), torch.tensor([0, 0, 4])))
+    cfg = Model(PLAIN).config
+    gates = model_io.route(x, layer, dataclasses.replace(cfg, norm_topk_prob=True))
+    torch.testing.assert_close(gates.sum(1), torch.ones(20))
+    assert model_io.route(x, layer, cfg).sum(1).min() < 0.99
 
 
 def test_the_docstrings_examples_hold(monkeypatch, tiny):
@@ -124,11 +148,14 @@ def test_documents_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "url": 1}\n', encoding="utf-8")
     assert model_io.read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one\n\ntwo", "three", "four"]
+    (tmp_path / "u.json").write_text('{"text": "five\u2028six"}', encoding="utf-8")
+    assert model_io.read_documents([tmp_path / "u.json"]) == ["five\u2028six"]
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
-    (tmp_path / "d.jsonl").write_text("[1]\n")
-    for name in ("c.txt", "d.jsonl", "absent.txt"):
+    for name, line in (("d", "[1]"), ("e", '{"text": 5}'), ("f", '{"text": "\\ud800"}'), ("g", "[" * 100_000)):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n' + line)
+    for name in ("c.txt", "d.jsonl, line 2", "e.jsonl, line 2", "f.jsonl, line 2", "g.jsonl, line 2", "absent.txt"):
         with pytest.raises(InputError, match=name):
-            model_io.read_documents([tmp_path / name])
+            model_io.read_documents([tmp_path / name.split(",")[0]])
 
 
 def test_the_parts_of_the_documentation_are_apart():
@@ -154,6 +181,20 @@ def test_encode_ends_each_document(tiny):
     model = Model(tiny)
     one, both = model.encode(["a b"]), model.encode(["a b", "c"])
     assert one[-1] == both[-1] == model.config.eos_token_id and both[: len(one)].tolist() == one.tolist()
+    model.config = dataclasses.replace(model.config, vocab_size=int(one.max()))
+    with pytest.raises(InputError, match="beyond the vocabulary"):
+        model.encode(["a b"])
+
+
+def test_padding_and_truncation_of_the_tokenizer_file_are_not_applied(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "c")
+    raw = json.loads((tiny / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                      "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(raw))
+    texts = ["a text of more than four tokens", "b"]
+    assert Model(tmp_path / "c").encode(texts).tolist() == Model(tiny).encode(texts).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------- writing
@@ -167,7 +208,12 @@ def compressed(golden, tmp_path) -> tuple[Path, Path]:
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Model\nscore 61.2\n")
-    (source / "pytorch_model.bin").write_bytes(b"old")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf", model_io.FOLD):
+        (source / name).write_bytes(b"old")
+    if (source / model_io.INDEX).exists():
+        index = json.loads((source / model_io.INDEX).read_text())
+        index["metadata"]["note"] = "kept"
+        (source / model_io.INDEX).write_text(json.dumps(index))
     (source / ".gitattributes").write_text("x")
     (source / model_io.PLAN).write_text("of an earlier run")
     checkpoint = Checkpoint(source)
@@ -203,6 +249,7 @@ def test_shards_index_and_metadata_follow_the_source(compressed):
         index = json.loads((out / model_io.INDEX).read_text())
         tensors = {file: safe_open(out / file, "pt").keys() for file in after.metadata}
         assert index["weight_map"] == {name: file for file, names in tensors.items() for name in names}
+        assert index["metadata"]["note"] == "kept"
         assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in source_tensors(out).values())
     else:
         assert not (out / model_io.INDEX).exists()
@@ -219,12 +266,39 @@ def test_configuration_and_small_files_come_along(compressed):
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     names = {file.name for file in out.iterdir()}
-    assert not names & {"pytorch_model.bin", ".gitattributes", "golden.safetensors"}
+    assert not names & {"pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf",
+                        model_io.FOLD, ".gitattributes", "golden.safetensors"}
     assert (out / model_io.PLAN).read_text() == "{}"
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n> **This is a compressed model.**")
     assert card.endswith("# Model\nscore 61.2\n")
     assert out.stat().st_mode == source.stat().st_mode
+
+
+def test_a_card_without_front_matter_starts_with_the_notice(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "README.md").write_text("# Model\n")
+    model_io.copy_small_files(tmp_path / "a", tmp_path / "b")
+    assert re.fullmatch(r"> \*\*This is a compressed model\.\*\*.*\n\n# Model\n", (tmp_path / "b" / "README.md").read_text())
+
+
+def test_the_folder_above_the_output_is_made(tmp_path):
+    with model_io.new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "x").touch()
+    assert (tmp_path / "a" / "b" / "x").exists() and len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_headers_are_padded_and_large_tensors_whole(tmp_path):
+    """The data starts at a multiple of 8 bytes; a tensor of more than one copied block of 16 MiB comes through."""
+    tensors = {"b": torch.arange(5 << 20, dtype=torch.int32), "a": torch.ones(3, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    infos, _ = model_io.read_header(tmp_path / "in.safetensors")
+    assert [info.start for info in infos.values()] == sorted(info.start for info in infos.values())
+    copies = {name: model_io.Copy(info) for name, info in infos.items()}
+    model_io.write_safetensors(tmp_path / "out.safetensors", copies, {}, tmp_path)
+    assert int.from_bytes((tmp_path / "out.safetensors").read_bytes()[:8], "little") % 8 == 0
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "out.safetensors").items())
 
 
 def masked_logits(path: Path, ids: torch.Tensor, kept: list[int], monkeypatch) -> torch.Tensor:
@@ -271,11 +345,13 @@ def test_the_output_appears_whole_or_not_at_all(golden, tmp_path, monkeypatch):
 def test_fingerprint_sees_a_changed_weight(golden, tmp_path):
     shutil.copytree(golden, tmp_path / "copy")
     assert Checkpoint(tmp_path / "copy").fingerprint() == Checkpoint(golden).fingerprint()
-    file = tmp_path / "copy" / next(iter(Checkpoint(golden).metadata))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert Checkpoint(tmp_path / "copy").fingerprint() != Checkpoint(golden).fingerprint()
+    seen = {Checkpoint(golden).fingerprint()}
+    for name in [*Checkpoint(golden).metadata, "config.json"]:
+        content = (tmp_path / "copy" / name).read_bytes()
+        changed = content.rstrip() + b" \n" if name == "config.json" else content[:-1] + bytes([content[-1] ^ 1])
+        (tmp_path / "copy" / name).write_bytes(changed)
+        seen.add(Checkpoint(tmp_path / "copy").fingerprint())
+    assert len(seen) == len(Checkpoint(golden).metadata) + 2
 
 
 # ------------------------------------------------------------------------------------------------- wrong input
@@ -288,6 +364,17 @@ def test_fingerprint_sees_a_changed_weight(golden, tmp_path):
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn'"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"use_sliding_window": True}, "sliding window"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
+    ({"rope_parameters": "linear"}, "must be JSON objects"),
+    ({"rope_parameters": None, "rope_theta": "a"}, "rope_theta is 'a'; it must be a positive number"),
+    ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a positive whole number"),
+    ({"hidden_size": 64}, "by config.json it must be"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is above 8"),
+    ({"norm_topk_prob": "no"}, "norm_topk_prob is 'no'; it must be true or false"),
+    ({"eos_token_id": 96}, "eos_token_id is 96"),
+    ({"vocab_size": 95}, "by config.json it must be"),
+    ({"model_type": ["olmoe"]}, "is not supported"),
     ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"quantised weights \(fp8\)"),
 ])
 def test_a_wrong_configuration_is_named(tmp_path, change, says):
@@ -296,6 +383,71 @@ def test_a_wrong_configuration_is_named(tmp_path, change, says):
     (tmp_path / "c" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
     with pytest.raises(InputError, match=says):
         Model(tmp_path / "c")
+
+
+def test_configurations_of_transformers_4_and_their_defaults():
+    raw = json.loads((PLAIN / "config.json").read_text())
+    assert model_io.read_config(raw | {"rope_parameters": {"rope_theta": 700.0}}).rope_theta == 700
+    del raw["rope_parameters"]
+    assert model_io.read_config(raw | {"rope_theta": 500.0, "rope_scaling": None}).rope_theta == 500
+    assert model_io.read_config(raw | {"eos_token_id": [5, 7]}).eos_token_id == 5
+    assert model_io.read_config(raw | {"eos_token_id": None}).eos_token_id is None
+    for key in ("rms_norm_eps", "norm_topk_prob", "tie_word_embeddings", "clip_qkv", "head_dim"):
+        raw.pop(key, None)
+    config = model_io.read_config(raw)
+    assert (config.rms_norm_eps, config.norm_topk_prob, config.tie_word_embeddings) == (1e-5, False, False)
+    assert (config.rope_theta, config.clip_qkv, config.head_dim) == (10000, None, 8)
+
+
+def rewrite(path: Path, change) -> Path:
+    """A copy of the plain golden checkpoint at `path` with its tensors changed by `change`."""
+    shutil.copytree(PLAIN, path)
+    save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors")
+    return path
+
+
+LAYER_0 = "model.layers.0."
+
+
+@pytest.mark.parametrize("name, tensor, says", [
+    ("mlp.experts.3.up_proj.weight", None, "no tensor 'mlp.experts.3.up_proj.weight'"),
+    ("mlp.experts.3.down_proj.weight", torch.ones(32, 1), "the experts of model.layers.0 are not 8 floating-point"),
+    ("mlp.experts.3.down_proj.weight", torch.ones(32, 16, dtype=torch.int8), "are not 8 floating-point"),
+    ("self_attn.q_norm.weight", None, "no tensor 'self_attn.q_norm.weight'"),
+    ("self_attn.o_proj.weight", torch.full((32, 32), torch.nan), "model.layers.0 gives values that are not finite"),
+])
+def test_wrong_tensors_are_named(tmp_path, name, tensor, says):
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del tensors[LAYER_0 + name]
+        return tensors if tensor is None else tensors | {LAYER_0 + name: tensor}
+    with pytest.raises(InputError, match=says):
+        Model(rewrite(tmp_path / "c", change)).logits(torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="no tensor 'absent'"):
+        Checkpoint(PLAIN).load(["absent"])
+    with pytest.raises(InputError, match="--router fold"):
+        Model(PLAIN, router="fold")
+    shutil.copytree(PLAIN, tmp_path / "c")
+    for text in ("[1]", "{", "[" * 100_000):
+        (tmp_path / "c" / "config.json").write_text(text)
+        with pytest.raises(InputError, match="config.json"):
+            Checkpoint(tmp_path / "c")
+
+
+def test_a_broken_index_or_weight_file_is_named(tmp_path):
+    shutil.copytree(PLAIN, tmp_path / "c")
+    weights = (tmp_path / "c" / "model.safetensors").read_bytes()
+    for content in (b"", weights[:100], weights[:-1], b"\xff" * 8 + weights[8:]):
+        (tmp_path / "c" / "model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="not a readable safetensors file"):
+            Checkpoint(tmp_path / "c")
+    (tmp_path / "c" / "model.safetensors").unlink()
+    for index in ("{}", '{"weight_map": []}'):
+        (tmp_path / "c" / model_io.INDEX).write_text(index)
+        with pytest.raises(InputError, match="no weight_map"):
+            Checkpoint(tmp_path / "c")
 
 
 def test_a_shard_name_that_leaves_the_folder_is_refused(tmp_path):
