@@ -228,8 +228,11 @@ def test_tau_is_the_first_threshold_of_the_largest_betti_number():
     inside, tau, curve = hodgecover.curate_triangles(signals, Settings(thresholds=10))  # 0.1, 0.2, ..., 1.0
     assert curve.tolist() == [0, 0, 0, 1, 2, 2, 2, 0, 0, 1]
     assert tau == pytest.approx(0.5) and inside.tolist() == [False, False]
-    exactly = signals._replace(triplets=torch.tensor([tau, 0.75], dtype=torch.float64))
-    assert hodgecover.curate_triangles(exactly, Settings(thresholds=10))[0].tolist() == [True, False]
+    fourth = torch.linspace(0.1, 1.0, 10, dtype=torch.float64)[3].item()  # then 012 fills as soon as 02 enters
+    inside, tau, curve = hodgecover.curate_triangles(
+        signals._replace(triplets=torch.tensor([fourth, 0.75], dtype=torch.float64)), Settings(thresholds=10))
+    assert curve.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 1]
+    assert tau == fourth and inside.tolist() == [True, False]  # at most tau*, whatever its edges
     assert hodgecover.plan_from_signals(signals, 2)["discordance"] == 1  # of the candidates, though T is empty
 
 
