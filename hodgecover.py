@@ -245,8 +245,8 @@ def measure_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
     triplets = readout(experts, x, gates, y, rank[candidates].to(x.device),
                        tick=lambda done: tick(share + (1 - share) * done))
     if not torch.cat((saliency, barriers, triplets)).isfinite().all():
-        raise InputError("a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an expert, "
-                         f"or an overflow of {x.dtype}")
+        raise InputError("a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an "
+                         f"expert, or an overflow of {x.dtype}")
     return Signals(rank, (gates > 0).sum(0).cpu(), saliency, barriers, candidates, triplets)
 
 
@@ -363,7 +363,8 @@ def make_readout(model: Model, settings: Settings, ids: torch.Tensor) -> Callabl
         for layer in layers[index + 1:]:
             y = model_io.run_layer(y.view(*ids.shape, -1), layer, model.config)[2]
         return norm(y)
-    return lambda step: partial(model_barriers, later=partial(later, index=step.index, norm=step.norm), unembedding=head)
+    return lambda step: partial(model_barriers, unembedding=head,
+                                later=partial(later, index=step.index, norm=step.norm))
 
 
 def check_cost(model: Model, ids: torch.Tensor, settings: Settings) -> None:
@@ -412,21 +413,25 @@ def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings, s
                ) -> list[dict]:
     """Plans every sparse layer from one forward pass over ids (B, L); says one line a layer."""
     readout = make_readout(model, settings, ids)
-    plans, bar = [], progress_bar()
+    bar = progress_bar()
+
+    def plan(step: LayerPass) -> dict:
+        layer = plan_layer(step.layer.experts, step.x, step.gates, step.y, readout(step), keep, settings,
+                           tick=lambda done: bar((step.index + done) / len(model.layer_names)))
+        bar(None)
+        say(layer_line({"layer": step.index} | layer))
+        return {"layer": step.index, "name": step.name} | layer
+    plans = []
     say(LAYER_HEAD)
     for step in model.stream(ids):
         if step.gates is not None:
-            plan = plan_layer(step.layer.experts, step.x, step.gates, step.y, readout(step), keep, settings,
-                              tick=lambda done: bar((step.index + done) / len(model.layer_names)))
-            plans.append({"layer": step.index, "name": step.name} | plan)
-            bar(None)
-            say(layer_line(plans[-1]))
+            plans.append(plan(step))
         del step  # before the next layer is read
     return plans
 
 
 def fold_file(model: Model, plans: list[dict]) -> bytes:
-    """What `--router fold` needs beside the survivors (gate mass p'_j = sum of p_i over pi(i) = j; paper section 4.1)."""
+    """What `--router fold` needs beside the survivors (paper section 4.1: p'_j = sum of p_i over pi(i) = j)."""
     tensors = {}
     for plan in plans:
         router = f"{plan['name']}.mlp.gate.weight"
@@ -500,8 +505,10 @@ def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, fl
 
 
 LAYER_HEAD = (
-    "layer  eta: gradient  curl           harmonic       additive residual  beta_1    T  discordance  covered at  routed to\n"
-    "       (in brackets: of a constant signal)          energy  variance                              E*   T*    survivors")
+    "layer  eta: gradient  curl           harmonic       additive residual  beta_1    T  discordance  covered at  "
+    "routed to\n"
+    "       (in brackets: of a constant signal)          energy  variance                              E*   T*    "
+    "survivors")
 
 
 def layer_line(plan: dict) -> str:
@@ -569,11 +576,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         ".jsonl with a text field [Python's own documentation]")
     add("--tokens", "T", int, TOKENS, "calibration tokens [%(default)s]")
     add("--seq-len", "L", int, SEQ_LEN, "tokens of one sequence [%(default)s]")
-    choose("readout", "where barriers are measured: at the layer's own next-token distribution, or end to end, which is "
-           "far dearer [%(default)s]")
+    choose("readout", "where barriers are measured: at the layer's own next-token distribution, or end to end, which "
+           "is far dearer [%(default)s]")
     choose("order", "total order of the experts that orients the complex [%(default)s]")
-    choose("router", "dropped experts' gate mass: renormalised over the survivors, or folded into their redirect targets "
-           "[%(default)s]")
+    choose("router", "dropped experts' gate mass: renormalised over the survivors, or folded into their redirect "
+           "targets [%(default)s]")
     add("--edge-percent", "P", float, default.edge_percent, "harmonic-critical edges [%(default)s]")
     add("--triangle-percent", "Q", float, default.triangle_percent, "triplet-critical triangles [%(default)s]")
     add("--lambda-edge", "A", float, default.lambda_edge, "weight of covered edges [%(default)s]")
@@ -601,7 +608,8 @@ def weight_bytes(model: Model) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Everything the command line does, after parsing."""
-    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)})
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)
+                           if hasattr(args, field.name)})
     dtype = getattr(torch, args.dtype)
     source, held_out = Model(args.checkpoint, dtype, args.device), None
     if args.eval:

@@ -109,7 +109,7 @@ def read_config(raw: dict) -> Config:
     if eos is not None and eos not in range(vocab_size):
         raise InputError(f"config.json: eos_token_id is {eos!r}; it must be a token id below {vocab_size}")
     head_dim = value_of(text, "head_dim", int, hidden_size // value_of(text, "num_attention_heads", int))
-    rotary = value_of(rope | text, "partial_rotary_factor", float, family.partial_rotary_factor)
+    rotary = value_of(text | rope, "partial_rotary_factor", float, family.partial_rotary_factor)
     config = Config(
         model_type=raw["model_type"],
         vocab_size=vocab_size,

@@ -4,7 +4,8 @@
     pip install transformers && python tests/make_golden.py
 
 Each folder holds the checkpoint as transformers saves it, and golden.safetensors with `ids` (B, L) and `logits`
-(B, L, V), for a checkpoint with a multi-token prediction head also `mtp_logits` (B, L - 1, V). One-dimensional parameters are shaken, so that a norm or a bias left out would show.
+(B, L, V), for a checkpoint with a multi-token prediction head also `mtp_logits` (B, L - 1, V). One-dimensional
+parameters are shaken, so that a norm or a bias left out would show.
 """
 import json
 import shutil

@@ -208,7 +208,8 @@ def compressed(golden, tmp_path) -> tuple[Path, Path]:
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Model\nscore 61.2\n")
-    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf", model_io.FOLD):
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf",
+                 model_io.FOLD):
         (source / name).write_bytes(b"old")
     if (source / model_io.INDEX).exists():
         index = json.loads((source / model_io.INDEX).read_text())
@@ -217,8 +218,8 @@ def compressed(golden, tmp_path) -> tuple[Path, Path]:
     (source / ".gitattributes").write_text("x")
     (source / model_io.PLAN).write_text("of an earlier run")
     checkpoint = Checkpoint(source)
-    model_io.write_checkpoint(checkpoint, tmp_path / "out", {name: sorted(SURVIVORS) for name in Model(source).layer_names},
-                              {model_io.PLAN: b"{}"})
+    survivors = dict.fromkeys(Model(source).layer_names, sorted(SURVIVORS))
+    model_io.write_checkpoint(checkpoint, tmp_path / "out", survivors, {model_io.PLAN: b"{}"})
     return source, tmp_path / "out"
 
 
@@ -280,7 +281,8 @@ def test_a_card_without_front_matter_starts_with_the_notice(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "README.md").write_text("# Model\n")
     model_io.copy_small_files(tmp_path / "a", tmp_path / "b")
-    assert re.fullmatch(r"> \*\*This is a compressed model\.\*\*.*\n\n# Model\n", (tmp_path / "b" / "README.md").read_text())
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert re.fullmatch(r"> \*\*This is a compressed model\.\*\*.*\n\n# Model\n", card)
 
 
 def test_the_folder_above_the_output_is_made(tmp_path):
