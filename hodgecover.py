@@ -40,6 +40,7 @@ __version__ = "0.1.0"
 SCHEMA_VERSION = 1
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 BUFFER_BYTES = 1 << 26  # what one step of the barrier sweep may take beside the layer's weights and the head
+CACHE_BYTES = 1 << 21  # what its innermost step works on: a block of logits that a processor's cache holds
 
 Tick = Callable[[float], None]  # told the share of the work that is done
 Readout = Callable[..., torch.Tensor]  # (experts, x, gates, y, simplices, tick=...) -> barriers (M,)
@@ -183,7 +184,8 @@ def lens_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
         log_p = (u.to(x.dtype) @ unembedding.T).to(wide).log_softmax(-1)
         counts = rows_at[chunk].tolist()
         for token, rows, hits in zip(log_p, du.split(counts), s.split(counts)):
-            kl = mathx.kl_of_logit_change(token, (rows @ unembedding.T).to(wide))
+            blocks = (rows @ unembedding.T).split(max(1, CACHE_BYTES // (wide.itemsize * len(unembedding))))
+            kl = torch.cat([mathx.kl_of_logit_change(token, block.to(wide)) for block in blocks])
             total.index_add_(0, hits, kl.double())
         tick(chunk.stop / len(x))
     return total.cpu() / len(x)
@@ -368,8 +370,11 @@ def make_readout(model: Model, settings: Settings, ids: torch.Tensor) -> Callabl
 
 
 def check_cost(model: Model, ids: torch.Tensor, settings: Settings) -> None:
-    """Says what the `model` readout will cost. Raises InputError where it does not fit in memory."""
+    """Says what the `model` readout will cost. Raises InputError where it does not fit in memory, or in bfloat16,
+    which loses the small difference of two streams."""
     cfg, tokens = model.config, ids.numel()
+    if model.dtype == torch.bfloat16:
+        raise InputError("--readout model compares streams that bfloat16 cannot tell apart; use --dtype float32")
     size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items() if ".layers." in name}
     experts = sum(count for name, count in size.items() if ".experts." in name)
     active = sum(size.values()) - experts * (1 - cfg.top_k / cfg.num_experts)  # parameters that a token meets

@@ -413,7 +413,7 @@ def chunked_gated_delta_rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     for start in range(0, v.shape[2], size):
         at = slice(start, start + size)
         d = log_decay[:, :, at].cumsum(2)  # (B, H, C, 1)
-        between = (d - d.mT).tril().exp().tril()  # exp(d_i - d_j) for j <= i, (B, H, C, C)
+        between = (d - d.mT).exp().tril()  # exp(d_i - d_j) for j <= i, (B, H, C, C)
         system = beta[:, :, at] * between * (k[:, :, at] @ k[:, :, at].mT)
         wanted = beta[:, :, at] * (v[:, :, at] - d.exp() * (k[:, :, at] @ state))
         e = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)

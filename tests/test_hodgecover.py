@@ -110,6 +110,7 @@ def test_barriers_do_not_depend_on_the_buffer(monkeypatch):
     layer = random_layer()
     whole = lens(layer)(*parts(layer), mathx.edges(7))
     monkeypatch.setattr(hodgecover, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(hodgecover, "CACHE_BYTES", 1)
     torch.testing.assert_close(lens(layer)(*parts(layer), mathx.edges(7)), whole, rtol=1e-12, atol=0)
 
 
@@ -503,6 +504,7 @@ def test_the_cost_of_the_model_readout_counts_its_parts(monkeypatch, tiny, capsy
     (["--keep", "32", "--seq-len", "1"], "--seq-len 1"),
     (["--keep", "32", "--device", "cuda"], "sees no GPU"),
     (["--keep", "32", "--readout", "lense"], "lense"),
+    (["--keep", "32", "--readout", "model", "--dtype", "bfloat16"], "use --dtype float32"),
     (["--keep", "32", "--calib", "absent.txt"], "absent.txt"),
     (["--keep", "32", "--eval", "absent.txt"], "absent.txt"),
     (["--keep", "32", "--eval", "x", "--plan-only"], "--plan-only"),

@@ -399,6 +399,11 @@ def test_configurations_of_transformers_4_and_their_defaults():
     config = model_io.read_config(raw)
     assert (config.rms_norm_eps, config.norm_topk_prob, config.tie_word_embeddings) == (1e-5, False, False)
     assert (config.rope_theta, config.clip_qkv, config.head_dim) == (10000, None, 8)
+    qwen = json.loads((PLAIN.parent / "qwen3_5-text" / "config.json").read_text())
+    assert model_io.read_config(qwen).rotary_dim == 8  # its own half of 16
+    del qwen["rope_parameters"], qwen["rms_norm_eps"]
+    config = model_io.read_config(qwen | {"rope_theta": 1e7})
+    assert (config.rotary_dim, config.rope_theta, config.rms_norm_eps, config.norm_topk_prob) == (4, 1e7, 1e-6, True)
 
 
 def rewrite(path: Path, change) -> Path:
