@@ -342,9 +342,8 @@ def plan_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.
 
 def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, seed: int) -> torch.Tensor:
     """Sequences (tokens // seq_len, seq_len) sampled from the user's files, or from Python's documentation."""
-    check_range("seq_len", seq_len, 2)
-    if tokens < seq_len:
-        raise InputError(f"--tokens {tokens} is less than one sequence of --seq-len {seq_len}")
+    if not 2 <= seq_len <= tokens:
+        raise InputError(f"--seq-len {seq_len}: must be from 2 to the {tokens} of --tokens")
     documents = model_io.read_documents(files) if files else model_io.python_documentation("calibration")
     ids = model_io.sequences(model.encode(documents), seq_len, tokens // seq_len, seed)
     if ids.numel() < tokens // seq_len * seq_len:
@@ -375,15 +374,17 @@ def check_cost(model: Model, ids: torch.Tensor, settings: Settings) -> None:
     cfg, tokens = model.config, ids.numel()
     if model.dtype == torch.bfloat16:
         raise InputError("--readout model compares streams that bfloat16 cannot tell apart; use --dtype float32")
-    size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items() if ".layers." in name}
+    depth, width = cfg.num_layers, cfg.hidden_size
+    size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items()
+            if name.startswith(f"{model.prefix}layers.")}
     experts = sum(count for name, count in size.items() if ".experts." in name)
     active = sum(size.values()) - experts * (1 - cfg.top_k / cfg.num_experts)  # parameters that a token meets
     merges = math.comb(cfg.num_experts, 2) + settings.max_triangles
-    later = (cfg.num_layers - 1) / 2  # of num_layers, on average
-    operations = 2 * merges * tokens * (active * later + cfg.num_layers * cfg.vocab_size * cfg.hidden_size)
-    hidden = experts // (3 * cfg.hidden_size * cfg.num_layers)  # n f
-    need = model.dtype.itemsize * (sum(size.values()) * (1 + 1 / cfg.num_layers) + cfg.vocab_size * cfg.hidden_size
-                                   + tokens * (4 * hidden + 100 * cfg.hidden_size)) + 16 * 256 * cfg.vocab_size
+    sparse = [i for i, name in enumerate(model.layer_names[:depth]) if f"{name}.mlp.gate.weight" in size]
+    operations = 2 * merges * tokens * sum((depth - 1 - i) / depth * active + cfg.vocab_size * width for i in sparse)
+    hidden = experts // (3 * width * max(len(sparse), 1))  # n f
+    need = model.dtype.itemsize * (sum(size.values()) * (1 + 1 / depth) + cfg.vocab_size * width
+                                   + tokens * (4 * hidden + 100 * width)) + 16 * 256 * cfg.vocab_size
     seconds = operations / matrix_rate(model.dtype, model.device)
     warn(f"--readout model runs {merges:,} merges a layer through all later layers: {operations:.1e} operations, "
          f"at least {clock(seconds)} on this machine, {need / 1e9:.1f} GB of memory")

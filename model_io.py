@@ -100,29 +100,34 @@ def read_config(raw: dict) -> Config:
                          f"supported: {', '.join(FAMILIES)}")
     text = raw.get("text_config") or raw
     rope = isinstance(text, dict) and (text.get("rope_parameters") or text.get("rope_scaling") or {})
-    if not isinstance(rope, dict):
-        raise InputError("config.json: text_config and rope_parameters must be JSON objects")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise InputError("config.json: text_config and rope_parameters must be JSON objects, the latter a flat one")
     refuse_unsupported(raw, text, rope)
     eos = text.get("eos_token_id", raw.get("eos_token_id"))
-    eos = eos[0] if isinstance(eos, list) and eos else eos
+    eos = (eos or [None])[0] if isinstance(eos, list) else eos
     vocab_size, hidden_size = value_of(text, "vocab_size", int), value_of(text, "hidden_size", int)
     if eos is not None and eos not in range(vocab_size):
         raise InputError(f"config.json: eos_token_id is {eos!r}; it must be a token id below {vocab_size}")
     head_dim = value_of(text, "head_dim", int, hidden_size // value_of(text, "num_attention_heads", int))
-    rotary = value_of(text | rope, "partial_rotary_factor", float, family.partial_rotary_factor)
+    rotary_dim = head_dim
+    if family.partial_rotary_factor:  # other families rotate the whole head, whatever the configuration says
+        rotary_dim = int(head_dim * value_of(text | rope, "partial_rotary_factor", float, family.partial_rotary_factor))
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise InputError(f"config.json: {rotary_dim} of the {head_dim} dimensions of a head rotate; it must be an even "
+                         "number of them")
     config = Config(
         model_type=raw["model_type"],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=value_of(text, "num_hidden_layers", int),
         head_dim=head_dim,
-        rotary_dim=int(head_dim * rotary),
+        rotary_dim=rotary_dim,
         rope_theta=value_of(text | rope, "rope_theta", float, 10000.0),
         rms_norm_eps=value_of(text, "rms_norm_eps", float, family.rms_norm_eps),
-        num_experts=value_of(text, expert_count_key(text), int),
+        num_experts=value_of(text, expert_count_keys(text)[0], int),
         top_k=value_of(text, "num_experts_per_tok", int),
         norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, False),
-        tie_word_embeddings=value_of(text | raw, "tie_word_embeddings", bool, False),
+        tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False),
         eos_token_id=eos,
         clip_qkv=None if text.get("clip_qkv") is None else value_of(text, "clip_qkv", float),
         linear_key_head_dim=value_of(text, "linear_key_head_dim", int, 128),
@@ -133,10 +138,12 @@ def read_config(raw: dict) -> Config:
     return config
 
 
-def expert_count_key(text: dict) -> str:
-    """The key that holds the number of experts: published files say `num_experts`, transformers 5 may write the
-    other name for Qwen3-MoE."""
-    return "num_local_experts" if "num_local_experts" in text else "num_experts"
+def expert_count_keys(text: dict) -> list[str]:
+    """The keys that hold the number of experts: `num_experts`, or what transformers 5 writes for Qwen3-MoE, or both."""
+    keys = [key for key in ("num_experts", "num_local_experts") if key in text] or ["num_experts"]
+    if text.get(keys[0]) != text.get(keys[-1]):
+        raise InputError("config.json: num_experts and num_local_experts differ")
+    return keys
 
 
 def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
@@ -150,9 +157,10 @@ def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise InputError(f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
-    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or []):
+    window = text.get("use_sliding_window") and text.get("sliding_window", "by default") is not None
+    if window or "sliding_attention" in str(text.get("layer_types")):
         raise InputError("config.json: a sliding window is in use; only full attention is supported")
-    if text.get("hidden_act", "silu") != "silu":
+    if text.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"config.json: hidden_act {text['hidden_act']!r} is not supported; only 'silu' is")
 
 
@@ -289,7 +297,13 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last dimension, in x's dtype; the mean square is taken in float32 or better."""
+    """x / rms(x) * weight over the last dimension, in x's dtype; the mean square is taken in float32 or better.
+
+    Raises InputError where the widths differ.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise InputError(f"a norm has {len(weight)} weights for a width of {x.shape[-1]}; config.json does not fit the "
+                         "weights")
     h = x.to(widened(x.dtype))
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (weight * h.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
@@ -318,9 +332,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: Config) -> to
     return out.transpose(1, 2).flatten(2)
 
 
+def split_heads(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x (B, L, heads * width) -> (B, L, heads, width). Raises InputError where the width does not divide."""
+    if x.shape[-1] % width:
+        raise InputError(f"{x.shape[-1]} dimensions are not heads of {width}; config.json does not fit the weights")
+    return x.unflatten(-1, (-1, width))
+
+
 def heads(x: torch.Tensor, w: dict[str, torch.Tensor], name: str, width: int) -> torch.Tensor:
     """Projection `name` (q, k or v) of x (B, L, d), split into heads (B, L, heads, width)."""
-    return linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (-1, width))
+    return split_heads(linear(x, w, f"self_attn.{name}_proj"), width)
 
 
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
@@ -330,7 +351,7 @@ def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     v = linear(x, w, "self_attn.v_proj")
     if cfg.clip_qkv is not None:
         q, k, v = (t.clamp(-cfg.clip_qkv, cfg.clip_qkv) for t in (q, k, v))
-    q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
+    q, k, v = (split_heads(t, cfg.head_dim) for t in (q, k, v))
     return linear(attend(q, k, v, cfg), w, "self_attn.o_proj")
 
 
@@ -369,8 +390,8 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     key_dim = (mixed.shape[-1] - value_dim) // 2
     q, k, v = mixed.split((key_dim, key_dim, value_dim), dim=-1)
     wide = widened(x.dtype)
-    q, k = (t.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(wide) for t in (q, k))
-    v = v.unflatten(-1, (-1, cfg.linear_value_head_dim))
+    q, k = (split_heads(t, cfg.linear_key_head_dim).to(wide) for t in (q, k))
+    v = split_heads(v, cfg.linear_value_head_dim)
     q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
     groups = v.shape[2] // k.shape[2]  # value heads that share a query and key head
     q, k = (t.repeat_interleave(groups, dim=2) for t in (q, k))
@@ -378,7 +399,7 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
         linear(x, w, "linear_attn.in_proj_a").to(wide) + w["linear_attn.dt_bias"])
     beta = linear(x, w, "linear_attn.in_proj_b").sigmoid().to(wide)
     out = chunked_gated_delta_rule(q * q.shape[-1] ** -0.5, k, v.to(wide), log_decay, beta).to(x.dtype)
-    z = linear(x, w, "linear_attn.in_proj_z").unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
+    z = split_heads(linear(x, w, "linear_attn.in_proj_z"), cfg.linear_value_head_dim).to(wide)
     out = (rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * F.silu(z)).to(x.dtype)
     return linear(out.flatten(2), w, "linear_attn.out_proj")
 
@@ -474,11 +495,12 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
 
 class Family(NamedTuple):
     """What differs between model families: the token mixer (x (B, L, d), weights, cfg) -> (B, L, d), defaults of
-    the configuration, and whether norm weights are stored less 1."""
+    the configuration (partial_rotary_factor None: the whole head rotates), and whether norm weights are stored
+    less 1."""
 
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
     rms_norm_eps: float = 1e-6
-    partial_rotary_factor: float = 1.0
+    partial_rotary_factor: float | None = None
     always_renormalised: bool = False
     norms_less_1: bool = False
 
@@ -542,6 +564,8 @@ class Model:
             if name in names and names[name].shape != [rows, self.config.hidden_size]:
                 raise InputError(f"{path}: {name} has shape {names[name].shape}; by config.json it must be "
                                  f"{[rows, self.config.hidden_size]}")
+        if router not in ("drop", "fold"):
+            raise InputError(f"router {router!r}: must be 'drop' or 'fold'")
         self.folds = self._read_folds() if router == "fold" else {}
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -557,10 +581,11 @@ class Model:
 
     def _read_folds(self) -> dict[str, torch.Tensor]:
         path = self.checkpoint.path / FOLD
-        if not path.is_file():
-            raise InputError(f"{path}: not there; write the checkpoint with --router fold")
-        with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name).to(self.device) for name in f.keys()}
+        try:
+            with safe_open(path, framework="pt") as f:
+                return {name: f.get_tensor(name).to(self.device) for name in f.keys()}
+        except (OSError, SafetensorError) as err:
+            raise InputError(f"{path}: cannot be read ({err}); write the checkpoint with --router fold") from None
 
     def layer(self, index: int) -> Layer:
         """The weights of decoder layer `index` (those of the multi-token head come last), read from disk now."""
@@ -570,7 +595,7 @@ class Model:
         experts = self._experts(layer, weights) if "mlp.gate.weight" in weights else None
         weights = Weights({name: self._cast(name, tensor) for name, tensor in weights.items()})
         fold = None
-        if self.folds:
+        if self.folds and experts:
             fold = self.folds[f"{layer}.dropped_rows"].to(self.dtype), self.folds[f"{layer}.slots"]
         return Layer(experts, weights.pop("mlp.gate.weight", None), weights, fold)
 
@@ -744,12 +769,12 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
 
     The incomplete last one is left out. Raises InputError where there is not one.
     """
+    if not 2 <= seq_len <= len(ids):
+        raise InputError(f"--seq-len {seq_len}: must be from 2 to the {len(ids)} tokens of the text")
     whole = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
-    if not len(whole):
-        raise InputError(f"the text has {len(ids)} tokens; one sequence takes {seq_len} (--seq-len)")
     if count is None:
         return whole
-    pick = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]
+    pick = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[: min(count, len(whole))]
     return whole[pick.sort().values]
 
 
@@ -798,9 +823,9 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
 
 def with_num_experts(config: dict, count: int) -> dict:
     """The object of config.json with another number of experts, where it stands: at the top or in `text_config`."""
-    if "text_config" in config:
+    if config.get("text_config"):
         return config | {"text_config": with_num_experts(config["text_config"], count)}
-    return config | {expert_count_key(config): count}
+    return config | dict.fromkeys(expert_count_keys(config), count)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, str], folder: Path) -> None:
@@ -831,19 +856,19 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
     """
     kept = surviving_tensors(checkpoint, survivors)
     config = with_num_experts(checkpoint.raw_config, len(next(iter(survivors.values()))))
-    with new_folder(out) as partial:
+    with new_folder(out) as staging:
         for file, metadata in checkpoint.metadata.items():
             shard = {name: copy for name, copy in kept.items() if copy.source.file == file}
-            write_safetensors(partial / file, shard, metadata, checkpoint.path)
+            write_safetensors(staging / file, shard, metadata, checkpoint.path)
         if checkpoint.sharded:
             index = read_json(checkpoint.path / INDEX)
             index["metadata"] = (index.get("metadata") or {}) | {"total_size": sum(c.nbytes() for c in kept.values())}
             index["weight_map"] = {name: copy.source.file for name, copy in sorted(kept.items())}
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_small_files(checkpoint.path, partial)
+            (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_small_files(checkpoint.path, staging)
         for name, content in files.items():
-            (partial / name).write_bytes(content)
+            (staging / name).write_bytes(content)
 
 
 def copy_small_files(source: Path, out: Path) -> None:
@@ -876,17 +901,17 @@ def new_folder(out: Path) -> Iterator[Path]:
     check_new(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as err:
         raise InputError(f"{out}: cannot be made ({err.strerror})") from None
     try:
-        yield partial
+        yield staging
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # mkdtemp's is private
-        partial.replace(out)
+        staging.chmod(0o777 & ~umask)  # mkdtemp's is private
+        staging.replace(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_new(out: Path) -> None:

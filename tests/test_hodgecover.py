@@ -489,12 +489,35 @@ def test_the_cost_of_the_model_readout_counts_its_parts(monkeypatch, tiny, capsy
         hodgecover.check_cost(Model(tiny), ids, Settings(readout="model"))
 
 
+@pytest.mark.parametrize("name", ["qwen2-dense-between", "qwen3-dense-first", "qwen3_5-vision-mtp"])
+def test_the_whole_command_on_the_other_families(tmp_path, capsys, name):
+    """With a fold, dense layers between, fused experts and a multi-token head; a tokenizer of 96 tokens."""
+    source = tmp_path / name
+    shutil.copytree(ROOT / "tests" / "golden" / name, source)
+    raw = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+           "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+           "post_processor": None, "decoder": None,
+           "model": {"type": "WordLevel", "vocab": {chr(32 + i): i for i in range(95)}, "unk_token": " "}}
+    (source / "tokenizer.json").write_text(json.dumps(raw))
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes an expert dull. " * 40)
+    assert run(source, "--keep", 4, "--router", "fold", "--calib", text, "--eval", text, "--tokens", 256,
+               "--seq-len", 64) == 0
+    out = tmp_path / f"{name}-keep4"
+    plan = json.loads((out / "hodgecover.json").read_text())
+    routers = [n.removesuffix(".mlp.gate.weight") for n in model_io.Checkpoint(source).tensors if ".mlp.gate." in n]
+    assert sorted(layer["name"] for layer in plan["layers"]) == sorted(routers)
+    assert "perplexity" in capsys.readouterr().out
+    ids = torch.arange(20).view(1, 20)
+    assert not torch.equal(Model(out).logits(ids), Model(out, router="fold").logits(ids))
+
+
 @pytest.mark.parametrize("options, says", [
     (["--keep", "65"], "from 8 to 64"),
     (["--keep", "7"], "from 8 to 64"),
     (["--keep", "many"], "--keep"),
     ([], "--keep"),
-    (["--keep", "32", "--tokens", "100"], "less than one sequence"),
+    (["--keep", "32", "--tokens", "100"], "must be from 2 to the 100 of --tokens"),
     (["--keep", "32", "--edge-percent", "101"], "--edge-percent 101.0: must be from 0 to 100"),
     (["--keep", "32", "--alpha", "nan"], "--alpha nan"),
     (["--keep", "32", "--alpha", "inf"], "--alpha inf"),
@@ -502,6 +525,8 @@ def test_the_cost_of_the_model_readout_counts_its_parts(monkeypatch, tiny, capsy
     (["--keep", "32", "--lambda-triangle", "-1"], "--lambda-triangle -1"),
     (["--keep", "32", "--max-triangles", "-1"], "--max-triangles -1"),
     (["--keep", "32", "--seq-len", "1"], "--seq-len 1"),
+    (["--keep", "32", "--tokens", "9" * 25, "--seq-len", "9" * 22], "--seq-len 9"),
+    (["--keep", "32", "--seq-len", "0", "--eval", __file__], "--seq-len 0"),
     (["--keep", "32", "--device", "cuda"], "sees no GPU"),
     (["--keep", "32", "--readout", "lense"], "lense"),
     (["--keep", "32", "--readout", "model", "--dtype", "bfloat16"], "use --dtype float32"),

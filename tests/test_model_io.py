@@ -173,7 +173,7 @@ def test_sequences_are_whole_and_sampled_by_seed():
     assert sample.shape == (4, 10) and (sample == model_io.sequences(ids, 10, 4, seed=1)).all()
     assert (sample[:, 0] % 10 == 0).all() and (sample[1:, 0] > sample[:-1, 0]).all()
     assert any((sample != model_io.sequences(ids, 10, 4, seed=s)).any() for s in range(2, 5))
-    with pytest.raises(InputError, match="103 tokens"):
+    with pytest.raises(InputError, match="from 2 to the 103 tokens"):
         model_io.sequences(ids, 104)
 
 
@@ -368,6 +368,10 @@ def test_fingerprint_sees_a_changed_weight(golden, tmp_path):
     ({"use_sliding_window": True}, "sliding window"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
     ({"rope_parameters": "linear"}, "must be JSON objects"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "the latter a flat one"),
+    ({"num_local_experts": 7}, "num_experts and num_local_experts differ"),
+    ({"head_dim": 7}, "7 of the 7 dimensions of a head rotate"),
+    ({"layer_types": ["sliding_attention"]}, "sliding window"),
     ({"rope_parameters": None, "rope_theta": "a"}, "rope_theta is 'a'; it must be a positive number"),
     ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a positive whole number"),
     ({"hidden_size": 64}, "by config.json it must be"),
@@ -394,6 +398,9 @@ def test_configurations_of_transformers_4_and_their_defaults():
     assert model_io.read_config(raw | {"rope_theta": 500.0, "rope_scaling": None}).rope_theta == 500
     assert model_io.read_config(raw | {"eos_token_id": [5, 7]}).eos_token_id == 5
     assert model_io.read_config(raw | {"eos_token_id": None}).eos_token_id is None
+    assert model_io.read_config(raw | {"eos_token_id": []}).eos_token_id is None
+    assert model_io.read_config(raw | {"partial_rotary_factor": 0.5}).rotary_dim == 8  # of no account here
+    assert model_io.read_config(raw | {"use_sliding_window": True, "sliding_window": None, "hidden_act": "swish"})
     for key in ("rms_norm_eps", "norm_topk_prob", "tie_word_embeddings", "clip_qkv", "head_dim"):
         raw.pop(key, None)
     config = model_io.read_config(raw)
@@ -436,6 +443,8 @@ def test_what_is_not_there_is_named(tmp_path):
         Checkpoint(PLAIN).load(["absent"])
     with pytest.raises(InputError, match="--router fold"):
         Model(PLAIN, router="fold")
+    with pytest.raises(InputError, match="must be 'drop' or 'fold'"):
+        Model(PLAIN, router="Fold")
     shutil.copytree(PLAIN, tmp_path / "c")
     for text in ("[1]", "{", "[" * 100_000):
         (tmp_path / "c" / "config.json").write_text(text)
@@ -455,6 +464,34 @@ def test_a_broken_index_or_weight_file_is_named(tmp_path):
         (tmp_path / "c" / model_io.INDEX).write_text(index)
         with pytest.raises(InputError, match="no weight_map"):
             Checkpoint(tmp_path / "c")
+
+
+def test_a_nested_configuration_ties_at_its_top():
+    raw = json.loads((PLAIN.parent / "qwen3_5-vision-mtp" / "config.json").read_text())
+    raw["text_config"]["tie_word_embeddings"] = True
+    assert not model_io.read_config(raw).tie_word_embeddings
+    del raw["tie_word_embeddings"]
+    assert not model_io.read_config(raw).tie_word_embeddings  # as transformers takes its default there
+    assert model_io.read_config(raw | {"tie_word_embeddings": True}).tie_word_embeddings
+
+
+def test_both_names_of_the_number_of_experts_change():
+    assert model_io.with_num_experts({"num_experts": 8, "num_local_experts": 8}, 4) == {
+        "num_experts": 4, "num_local_experts": 4}
+    assert model_io.with_num_experts({"text_config": {}, "num_experts": 8}, 4) == {"text_config": {}, "num_experts": 4}
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("qwen3-dense-first", {"head_dim": 2}, "a norm has 12 weights for a width of 2"),
+    ("qwen3-dense-first", {"head_dim": 10}, "48 dimensions are not heads of 10"),
+    ("qwen3_5-text", {"linear_key_head_dim": 7}, "dimensions are not heads of 7"),
+])
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path, name, change, says):
+    shutil.copytree(PLAIN.parent / name, tmp_path / "c")
+    raw = json.loads((tmp_path / "c" / "config.json").read_text()) | change
+    (tmp_path / "c" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=says):
+        Model(tmp_path / "c").logits(torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_a_shard_name_that_leaves_the_folder_is_refused(tmp_path):
