@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 
 SCHEMA_VERSION = 1
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
-BUFFER_BYTES = 1 << 26  # what one step of the barrier sweep may take beside the layer's weights and the head
+BUFFER_BYTES = 1 << 27  # what one step of the barrier sweep may take beside the layer's weights and the head
 CACHE_BYTES = 1 << 21  # what its innermost step works on: a block of logits that a processor's cache holds
 
 Tick = Callable[[float], None]  # told the share of the work that is done
@@ -181,7 +181,7 @@ def lens_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
         stream = y[chunk].to(wide)
         u = norm(stream)
         du = (norm(stream[t] + change) - u[t]).to(x.dtype)
-        log_p = (u.to(x.dtype) @ unembedding.T).to(wide).log_softmax(-1)
+        log_p = torch.cat([u @ part.to(wide).T for part in unembedding.split(4096)], dim=1).log_softmax(-1)
         counts = rows_at[chunk].tolist()
         for token, rows, hits in zip(log_p, du.split(counts), s.split(counts)):
             blocks = (rows @ unembedding.T).split(max(1, CACHE_BYTES // (wide.itemsize * len(unembedding))))
