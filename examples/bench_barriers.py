@@ -31,7 +31,8 @@ def random_layer(n: int, k: int, d: int, f: int, vocab: int, tokens: int, peak: 
     def normal(*shape: int, std: float) -> torch.Tensor:
         return (torch.randn(*shape, generator=g) * std).to(dtype)
     top = torch.rand(tokens, n, generator=g).topk(k).indices
-    return {"experts": Experts(normal(n, f, d, std=d**-0.5), normal(n, f, d, std=d**-0.5), normal(n, d, f, std=f**-0.5)),
+    gate, up, down = normal(n, f, d, std=d**-0.5), normal(n, f, d, std=d**-0.5), normal(n, d, f, std=f**-0.5)
+    return {"experts": Experts(gate, up, down),
             "x": normal(tokens, d, std=1.0), "gates": torch.zeros(tokens, n).scatter(1, top, 1 / k).to(dtype),
             "y": normal(tokens, d, std=1.0), "unembedding": normal(vocab, d, std=peak * d**-0.5)}
 
