@@ -3,7 +3,10 @@
 import doctest
 import itertools
 import math
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import mathx
 import pytest
@@ -180,20 +183,31 @@ def test_additive_model_is_exact_on_sums_and_beats_other_potentials(n, seed):
     assert best.variance == pytest.approx(1 - (best.residual.norm() / (b - b.mean()).norm()).item() ** 2)
 
 
-def test_256_experts_take_seconds_and_no_edge_by_edge_matrix():
-    import resource
-    import time
-    n, generator = 256, torch.Generator().manual_seed(0)
-    b = torch.rand(math.comb(n, 2), generator=generator, dtype=torch.float64)
-    started = time.perf_counter()
-    triangles = mathx.candidate_triangles(n, b, 500, 0)
-    triplets = torch.rand(500, generator=generator, dtype=torch.float64)
-    curve = mathx.betti_curve(n, b, triangles, triplets, torch.linspace(0, 1, 80, dtype=torch.float64))
-    d1, d2 = mathx.boundary_matrices(n, triangles)
-    parts = mathx.hodge_decompose(b, d1, d2)
-    assert time.perf_counter() - started < 30
-    assert curve[-1] == mathx.betti_1(d1, d2) and parts.harmonic.norm() > 0
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20  # KiB; |E| x |E| alone would be 8.5 GB
+LAYER_OF_256 = """
+import math, resource, sys, time, mathx, torch
+n, generator = 256, torch.Generator().manual_seed(0)
+b = torch.rand(math.comb(n, 2), generator=generator, dtype=torch.float64)
+started = time.perf_counter()
+triangles = mathx.candidate_triangles(n, b, 500, 0)
+triplets = torch.rand(500, generator=generator, dtype=torch.float64)
+curve = mathx.betti_curve(n, b, triangles, triplets, torch.linspace(0, 1, 80, dtype=torch.float64))
+d1, d2 = mathx.boundary_matrices(n, triangles)
+harmonic = mathx.hodge_decompose(b, d1, d2).harmonic
+mathx.additive_model(b, d1)
+assert curve[-1] == mathx.betti_1(d1, d2) and harmonic.norm() > 0
+unit = 1 if sys.platform == "darwin" else 1024
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
+
+
+def test_256_experts_take_seconds_and_under_a_gigabyte():
+    """32,640 edges, 80 Betti numbers, 500 triangles; an |E| x |E| matrix alone would be 8.5 GB. It takes 1 to 3 s on 2
+    cores; 30 is for a busy machine."""
+    done = subprocess.run([sys.executable, "-c", LAYER_OF_256], capture_output=True, text=True,
+                          cwd=Path(mathx.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    seconds, peak = map(float, done.stdout.split())
+    assert seconds < 30 and peak < 1e9
 
 
 # ------------------------------------------------------------------------------------------ curated triangles

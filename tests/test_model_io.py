@@ -523,7 +523,8 @@ for step in model.stream(torch.arange(64).view(1, 64)):
     steps += 1
     del step
 model_io.write_checkpoint(model.checkpoint, model_io.Path(sys.argv[2]), {n: [0, 1] for n in model.layer_names}, {})
-print(steps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+unit = 1 if sys.platform == "darwin" else 1024
+print(steps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20)
 """
 
 
