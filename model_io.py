@@ -13,6 +13,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -678,7 +679,7 @@ class Model:
         for h, ids in zip(self.hidden(ids_or_text), ids_or_text.to(self.device)):
             logits = (h[:-1] @ head.T).to(widened(h.dtype))
             total += F.cross_entropy(logits, ids[1:], reduction="sum").item()
-        return float(torch.tensor(total / ids_or_text[:, 1:].numel(), dtype=torch.float64).exp())
+        return math.exp(total / ids_or_text[:, 1:].numel())
 
     def encode(self, documents: Iterable[str]) -> torch.Tensor:
         """Token ids (T,) of the documents, one after the other, each ended by the end-of-text token if any.
