@@ -443,7 +443,7 @@ def fold_file(model: Model, plans: list[dict]) -> bytes:
         router = f"{plan['name']}.mlp.gate.weight"
         dropped = sorted(map(int, plan["redirect"]))
         slots = [plan["survivors"].index(plan["redirect"][str(i)]) for i in dropped]
-        tensors[f"{plan['name']}.dropped_rows"] = model.checkpoint.load([router])[router][dropped]
+        tensors[f"{plan['name']}.dropped_rows"] = model.checkpoint.load(router)[dropped]
         tensors[f"{plan['name']}.slots"] = torch.tensor(slots, dtype=torch.int64)
     return safetensors.torch.save(tensors)
 

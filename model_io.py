@@ -168,6 +168,9 @@ def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
 class TensorInfo(NamedTuple):
     """Where a tensor lies: shard file name, dtype name, shape, and its byte range in the file."""
 
@@ -225,17 +228,28 @@ class Checkpoint:
                 raise InputError(f"{self.path / INDEX}: {file!r} is not the name of a safetensors file in the folder")
         return files
 
-    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors as they are stored, mapped from their files. Raises InputError for a missing one."""
-        names = list(names)
-        for name in names:
-            if name not in self.tensors:
-                raise InputError(f"{self.path}: the weights have no tensor {name!r}")
-        found = {}
-        for file in {self.tensors[name].file for name in names}:
-            with safe_open(self.path / file, framework="pt") as f:
-                found |= {name: f.get_tensor(name) for name in names if self.tensors[name].file == file}
-        return found
+    def load(self, name: str, row: int | None = None) -> torch.Tensor:
+        """The named tensor as it is stored, or one row of its first dimension, read from its file.
+
+        Read rather than mapped, so that no page of a file stays in this process's memory. Raises InputError for a
+        tensor that is missing, of no floating-point type, or cut off.
+        """
+        if name not in self.tensors:
+            raise InputError(f"{self.path}: the weights have no tensor {name!r}")
+        file, stored, shape, start, end = self.tensors[name]
+        if stored not in DTYPES:
+            raise InputError(f"{self.path / file}: {name} is stored as {stored}; supported: {', '.join(DTYPES)}")
+        if row is not None:
+            if not shape or row not in range(shape[0]):
+                raise InputError(f"{self.path / file}: {name} of shape {shape} has no row {row}")
+            shape, size = shape[1:], (end - start) // shape[0]
+            start, end = start + size * row, start + size * (row + 1)
+        tensor = torch.empty(shape, dtype=DTYPES[stored])
+        with open(self.path / file, "rb") as f:
+            f.seek(start)
+            if f.readinto(tensor.flatten().view(torch.uint8).numpy()) != end - start:
+                raise InputError(f"{self.path / file}: ends within {name}")
+        return tensor
 
     def fingerprint(self, blocks: int = 64, block_size: int = 1 << 16) -> str:
         """SHA-256 over config.json and, per shard, its size, header and `blocks` evenly spaced blocks.
@@ -578,7 +592,7 @@ class Model:
         return tensor + 1 if norm and "linear_attn." not in name else tensor
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return self._cast(name, self.checkpoint.load([name])[name])
+        return self._cast(name, self.checkpoint.load(name))
 
     def _read_folds(self) -> dict[str, torch.Tensor]:
         path = self.checkpoint.path / FOLD
@@ -591,41 +605,42 @@ class Model:
     def layer(self, index: int) -> Layer:
         """The weights of decoder layer `index` (those of the multi-token head come last), read from disk now."""
         layer = self.layer_names[index]
-        found = self.checkpoint.load(name for name in self.checkpoint.tensors if name.startswith(f"{layer}."))
-        weights = {name.removeprefix(f"{layer}."): tensor for name, tensor in found.items()}
-        experts = self._experts(layer, weights) if "mlp.gate.weight" in weights else None
-        weights = Weights({name: self._cast(name, tensor) for name, tensor in weights.items()})
+        names = [name for name in self.checkpoint.tensors if name.startswith(f"{layer}.")]
+        experts = self._experts(layer) if f"{layer}.mlp.gate.weight" in names else None
+        weights = Weights({name.removeprefix(f"{layer}."): self._tensor(name) for name in names
+                           if experts is None or not name.startswith(f"{layer}.mlp.experts.")})
         fold = None
         if self.folds and experts:
             fold = self.folds[f"{layer}.dropped_rows"].to(self.dtype), self.folds[f"{layer}.slots"]
         return Layer(experts, weights.pop("mlp.gate.weight", None), weights, fold)
 
-    def _experts(self, layer: str, weights: dict[str, torch.Tensor]) -> Experts:
-        """Moves the experts' tensors, fused or one by one, out of `weights`."""
-        n, d = self.config.num_experts, self.config.hidden_size
-        try:
-            if "mlp.experts.gate_up_proj" in weights:
-                parts = [*weights.pop("mlp.experts.gate_up_proj").chunk(2, dim=1), weights.pop("mlp.experts.down_proj")]
-            else:
-                parts = [[weights.pop(f"mlp.experts.{e}.{part}_proj.weight") for e in range(n)]
-                         for part in Experts._fields]
-        except KeyError as err:
-            raise InputError(f"{self.checkpoint.path}: {layer} has no tensor {err}") from None
-        f = parts[0][0].shape[0]
-        experts = Experts(*(torch.empty(n, *shape, dtype=self.dtype, device=self.device)
-                            for shape in ((f, d), (f, d), (d, f))))
-        for stacked, tensors in zip(experts, parts):
-            if len(tensors) != n or any(t.shape != stacked.shape[1:] or not t.is_floating_point() for t in tensors):
-                raise InputError(f"{self.checkpoint.path}: the experts of {layer} are not {n} floating-point matrices "
-                                 f"of one size for a hidden size of {d}")
-            for slot, tensor in zip(stacked, tensors):
-                slot.copy_(tensor)
+    def _experts(self, layer: str) -> Experts:
+        """The experts of a layer, stored fused or one by one. Raises InputError where they are not n of one size."""
+        prefix, n, d = f"{layer}.mlp.experts.", self.config.num_experts, self.config.hidden_size
+        load, tensors = self.checkpoint.load, self.checkpoint.tensors
+        fused = [f"{prefix}{name}" for name in ("gate_up_proj", "down_proj") if f"{prefix}{name}" in tensors]
+
+        def parts(e: int) -> list[torch.Tensor]:
+            if fused:
+                return [*load(f"{prefix}gate_up_proj", e).chunk(2), load(f"{prefix}down_proj", e)]
+            return [load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields]
+        f = parts(0)[0].numel() // d
+        shapes = (f, d), (f, d), (d, f)
+        experts = Experts(*(torch.empty(n, *shape, dtype=self.dtype, device=self.device) for shape in shapes))
+        for e, slots in enumerate(zip(*experts)):
+            found = parts(e)
+            if [part.shape for part in found] != [*shapes] or any(tensors[name].shape[0] != n for name in fused):
+                raise InputError(f"{self.checkpoint.path}: the experts of {layer} are not {n} of one size for a hidden "
+                                 f"size of {d}")
+            for slot, part in zip(slots, found):
+                slot.copy_(part)
         return experts
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of ids (B, L): the residual stream before the first layer, (B, L, d)."""
-        table = self.checkpoint.load([self._embedding])[self._embedding]
-        return F.embedding(ids.cpu(), table).to(self.device, self.dtype)
+        rows, at = ids.cpu().unique(return_inverse=True)
+        table = torch.stack([self.checkpoint.load(self._embedding, row) for row in rows.tolist()])
+        return table[at].to(self.device, self.dtype)
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The norm with the weight `name`, as a function of the residual stream."""

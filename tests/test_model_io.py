@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -424,9 +425,9 @@ LAYER_0 = "model.layers.0."
 
 
 @pytest.mark.parametrize("name, tensor, says", [
-    ("mlp.experts.3.up_proj.weight", None, "no tensor 'mlp.experts.3.up_proj.weight'"),
-    ("mlp.experts.3.down_proj.weight", torch.ones(32, 1), "the experts of model.layers.0 are not 8 floating-point"),
-    ("mlp.experts.3.down_proj.weight", torch.ones(32, 16, dtype=torch.int8), "are not 8 floating-point"),
+    ("mlp.experts.3.up_proj.weight", None, "no tensor 'model.layers.0.mlp.experts.3.up_proj.weight'"),
+    ("mlp.experts.3.down_proj.weight", torch.ones(32, 1), "the experts of model.layers.0 are not 8 of one size"),
+    ("mlp.experts.3.down_proj.weight", torch.ones(32, 16, dtype=torch.int8), "is stored as I8; supported: BF16"),
     ("self_attn.q_norm.weight", None, "no tensor 'self_attn.q_norm.weight'"),
     ("self_attn.o_proj.weight", torch.full((32, 32), torch.nan), "model.layers.0 gives values that are not finite"),
 ])
@@ -438,9 +439,28 @@ def test_wrong_tensors_are_named(tmp_path, name, tensor, says):
         Model(rewrite(tmp_path / "c", change)).logits(torch.ones(1, 4, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_tensors_are_read_as_safetensors_reads_them(path):
+    checkpoint = Checkpoint(path)
+    for file in checkpoint.metadata:
+        for name, tensor in load_file(path / file).items():
+            assert torch.equal(checkpoint.load(name), tensor) and checkpoint.load(name).dtype == tensor.dtype
+            assert torch.equal(checkpoint.load(name, len(tensor) - 1), tensor[-1])
+
+
+def test_a_file_cut_off_while_in_use_is_named(tmp_path):
+    checkpoint = Checkpoint(rewrite(tmp_path / "c", lambda tensors: tensors))
+    last = list(checkpoint.tensors)[-1]
+    os.truncate(tmp_path / "c" / "model.safetensors", checkpoint.tensors[last].end - 1)
+    with pytest.raises(InputError, match=f"ends within {re.escape(last)}"):
+        checkpoint.load(last)
+
+
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="no tensor 'absent'"):
-        Checkpoint(PLAIN).load(["absent"])
+        Checkpoint(PLAIN).load("absent")
+    with pytest.raises(InputError, match=r"of shape \[32\] has no row 32"):
+        Checkpoint(PLAIN).load("model.norm.weight", 32)
     with pytest.raises(InputError, match="--router fold"):
         Model(PLAIN, router="fold")
     with pytest.raises(InputError, match="must be 'drop' or 'fold'"):

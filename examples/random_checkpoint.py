@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""Makes a random checkpoint of a published model's shape, to measure cost and memory where the real one is not at hand.
+
+    python examples/random_checkpoint.py olmoe-1b-7b DIR              13.8 GB, under 3 minutes
+    python examples/random_checkpoint.py qwen3-30b-a3b DIR --hollow   takes no disk space: zeros, for --estimate alone
+
+Shapes, names and shards are the published ones' (of qwen3.5-35b-a3b: the text part without the multi-token head), the
+tokenizer is the tiny checkpoint's. Next-token logits have a standard deviation of 4, which gives them the entropy of a
+trained model's, some 3 nats; nothing else about the weights is like a trained model's.
+"""
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from model_io import INDEX, new_folder  # noqa: E402
+
+SHARD_BYTES = 5_000_000_000
+LOGIT_DEVIATION = 4
+SHAPES = {
+    "olmoe-1b-7b": dict(
+        model_type="olmoe", vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16,
+        num_attention_heads=16, num_key_value_heads=16, head_dim=128, num_experts=64, num_experts_per_tok=8,
+        norm_topk_prob=False, rms_norm_eps=1e-5, rope_theta=10000.0, architectures=["OlmoeForCausalLM"]),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, rms_norm_eps=1e-6, rope_theta=1e6, architectures=["Qwen3MoeForCausalLM"]),
+    "qwen3.5-35b-a3b": dict(
+        model_type="qwen3_5_moe_text", vocab_size=248320, hidden_size=2048, moe_intermediate_size=512,
+        shared_expert_intermediate_size=512, num_hidden_layers=40, num_attention_heads=16, num_key_value_heads=2,
+        head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+        linear_value_head_dim=128, linear_conv_kernel_dim=4, full_attention_interval=4, num_experts=256,
+        num_experts_per_tok=8, rms_norm_eps=1e-6, rope_theta=1e7, architectures=["Qwen3_5MoeForCausalLM"]),
+}
+
+
+def attention_shapes(cfg: dict, index: int) -> dict[str, list[int]]:
+    """Shapes of the token mixer of layer `index`."""
+    d, h = cfg["hidden_size"], cfg["head_dim"]
+    query, key = cfg["num_attention_heads"] * h, cfg["num_key_value_heads"] * h
+    if (index + 1) % cfg.get("full_attention_interval", 1):
+        heads = cfg["linear_num_value_heads"]
+        keys, values = cfg["linear_num_key_heads"] * cfg["linear_key_head_dim"], heads * cfg["linear_value_head_dim"]
+        channels = 2 * keys + values
+        shapes = {"A_log": [heads], "dt_bias": [heads], "conv1d.weight": [channels, 1, cfg["linear_conv_kernel_dim"]],
+                  "in_proj_qkv.weight": [channels, d], "in_proj_z.weight": [values, d], "in_proj_a.weight": [heads, d],
+                  "in_proj_b.weight": [heads, d], "norm.weight": [cfg["linear_value_head_dim"]],
+                  "out_proj.weight": [d, values]}
+        return {f"linear_attn.{name}": shape for name, shape in shapes.items()}
+    whole = cfg["model_type"] == "olmoe"  # q and k norms over the full width
+    gate = 2 if "full_attention_interval" in cfg else 1
+    shapes = {"q_proj": [gate * query, d], "k_proj": [key, d], "v_proj": [key, d], "o_proj": [d, query],
+              "q_norm": [query if whole else h], "k_norm": [key if whole else h]}
+    return {f"self_attn.{name}.weight": shape for name, shape in shapes.items()}
+
+
+def tensor_shapes(cfg: dict) -> dict[str, list[int]]:
+    """Shapes of all tensors by name."""
+    d, n, vocab = cfg["hidden_size"], cfg["num_experts"], cfg["vocab_size"]
+    f = cfg.get("moe_intermediate_size", cfg.get("intermediate_size"))
+    shapes = {"model.embed_tokens.weight": [vocab, d]}
+    for i in range(cfg["num_hidden_layers"]):
+        layer = {"input_layernorm.weight": [d], "post_attention_layernorm.weight": [d], "mlp.gate.weight": [n, d]}
+        layer |= attention_shapes(cfg, i)
+        if "shared_expert_intermediate_size" in cfg:
+            shared = cfg["shared_expert_intermediate_size"]
+            layer |= {"mlp.shared_expert.gate_proj.weight": [shared, d], "mlp.shared_expert.up_proj.weight": [shared, d],
+                      "mlp.shared_expert.down_proj.weight": [d, shared], "mlp.shared_expert_gate.weight": [1, d],
+                      "mlp.experts.gate_up_proj": [n, 2 * f, d], "mlp.experts.down_proj": [n, d, f]}
+        else:
+            for e in range(n):
+                layer |= {f"mlp.experts.{e}.gate_proj.weight": [f, d], f"mlp.experts.{e}.up_proj.weight": [f, d],
+                          f"mlp.experts.{e}.down_proj.weight": [d, f]}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": [d], "lm_head.weight": [vocab, d]}
+
+
+def random_tensor(name: str, shape: list[int], generator: torch.Generator, norms_less_1: bool) -> torch.Tensor:
+    """Norm weights of 1; matrices that keep the scale of what they multiply."""
+    if name.endswith("norm.weight"):
+        return torch.full(shape, 0.0 if norms_less_1 and "linear_attn" not in name else 1.0, dtype=torch.bfloat16)
+    std = 1.0 if name.endswith("embed_tokens.weight") else shape[-1] ** -0.5
+    std *= LOGIT_DEVIATION if name.startswith("lm_head") else 1
+    return (torch.randn(shape, generator=generator) * std).to(torch.bfloat16)
+
+
+def into_shards(shapes: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+    """Consecutive tensors, SHARD_BYTES of bfloat16 at most."""
+    shards, size = [{}], 0
+    for name, shape in shapes.items():
+        size += 2 * math.prod(shape)
+        if size > SHARD_BYTES and shards[-1]:
+            shards, size = [*shards, {}], 2 * math.prod(shape)
+        shards[-1][name] = shape
+    return shards
+
+
+def write_shard(path: Path, shapes: dict[str, list[int]], generator: torch.Generator | None, norms_less_1: bool) -> None:
+    """One safetensors file, tensor after tensor; a hole of its size where there is no generator."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    with open(path, "wb") as out:
+        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        if generator is None:
+            out.truncate(8 + len(encoded) + offset)
+            return
+        for name, shape in shapes.items():
+            out.write(random_tensor(name, shape, generator, norms_less_1).view(torch.uint8).numpy())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--hollow", action="store_true", help="zeros that take no disk space")
+    args = parser.parse_args()
+    config = SHAPES[args.shape]
+    shapes = tensor_shapes(config)
+    shards = into_shards(shapes)
+    generator = None if args.hollow else torch.Generator().manual_seed(0)
+    with new_folder(args.out) as folder:
+        weight_map = {}
+        for i, shard in enumerate(shards, 1):
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            write_shard(folder / file, shard, generator, norms_less_1=config["model_type"].startswith("qwen3_5"))
+            weight_map |= dict.fromkeys(shard, file)
+        index = {"metadata": {"total_size": sum(2 * math.prod(s) for s in shapes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index) + "\n")
+        (folder / "config.json").write_text(json.dumps(
+            config | {"hidden_act": "silu", "eos_token_id": 0, "tie_word_embeddings": False, "dtype": "bfloat16"},
+            indent=1) + "\n")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(HERE / "tiny-olmoe" / name, folder / name)
+    print(f"{args.out}: {sum(math.prod(s) for s in shapes.values()) / 1e9:.2f}e9 parameters")
+
+
+if __name__ == "__main__":
+    main()
