@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +38,10 @@ else:
 
 __version__ = "0.1.0"
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, CACHE_VERSION = 1, "1"
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
-BUFFER_BYTES = 1 << 27  # what one step of the barrier sweep may take beside the layer's weights and the head
+MEMORY = 10**9  # bytes that the barrier sweep may take beside the layer's weights and the head
+BASE_MEMORY = 4e8  # of a process that has imported torch
 CACHE_BYTES = 1 << 21  # what its innermost step works on: a block of logits that a processor's cache holds
 
 Tick = Callable[[float], None]  # told the share of the work that is done
@@ -59,6 +61,7 @@ class Settings:
     lambda_triangle: float = 1.0
     alpha: float = 1.0
     max_triangles: int = 500
+    vocab_sample: int = 0
     thresholds: int = 80
     margin: float = 0.1
     seed: int = 0
@@ -69,12 +72,14 @@ class Settings:
                 raise InputError(f"--{name} {getattr(self, name)}: must be {' or '.join(choices)}")
         for name, (low, high) in RANGES.items():
             check_range(name, getattr(self, name), low, high)
+        if self.vocab_sample and self.readout != "lens":
+            raise InputError("--vocab-sample goes with --readout lens alone")
 
 
 CHOICES = {"readout": ("lens", "model"), "order": ("saliency", "index"), "router": ("drop", "fold")}
 RANGES = {"edge_percent": (0, 100), "triangle_percent": (0, 100), "lambda_edge": (0, math.inf),
           "lambda_triangle": (0, math.inf), "alpha": (0, math.inf), "max_triangles": (0, math.inf),
-          "thresholds": (2, math.inf), "margin": (0, math.inf), "seed": (0, 2**63 - 1)}
+          "vocab_sample": (0, math.inf), "thresholds": (2, math.inf), "margin": (0, math.inf), "seed": (0, 2**63 - 1)}
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -149,17 +154,64 @@ def merge_change(experts: Experts, x: torch.Tensor, gates: torch.Tensor, simplic
     return change
 
 
-def token_chunks(sizes: torch.Tensor) -> Iterator[slice]:
-    """Consecutive runs of tokens of about BUFFER_BYTES each (one token at least); sizes (T,) in bytes."""
-    start = 0
-    for count in torch.unique_consecutive(sizes.cumsum(0) // BUFFER_BYTES, return_counts=True)[1].tolist():
-        yield slice(start, start + count)
-        start += count
+def sweep_bytes(experts: Experts, hit: torch.Tensor, vocab: int) -> torch.Tensor:
+    """What one step of the sweep takes for each token, (T,) bytes: the hidden activations and the change of its
+    touched simplices, the pre-activations of all experts, its distribution over the vocabulary."""
+    n, f, d = experts.gate.shape
+    size = experts.gate.itemsize
+    return hit.sum(1) * (size * (5 * f + d) + 64) + 5 * size * n * f + 40 * vocab
+
+
+def token_chunks(sizes: torch.Tensor, memory: int) -> Iterator[slice]:
+    """Consecutive runs of tokens of `memory` bytes at most, or of one token; sizes (T,) in bytes."""
+    start = filled = 0
+    for t, size in enumerate(sizes.tolist()):
+        if t > start and filled + size > memory:
+            yield slice(start, t)
+            start, filled = t, 0
+        filled += size
+    if len(sizes):
+        yield slice(start, len(sizes))
+
+
+def sample_offsets(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Where each token's sample of the vocabulary starts, (T,) in [0, 1): the same for pairs and for triangles."""
+    return torch.rand(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+
+
+def lens_kl(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, simplices: torch.Tensor,
+            weights: torch.Tensor, hit: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor],
+            unembedding: torch.Tensor, outcomes: int, offsets: torch.Tensor, memory: int) -> torch.Tensor:
+    """KL(p_t || p_S,t) under the `lens` readout for the R (token, simplex) pairs that hit (T, M) marks, row by row.
+
+    Of x, gates and y as many tokens as fit in memory; offsets (T,) place the samples of `outcomes` of the vocabulary.
+    The reference p is read out in float32 or better whatever the dtype, each change of logits in the dtype.
+    """
+    wide, vocab = model_io.widened(x.dtype), len(unembedding)
+    t, s = hit.nonzero().unbind(1)
+    counts = hit.sum(1).tolist()
+    change = merge_change(experts, x, gates, simplices, weights, t, s)  # (R, d)
+    stream = y.to(wide)
+    u = norm(stream)
+    p = torch.cat([u @ part.to(wide).T for part in unembedding.split(4096)], dim=1).log_softmax(-1)  # (T, V)
+    if outcomes < vocab:
+        columns, p = mathx.sample_outcomes(p, outcomes, offsets)  # (T, outcomes)
+    limit = max(1, memory // (x.itemsize * outcomes))
+    logits = x.new_empty(min(limit, max(counts)), outcomes)  # one buffer: fresh memory would cost as much as the KL
+    block = max(1, CACHE_BYTES // (wide.itemsize * outcomes))
+    kl = []
+    for token, rows in enumerate(change.split(counts)):
+        du = (norm(stream[token] + rows) - u[token]).to(x.dtype)
+        head = unembedding if outcomes == vocab else unembedding[columns[token]]
+        for part in du.split(limit):
+            delta = torch.mm(part, head.T, out=logits[:len(part)])
+            kl += [mathx.kl_of_logit_change(p[token], few.to(wide)) for few in delta.split(block)]
+    return torch.cat(kl)
 
 
 def lens_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, simplices: torch.Tensor,
-                  norm: Callable[[torch.Tensor], torch.Tensor], unembedding: torch.Tensor,
-                  tick: Tick = lambda share: None) -> torch.Tensor:
+                  norm: Callable[[torch.Tensor], torch.Tensor], unembedding: torch.Tensor, vocab_sample: int = 0,
+                  seed: int = 0, memory: int = MEMORY, tick: Tick = lambda share: None) -> torch.Tensor:
     """Barriers b_S = mean_t KL(p_t || p_S,t) under the `lens` readout p = softmax(W_U norm(y)).
 
     Parameters
@@ -167,28 +219,43 @@ def lens_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
     x, gates, y : MoE input (T, d), gate weights as applied (T, n), residual stream after the layer (T, d)
     simplices : (M, 2 or 3) expert indices
     norm, unembedding : the model's final norm, and its head W_U (V, d)
+    vocab_sample : outcomes of the vocabulary to sample for each token (`mathx.sample_outcomes`); 0: all, exactly
+    seed : of that sample
+    memory : bytes that the sweep may take beside its arguments
 
     Returns (M,) float64, nats.
     """
-    wide, (n, f, d) = model_io.widened(x.dtype), experts.gate.shape
     weights, hit = merge_weights(simplices, (gates > 0).sum(0)), touched(gates, simplices)
     total = torch.zeros(len(simplices), dtype=torch.float64, device=x.device)
-    rows_at = hit.sum(1)  # merges that change the token
-    sizes = wide.itemsize * (rows_at * 4 * (d + f) + 4 * n * f + 2 * len(unembedding))
-    for chunk in token_chunks(sizes) if len(simplices) else ():
-        t, s = hit[chunk].nonzero().unbind(1)
-        change = merge_change(experts, x[chunk], gates[chunk], simplices, weights, t, s)
-        stream = y[chunk].to(wide)
-        u = norm(stream)
-        du = (norm(stream[t] + change) - u[t]).to(x.dtype)
-        log_p = torch.cat([u @ part.to(wide).T for part in unembedding.split(4096)], dim=1).log_softmax(-1)
-        counts = rows_at[chunk].tolist()
-        for token, rows, hits in zip(log_p, du.split(counts), s.split(counts)):
-            blocks = (rows @ unembedding.T).split(max(1, CACHE_BYTES // (wide.itemsize * len(unembedding))))
-            kl = torch.cat([mathx.kl_of_logit_change(token, block.to(wide)) for block in blocks])
-            total.index_add_(0, hits, kl.double())
+    outcomes = min(vocab_sample or len(unembedding), len(unembedding))
+    offsets = sample_offsets(x, seed)
+    for chunk in token_chunks(sweep_bytes(experts, hit, len(unembedding)), memory * 3 // 4):
+        kl = lens_kl(experts, x[chunk], gates[chunk], y[chunk], simplices, weights, hit[chunk], norm, unembedding,
+                     outcomes, offsets[chunk], memory // 4)
+        total.index_add_(0, hit[chunk].nonzero()[:, 1], kl.double())
         tick(chunk.stop / len(x))
     return total.cpu() / len(x)
+
+
+def audit_sample(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, simplices: torch.Tensor,
+                 norm: Callable[[torch.Tensor], torch.Tensor], unembedding: torch.Tensor, vocab_sample: int,
+                 seed: int = 0, memory: int = MEMORY, size: int = 128) -> torch.Tensor:
+    """KL of up to `size` (token, simplex) pairs, one random simplex that touches each of so many random tokens: as
+    `lens_barriers` estimates it from its sample of the vocabulary, and exactly, (A, 2) float64.
+
+    Parameters are those of `lens_barriers`.
+    """
+    weights, hit = merge_weights(simplices, (gates > 0).sum(0)), touched(gates, simplices)
+    generator = torch.Generator().manual_seed(seed)
+    changed = hit.any(1).nonzero().squeeze(1).cpu()
+    t = changed[torch.randperm(len(changed), generator=generator)[:size]].to(x.device)
+    if not len(t):
+        return torch.empty(0, 2, dtype=torch.float64)
+    one = torch.multinomial(hit[t].double().cpu(), 1, generator=generator).to(x.device)
+    few = torch.zeros_like(hit[t]).scatter(1, one, True)
+    return torch.stack([lens_kl(experts, x[t], gates[t], y[t], simplices, weights, few, norm, unembedding,
+                                outcomes, sample_offsets(x, seed)[t], memory // 4).double().cpu()
+                        for outcomes in (min(vocab_sample, len(unembedding)), len(unembedding))], dim=1)
 
 
 def model_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, simplices: torch.Tensor,
@@ -217,18 +284,18 @@ def model_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: to
 
 
 class Signals(NamedTuple):
-    """What a layer's plan is made from. Edges and triangles are in rank space: vertex r is expert rank[r].
+    """What a layer's plan is made from, for any K, order, percentages and weights. Expert indices throughout.
 
-    rank (n,), frequency (n,) tokens routed to each expert, saliency (n,), edge barriers (|E|,), candidate
-    triangles (m, 3) and their triplet barriers (m,).
+    frequency (n,) tokens routed to each expert, saliency (n,), barriers (|E|,) of the pairs `mathx.edges(n)`,
+    candidate triangles (m, 3) and their triplet barriers (m,), audit (A, 2) from `audit_sample`.
     """
 
-    rank: torch.Tensor
     frequency: torch.Tensor
     saliency: torch.Tensor
     barriers: torch.Tensor
     candidates: torch.Tensor
     triplets: torch.Tensor
+    audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)
 
 
 def measure_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, readout: Readout,
@@ -236,23 +303,37 @@ def measure_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
     """Saliency, the barriers of all pairs, and the triplet barriers of the candidate triangles of one layer.
 
     Parameters as for `lens_barriers`; readout is `partial(lens_barriers, norm=..., unembedding=...)` or the like.
+    More candidates than `max_triangles` are sampled in saliency order, however the experts are numbered.
     """
     n = gates.shape[1]
     saliency = reap_saliency(experts, x, gates)
-    rank = saliency.sort(stable=True).indices if settings.order == "saliency" else torch.arange(n)
-    pairs = mathx.edges(n)
+    rank = saliency.sort(stable=True).indices
+    pairs = rank[mathx.edges(n)].sort(1).values
     share = len(pairs) / (len(pairs) + settings.max_triangles)
-    barriers = readout(experts, x, gates, y, rank[pairs].to(x.device), tick=lambda done: tick(share * done))
-    candidates = mathx.candidate_triangles(n, barriers, settings.max_triangles, settings.seed)
-    triplets = readout(experts, x, gates, y, rank[candidates].to(x.device),
+    barriers = readout(experts, x, gates, y, pairs.to(x.device), tick=lambda done: tick(share * done))
+    candidates = rank[mathx.candidate_triangles(n, barriers, settings.max_triangles, settings.seed)].sort(1).values
+    triplets = readout(experts, x, gates, y, candidates.to(x.device),
                        tick=lambda done: tick(share + (1 - share) * done))
     if not torch.cat((saliency, barriers, triplets)).isfinite().all():
         raise InputError("a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an "
                          f"expert, or an overflow of {x.dtype}")
-    return Signals(rank, (gates > 0).sum(0).cpu(), saliency, barriers, candidates, triplets)
+    barriers = barriers[mathx.edge_index(n, *pairs.unbind(1)).argsort()]
+    return Signals((gates > 0).sum(0).cpu(), saliency, barriers, candidates, triplets)
 
 
 # ------------------------------------------- 3 to 6: complex, decomposition, cover, redirect (sections 3.2 to 4.1)
+
+
+def in_order(signals: Signals, rank: torch.Tensor) -> Signals:
+    """The signals in rank space, where vertex r is expert rank[r]; its triangles are lexicographic again."""
+    n = len(rank)
+    place = rank.argsort()
+    triangles = place[signals.candidates].sort(1).values
+    first = (triangles @ torch.tensor([n * n, n, 1])).argsort()
+    pairs = rank[mathx.edges(n)].sort(1).values
+    return signals._replace(
+        frequency=signals.frequency[rank], saliency=signals.saliency[rank], candidates=triangles[first],
+        triplets=signals.triplets[first], barriers=signals.barriers[mathx.edge_index(n, *pairs.unbind(1))])
 
 
 def curate_triangles(signals: Signals, settings: Settings) -> tuple[torch.Tensor, float, torch.Tensor]:
@@ -262,7 +343,7 @@ def curate_triangles(signals: Signals, settings: Settings) -> tuple[torch.Tensor
     Returns (mask of the candidates, tau*, beta_1 at each threshold). K_tau has only the edges up to tau; the complex
     of the decomposition then has all edges, whatever tau*.
     """
-    n = len(signals.rank)
+    n = len(signals.frequency)
     both = torch.cat((signals.barriers, signals.triplets))
     thresholds = torch.linspace(both.min().item(), both.max().item(), settings.thresholds, dtype=torch.float64)
     curve = mathx.betti_curve(n, signals.barriers, signals.candidates, signals.triplets, thresholds)
@@ -275,22 +356,26 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
 
     Returns the layer's entry of hodgecover.json (README), in expert indices.
     """
-    n, rank, b = len(signals.rank), signals.rank, signals.barriers
+    n = len(signals.frequency)
     if not 1 <= keep <= n or n < 2:
         raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
-    inside, tau, curve = curate_triangles(signals, settings)
-    triangles, triplets = signals.candidates[inside], signals.triplets[inside]
+    by_saliency = settings.order == "saliency"
+    rank = signals.saliency.sort(stable=True).indices if by_saliency else torch.arange(n)
+    ranked = in_order(signals, rank)
+    b = ranked.barriers
+    inside, tau, curve = curate_triangles(ranked, settings)
+    triangles, triplets = ranked.candidates[inside], ranked.triplets[inside]
     d1, d2 = mathx.boundary_matrices(n, triangles)
     parts = mathx.hodge_decompose(b, d1, d2)
     flat = mathx.hodge_decompose(torch.ones_like(b), d1, d2)
     additive = mathx.additive_model(b, d1)
-    discordance = mathx.discordance(n, b, signals.candidates, signals.triplets, settings.margin)
+    discordance = mathx.discordance(n, b, ranked.candidates, ranked.triplets, settings.margin)
 
     tiny = 1e-12 * b.norm().item()
     critical_edges = mathx.edges(n)[mathx.critical(parts.harmonic.abs(), settings.edge_percent, tiny)]
     critical_triangles = triangles[mathx.critical(triplets, settings.triangle_percent, tiny)]
     families = [(critical_edges, settings.lambda_edge), (critical_triangles, settings.lambda_triangle)]
-    order, covered_at = mathx.greedy_cover(signals.saliency[rank], families, n)
+    order, covered_at = mathx.greedy_cover(ranked.saliency, families, n)
     target = mathx.redirect(order[:keep], b, parts.harmonic, settings.alpha)
 
     def experts(vertices: torch.Tensor | list[int]) -> list:
@@ -317,7 +402,7 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
         "mean_barrier": b.mean().item(),
         "frequency": signals.frequency.tolist(),
         "saliency": signals.saliency.tolist(),
-    }
+    } | ({"audit": mathx.shortfall(*signals.audit.unbind(1))} if len(signals.audit) else {})
 
 
 def plan_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, readout: Readout, keep: int,
@@ -351,12 +436,14 @@ def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, 
     return ids
 
 
-def make_readout(model: Model, settings: Settings, ids: torch.Tensor) -> Callable[[LayerPass], Readout]:
+def make_readout(model: Model, settings: Settings, ids: torch.Tensor, memory: int = MEMORY
+                 ) -> Callable[[LayerPass], Readout]:
     """layer pass -> barrier function of that layer. For `model` this loads every layer; see `check_cost`."""
     head = model.unembedding()
     if settings.readout == "lens":
-        return lambda step: partial(lens_barriers, norm=step.norm, unembedding=head)
-    check_cost(model, ids, settings)
+        return lambda step: partial(lens_barriers, norm=step.norm, unembedding=head, memory=memory,
+                                    vocab_sample=settings.vocab_sample, seed=settings.seed)
+    check_cost(model, ids, settings, memory)
     depth = model.config.num_layers
     layers = [model.layer(index) for index in range(depth)]
 
@@ -368,29 +455,208 @@ def make_readout(model: Model, settings: Settings, ids: torch.Tensor) -> Callabl
                                 later=partial(later, index=step.index, norm=step.norm))
 
 
-def check_cost(model: Model, ids: torch.Tensor, settings: Settings) -> None:
-    """Says what the `model` readout will cost. Raises InputError where it does not fit in memory, or in bfloat16,
-    which loses the small difference of two streams."""
-    cfg, tokens = model.config, ids.numel()
-    if model.dtype == torch.bfloat16:
-        raise InputError("--readout model compares streams that bfloat16 cannot tell apart; use --dtype float32")
-    depth, width = cfg.num_layers, cfg.hidden_size
-    size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items()
-            if name.startswith(f"{model.prefix}layers.")}
-    experts = sum(count for name, count in size.items() if ".experts." in name)
-    active = sum(size.values()) - experts * (1 - cfg.top_k / cfg.num_experts)  # parameters that a token meets
-    merges = math.comb(cfg.num_experts, 2) + settings.max_triangles
-    sparse = [i for i, name in enumerate(model.layer_names[:depth]) if f"{name}.mlp.gate.weight" in size]
-    operations = 2 * merges * tokens * sum((depth - 1 - i) / depth * active + cfg.vocab_size * width for i in sparse)
-    hidden = experts // (3 * width * max(len(sparse), 1))  # n f
-    need = model.dtype.itemsize * (sum(size.values()) * (1 + 1 / depth) + cfg.vocab_size * width
-                                   + tokens * (4 * hidden + 100 * width)) + 16 * 256 * cfg.vocab_size
-    seconds = operations / matrix_rate(model.dtype, model.device)
-    warn(f"--readout model runs {merges:,} merges a layer through all later layers: {operations:.1e} operations, "
-         f"at least {clock(seconds)} on this machine, {need / 1e9:.1f} GB of memory")
-    if need > available_memory(model.device):
-        raise InputError(f"--readout model needs {need / 1e9:.1f} GB of memory, "
+def check_cost(model: Model, ids: torch.Tensor, settings: Settings, memory: int) -> None:
+    """Says what the `model` readout will cost. Raises InputError where it does not fit in memory."""
+    cost = estimate(model, settings, ids.numel(), memory)
+    warn(f"--readout model runs every merge through all later layers: {cost.operations:.1e} operations, about "
+         f"{clock(cost.seconds)} on this machine, {cost.memory / 1e9:.1f} GB of memory")
+    if cost.memory > available_memory(model.device):
+        raise InputError(f"--readout model needs {cost.memory / 1e9:.1f} GB of memory, "
                          f"{available_memory(model.device) / 1e9:.1f} GB are free; use --readout lens")
+
+
+def sparse_layers(model: Model) -> list[int]:
+    """Indices of the layers that have a router. Raises InputError where there is none, or no two experts."""
+    found = [i for i, name in enumerate(model.layer_names) if f"{name}.mlp.gate.weight" in model.checkpoint.tensors]
+    if not found or model.config.num_experts < 2:
+        raise InputError(f"{model.checkpoint.path}: no layer has a router over two experts or more; it is dense")
+    return found
+
+
+def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int],
+                  cache: Path | None = None, memory: int = MEMORY) -> Iterator[tuple[int, Signals]]:
+    """Signals of the given layers (ascending indices), from the cache or from one forward pass over ids (B, L).
+
+    What is measured is put into the cache as soon as it is done. The pass stops at the last layer that needs it.
+    Raises InputError for the `model` readout in bfloat16, which loses the small difference of two streams.
+    """
+    if settings.readout == "model" and model.dtype == torch.bfloat16:
+        raise InputError("--readout model compares streams that bfloat16 cannot tell apart; use --dtype float32")
+    key = cache_key(model, ids, settings) if cache else {}
+    stream, readout, bar = model.stream(ids), None, progress_bar()
+    for at, index in enumerate(layers):
+        signals = read_signals(cache, model.layer_names[index], key) if cache else None
+        if signals is None:
+            if readout is None:
+                if cache:
+                    make_cache(cache)
+                readout = make_readout(model, settings, ids, memory)
+            step = run_to(stream, index)
+            signals = measure_step(step, readout(step), settings, lambda done: bar((at + done) / len(layers)))
+            bar(None)
+            del step  # before the next layer is read
+            if cache:
+                write_signals(cache, model.layer_names[index], signals, key)
+        yield index, signals
+
+
+def run_to(stream: Iterator[LayerPass], index: int) -> LayerPass:
+    """The pass of layer `index`, running the layers before it."""
+    while True:
+        step = next(stream)
+        if step.index == index:
+            return step
+        del step  # before the next layer is read
+
+
+def measure_step(step: LayerPass, readout: Readout, settings: Settings, tick: Tick) -> Signals:
+    """`measure_layer`, and the audit of a vocabulary sample."""
+    tensors = step.layer.experts, step.x, step.gates, step.y
+    signals = measure_layer(*tensors, readout, settings, tick)
+    if not settings.vocab_sample:
+        return signals
+    simplices = mathx.edges(len(signals.frequency)), signals.candidates
+    audit = partial(audit_sample, *tensors, **readout.keywords)
+    return signals._replace(audit=torch.cat([audit(simplices=chosen.to(step.x.device)) for chosen in simplices]))
+
+
+# ------------------------------------------------------------------------------------------ the barriers on disk
+
+
+def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
+    """All that a layer's signals depend on, by name."""
+    checkpoint = model.checkpoint
+    modified = [(checkpoint.path / file).stat().st_mtime_ns for file in checkpoint.metadata]
+    return {"format": CACHE_VERSION, "weights": f"{checkpoint.fingerprint()} of {modified}",
+            "calibration text": f"{[*ids.shape]} {hashlib.sha256(ids.numpy().tobytes()).hexdigest()}",
+            "dtype": str(model.dtype)} | {name.replace("_", " "): str(getattr(settings, name)) for name in
+                                          ("readout", "vocab_sample", "max_triangles", "seed")}
+
+
+def cache_file(cache: Path, layer: str, key: dict[str, str]) -> Path:
+    """Where a layer's signals lie: settings have files of their own, so that a quick run costs no long one's."""
+    return cache / f"{layer}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}.safetensors"
+
+
+def read_signals(cache: Path, layer: str, key: dict[str, str]) -> Signals | None:
+    """A layer's signals in the cache; None, and a line that says why, where they are damaged or made from another
+    key; None where there are none."""
+    file = cache_file(cache, layer, key)
+    if not file.exists():
+        file = max(cache.glob(f"{layer}-*.safetensors"), key=os.path.getmtime, default=None)
+    if file is None:
+        return None
+    try:
+        with safetensors.safe_open(file, framework="pt") as f:
+            found, tensors = f.metadata() or {}, {name: f.get_tensor(name).clone() for name in f.keys()}
+    except (OSError, safetensors.SafetensorError) as err:
+        warn(f"{file}: damaged ({err}); measured anew")
+        return None
+    other = [name for name in key if found.get(name) != key[name]]
+    if other:
+        warn(f"{file}: made with other {', '.join(other)}; measured anew")
+    elif tensors.keys() != set(Signals._fields) or found.get("sha256") != digest(tensors):
+        warn(f"{file}: damaged (its hash differs); measured anew")
+    else:
+        return Signals(**tensors)
+    return None
+
+
+def write_signals(cache: Path, layer: str, signals: Signals, key: dict[str, str]) -> None:
+    """Writes a cache file beside and renames it, so that it is whole or absent however the process ends."""
+    file = cache_file(cache, layer, key)
+    tensors = {name: tensor.contiguous() for name, tensor in signals._asdict().items()}
+    beside = file.with_name(f".{file.name}.{os.urandom(8).hex()}")
+    beside.write_bytes(safetensors.torch.save(tensors, key | {"sha256": digest(tensors)}))
+    beside.replace(file)
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of the tensors in the order of their names."""
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+def make_cache(cache: Path) -> None:
+    """Makes the folder of the cache. Raises InputError where it cannot be made or written to."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise InputError(f"{cache}: cannot be made ({err.strerror}); name another folder with --cache") from None
+    if not os.access(cache, os.W_OK | os.X_OK):
+        raise InputError(f"{cache}: cannot be written to; name another folder with --cache")
+
+
+# ---------------------------------------------------------------------------------------- what it will cost
+
+
+class Cost(NamedTuple):
+    """operations of products; seconds on this machine; peak bytes of memory; bytes of the cache on disk."""
+
+    operations: float
+    seconds: float
+    memory: float
+    disk: float
+
+
+def estimate(model: Model, settings: Settings, tokens: int, memory: int = MEMORY) -> Cost:
+    """What measuring the whole model costs, before it is done: counted operations over the rate at which a short
+    sweep of a made-up layer of the same shape does them. Reading the checkpoint is not counted."""
+    cfg, layers = model.config, sparse_layers(model)
+    size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items()}
+    layer_size = [sum(count for name, count in size.items() if name.startswith(f"{layer}."))
+                  for layer in model.layer_names]
+    experts = sum(count for name, count in size.items() if ".experts." in name)
+    active = sum(layer_size) - experts * (1 - cfg.top_k / cfg.num_experts)  # parameters that a token meets
+    f = experts // (3 * cfg.num_experts * cfg.hidden_size * len(layers))
+    shape = cfg.num_experts, cfg.top_k, cfg.hidden_size, f, cfg.vocab_size
+    m, head = min(settings.max_triangles, math.comb(cfg.num_experts, 3)), cfg.vocab_size * cfg.hidden_size
+    held = max(layer_size) + head
+    activations = 16 * tokens * cfg.hidden_size
+    if settings.readout == "lens":
+        outcomes = min(settings.vocab_sample or cfg.vocab_size, cfg.vocab_size)
+        sweep = tokens * (sweep_operations(*shape, outcomes, 2, math.comb(cfg.num_experts, 2))
+                          + sweep_operations(*shape, outcomes, 3, m))
+        operations = len(layers) * sweep + 2 * tokens * active
+        rate = sweep_rate(model, *shape, outcomes)
+    else:
+        depth = len(model.layer_names)
+        merges = math.comb(cfg.num_experts, 2) + m
+        later = sum((depth - 1 - i) / depth for i in layers)
+        operations = 2 * merges * tokens * (later * active + len(layers) * head)
+        rate = matrix_rate(model.dtype, model.device)
+        held, activations = sum(layer_size) + held, tokens * (4 * cfg.num_experts * f + 100 * cfg.hidden_size)
+        memory = 16 * 256 * cfg.vocab_size
+    disk = len(layers) * 8 * (math.comb(cfg.num_experts, 2) + 4 * m + 2 * cfg.num_experts)
+    return Cost(operations, operations / rate, BASE_MEMORY + model.dtype.itemsize * (held + activations) + memory, disk)
+
+
+def sweep_operations(n: int, k: int, d: int, f: int, vocab: int, outcomes: int, members: int, count: int) -> float:
+    """Operations a token in the products of the barriers of `count` simplices of `members` experts: the readout and
+    the down projections of those that touch it, its own readout and pre-activations. Uniform routing."""
+    rows = count * (1 - math.comb(n - k, members) / math.comb(n, members))
+    return 2 * d * (rows * (outcomes + members * f) + vocab + 2 * n * f)
+
+
+def sweep_rate(model: Model, n: int, k: int, d: int, f: int, vocab: int, outcomes: int) -> float:
+    """Operations a second of a short sweep over pairs, as many a token as the real one has, of some 2 k experts."""
+    def filled(*shape: int) -> torch.Tensor:
+        return torch.full(shape, 0.01, dtype=model.dtype, device=model.device)
+    few, pairs = min(n, 2 * k), math.comb(n, 2)
+    wanted = sweep_operations(n, k, d, f, vocab, outcomes, 2, pairs)
+    tokens = int(min(max(4e11 / wanted, 1), 64))
+    simplices = mathx.edges(few).repeat(max(1, round((pairs - math.comb(n - k, 2)) /
+                                                     (math.comb(few, 2) - math.comb(few - k, 2)))), 1)
+    experts = Experts(filled(few, f, d), filled(few, f, d), filled(few, d, f))
+    x, gates, head = filled(tokens, d), filled(tokens, few), filled(vocab, d)
+    gates[:, k:] = 0
+    norm = partial(model_io.rms_norm, weight=filled(d), eps=1.0)
+    operations = tokens * sweep_operations(few, k, d, f, vocab, outcomes, 2, len(simplices))
+    started, rate = time.perf_counter(), 0.0
+    while rate == 0 or time.perf_counter() - started < 3:  # a processor takes a moment to reach its speed
+        began = time.perf_counter()
+        lens_barriers(experts, x, gates, x, simplices.to(x.device), norm, head, outcomes)
+        rate = max(rate, operations / (time.perf_counter() - began))
+    return rate
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -415,27 +681,6 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings, say: Callable[[str], None] = print
-               ) -> list[dict]:
-    """Plans every sparse layer from one forward pass over ids (B, L); says one line a layer."""
-    readout = make_readout(model, settings, ids)
-    bar = progress_bar()
-
-    def plan(step: LayerPass) -> dict:
-        layer = plan_layer(step.layer.experts, step.x, step.gates, step.y, readout(step), keep, settings,
-                           tick=lambda done: bar((step.index + done) / len(model.layer_names)))
-        bar(None)
-        say(layer_line({"layer": step.index} | layer))
-        return {"layer": step.index, "name": step.name} | layer
-    plans = []
-    say(LAYER_HEAD)
-    for step in model.stream(ids):
-        if step.gates is not None:
-            plans.append(plan(step))
-        del step  # before the next layer is read
-    return plans
-
-
 def fold_file(model: Model, plans: list[dict]) -> bytes:
     """What `--router fold` needs beside the survivors (paper section 4.1: p'_j = sum of p_i over pi(i) = j)."""
     tensors = {}
@@ -450,27 +695,29 @@ def fold_file(model: Model, plans: list[dict]) -> bytes:
 
 def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None = None, *, calib: Sequence[Path] = (),
              tokens: int = TOKENS, seq_len: int = SEQ_LEN, settings: Settings = Settings(), plan_only: bool = False,
-             dtype: torch.dtype = torch.float32, device: str = "cpu", say: Callable[[str], None] = print) -> Path:
+             cache: Path | None = None, memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
+             say: Callable[[str], None] = print) -> Path:
     """Plans the checkpoint at `path` and writes it with `keep` experts a layer to `out`.
 
-    Parameters are those of the command line (README). `out` defaults to `path`-keep`keep` beside it.
+    Parameters are those of the command line (README). `out` defaults to `path`-keep`keep` beside it; without a
+    `cache` folder no barriers are kept.
 
-    Returns the output folder. Raises InputError where something given is wrong; then nothing is written.
+    Returns the output folder. Raises InputError where something given is wrong; then no output is written.
     """
     model = Model(path, dtype, device)
-    cfg = model.config
-    if not any(f"{name}.mlp.gate.weight" in model.checkpoint.tensors for name in model.layer_names):
-        raise InputError(f"{path}: no layer has a router; the checkpoint is dense")
-    if not cfg.top_k <= keep <= cfg.num_experts:
-        raise InputError(f"--keep {keep}: the model has {cfg.num_experts} experts and routes each token to "
-                         f"{cfg.top_k}; K must be from {cfg.top_k} to {cfg.num_experts}")
+    cfg, sparse = model.config, sparse_layers(model)
+    check_keep(model, keep, "--keep")
     source = Path(os.path.abspath(path))
-    out = Path(out) if out else source.with_name(f"{source.name}-keep{keep}")
-    if source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise InputError(f"{out}: lies in the checkpoint, which is never written to; name another with --out")
-    model_io.check_new(out)
+    out = check_out(model, Path(out) if out else source.with_name(f"{source.name}-keep{keep}"))
     ids = calibration_ids(model, list(calib), tokens, seq_len, settings.seed)
-    layers = plan_model(model, ids, keep, settings, say)
+    layers = []
+    for index, signals in measure_model(model, ids, settings, sparse, cache, memory):
+        if not layers:
+            say(LAYER_HEAD)
+        layers.append({"layer": index, "name": model.layer_names[index]} | plan_from_signals(signals, keep, settings))
+        say(layer_line(layers[-1]))
+    if settings.vocab_sample:
+        say(audit_line([layer["audit"] for layer in layers if "audit" in layer], settings.vocab_sample))
     plan = {
         "schema_version": SCHEMA_VERSION,
         "hodgecover_version": __version__,
@@ -482,16 +729,65 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
         "source": {"name": source.name, "model_type": cfg.model_type, "num_experts": cfg.num_experts,
                    "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
     }
+    export(model, plan, out, plan_only)
+    return out
+
+
+def check_keep(model: Model, keep: int, where: str) -> None:
+    """Raises InputError where K is no number of experts that every layer can keep."""
+    cfg = model.config
+    if not cfg.top_k <= keep <= cfg.num_experts:
+        raise InputError(f"{where} {keep}: the model has {cfg.num_experts} experts and routes each token to "
+                         f"{cfg.top_k}; K must be from {cfg.top_k} to {cfg.num_experts}")
+
+
+def check_out(model: Model, out: Path) -> Path:
+    """The output folder. Raises InputError where it lies in the checkpoint or cannot become a new folder."""
+    if model.checkpoint.path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"{out}: lies in the checkpoint, which is never written to; name another with --out")
+    model_io.check_new(out)
+    return out
+
+
+def export(model: Model, plan: dict, out: Path, plan_only: bool = False) -> None:
+    """Writes the checkpoint that a plan says, and the plan, to the folder `out`; or the plan alone."""
     files = {model_io.PLAN: (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()}
     if plan_only:
         with model_io.new_folder(out) as folder:
             (folder / model_io.PLAN).write_bytes(files[model_io.PLAN])
-        return out
-    if settings.router == "fold":
-        files[model_io.FOLD] = fold_file(model, layers)
-    survivors = {layer["name"]: layer["survivors"] for layer in layers}
+        return
+    if plan["settings"]["router"] == "fold":
+        files[model_io.FOLD] = fold_file(model, plan["layers"])
+    survivors = {layer["name"]: layer["survivors"] for layer in plan["layers"]}
     model_io.write_checkpoint(model.checkpoint, out, survivors, files)
-    return out
+
+
+def read_plan(model: Model, path: Path) -> dict:
+    """The plan in a hodgecover.json, which may have been edited by hand. Raises InputError where it is not a plan
+    for this checkpoint: another fingerprint, or survivors that the export cannot take."""
+    plan, n = model_io.read_json(path), model.config.num_experts
+    names = [model.layer_names[i] for i in sparse_layers(model)]
+    try:
+        if plan["source"]["fingerprint"] != model.checkpoint.fingerprint():
+            raise InputError(f"{path}: made for {plan['source']['name']}, of other weights or another config.json than "
+                             f"{model.checkpoint.path}")
+        if [layer["name"] for layer in plan["layers"]] != names:
+            raise InputError(f"{path}: its layers must be {', '.join(names)}")
+        if plan["settings"]["router"] not in CHOICES["router"]:
+            raise InputError(f"{path}: router must be drop or fold")
+        fold = plan["settings"]["router"] == "fold"
+        keep = len(plan["layers"][0]["survivors"])
+        check_keep(model, keep, f"{path}: survivors:")
+        for layer in plan["layers"]:
+            kept, redirect = layer["survivors"], layer["redirect"]
+            if len(kept) != keep or any(type(e) is not int for e in kept) or kept != sorted({*kept} & {*range(n)}):
+                raise InputError(f"{path}: survivors of {layer['name']} must be {keep} ascending numbers below {n}")
+            dropped = {str(e) for e in range(n)} - {str(e) for e in kept}
+            if fold and (redirect.keys() != dropped or not {*redirect.values()} <= {*kept}):
+                raise InputError(f"{path}: redirect of {layer['name']} must send each dropped expert to a survivor")
+    except (KeyError, TypeError, AttributeError, IndexError) as err:
+        raise InputError(f"{path}: not a plan that hodgecover.py wrote ({type(err).__name__}: {err})") from None
+    return plan
 
 
 def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, float, float]:
@@ -526,6 +822,15 @@ def layer_line(plan: dict) -> str:
             f"{plan['discordance']:11.1%}  {at['edges']:3d}  {at['triangles']:3d}  {plan['routed_share']:10.1%}")
 
 
+def audit_line(audits: list[dict], outcomes: int) -> str:
+    """One line on what a sample of the vocabulary left out."""
+    pairs = sum(audit["pairs"] for audit in audits)
+    return (f"samples of {outcomes} outcomes, audited on {pairs} (token, simplex) pairs: barriers fall short by "
+            f"{sum(audit['shortfall'] for audit in audits) / max(len(audits), 1):.2%} on average, "
+            f"of one pair by {max((audit['largest'] for audit in audits), default=0):.1%} at most, "
+            f"rank correlation {min((audit['rank_correlation'] for audit in audits), default=1):.4f} at least")
+
+
 def clock(seconds: float) -> str:
     """h:mm:ss"""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
@@ -541,17 +846,19 @@ def progress_bar() -> Callable[[float | None], None]:
 
     On a terminal the line is redrawn twice a second; elsewhere a line is printed twice a minute.
     """
-    started, terminal = time.monotonic(), sys.stderr.isatty()
-    shown = started
+    terminal, shown = sys.stderr.isatty(), time.monotonic()
+    started = origin = None  # when, and at which share, the work began that was not in the cache
 
     def bar(done: float | None) -> None:
-        nonlocal shown
+        nonlocal shown, started, origin
         now = time.monotonic()
+        if started is None:
+            started, origin = now, done
         if done is None:
             if terminal:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        elif done > 0 and now - shown >= (0.5 if terminal else 30):
-            left = f"{done:4.0%} done, {clock((now - started) * (1 - done) / done)} left"
+        elif done > origin and now - shown >= (0.5 if terminal else 30):
+            left = f"{done:4.0%} done, {clock((now - started) * (1 - done) / (done - origin))} left"
             print(f"\r{left}" if terminal else left, end="" if terminal else "\n", file=sys.stderr, flush=True)
             shown = now
     return bar
@@ -576,7 +883,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     def choose(name: str, text: str) -> None:
         parser.add_argument(f"--{name}", choices=CHOICES[name], default=getattr(default, name), help=text)
     add("checkpoint", "CKPT", Path, None, "folder with config.json, safetensors and tokenizer.json")
-    parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer")
+    add("--keep", "K", int, None, "experts to keep in every layer")
     add("--out", "DIR", Path, None, "output folder [CKPT-keepK beside CKPT]")
     parser.add_argument("--calib", metavar="FILE", type=Path, nargs="+", default=[], help="calibration text: UTF-8, or "
                         ".jsonl with a text field [Python's own documentation]")
@@ -593,18 +900,83 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--lambda-triangle", "B", float, default.lambda_triangle, "weight of covered triangles [%(default)s]")
     add("--alpha", "C", float, default.alpha, "harmonic penalty of the redirect [%(default)s]")
     add("--max-triangles", "M", int, default.max_triangles, "candidate triangles [%(default)s]")
+    add("--vocab-sample", "N", int, default.vocab_sample, "read each token out on a weighted sample of N of the "
+        "vocabulary, and audit that; 0: on all of it, exactly [%(default)s]")
+    add("--cache", "DIR", Path, None, "folder of each layer's barriers, written and read [CKPT-barriers beside CKPT]")
+    add("--layers", "A-B", layer_range, None, "only measure these layers, into the cache")
+    add("--plan", "FILE", Path, None, "export from this hodgecover.json, without calibration")
+    parser.add_argument("--estimate", action="store_true", help="only print what measuring the barriers will cost")
     parser.add_argument("--plan-only", action="store_true", help="write hodgecover.json alone")
     add("--eval", "FILE", Path, None, "perplexity of source and output on this text, and their KL")
     add("--seed", "S", int, default.seed, "of the calibration sample and of the triangle sample [%(default)s]")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32",
-                        help="of the computation [%(default)s]")
+    add("--memory", "SIZE", byte_count, MEMORY, "buffers of the sweep, beside a layer's weights and the head [1GB]")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
+                        help="of the products; auto: bfloat16 where the processor multiplies it, else float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [%(default)s]")
     args = parser.parse_args(argv)
     if args.plan_only and args.eval:
         raise InputError("--eval needs an output checkpoint; leave out --plan-only")
+    whole = args.keep is not None
+    if whole + (args.plan is not None) + (args.layers is not None) != 1 and not (args.estimate and args.plan is None):
+        raise InputError("give one of --keep K, --plan FILE and --layers A-B")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
     return args
+
+
+def byte_count(text: str) -> int:
+    """1GB, 500MB or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(|MB|GB)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text}: must be a size such as 1GB or 500MB")
+    return max(1, int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]]))
+
+
+def layer_range(text: str) -> range:
+    """3, or 0-7."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not match or int(match[2] or match[1]) < int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text}: must be a layer or a range of layers such as 0-7")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+def choose_dtype(name: str, readout: str, device: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 where the processor has instructions for its products, but never
+    for the `model` readout, and float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    able = torch.cpu.get_capabilities()
+    native = device == "cuda" or any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native and readout == "lens" else torch.float32
+
+
+def measure_only(model: Model, args: argparse.Namespace, settings: Settings, cache: Path) -> None:
+    """--layers: puts the barriers of these layers into the cache."""
+    layers = [index for index in sparse_layers(model) if index in args.layers]
+    if args.layers[-1] >= len(model.layer_names) or not layers:
+        raise InputError(f"--layers {args.layers[0]}-{args.layers[-1]}: the model has layers 0 to "
+                         f"{len(model.layer_names) - 1}, of which with experts: {sparse_layers(model)}")
+    ids = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed)
+    for index, _ in measure_model(model, ids, settings, layers, cache, args.memory):
+        print(f"layer {index}: barriers in {cache}", flush=True)
+
+
+def say_cost(model: Model, args: argparse.Namespace, settings: Settings) -> None:
+    """--estimate."""
+    if args.keep is not None:
+        check_keep(model, args.keep, "--keep")
+    cost = estimate(model, settings, args.tokens // args.seq_len * args.seq_len, args.memory)
+    output = ""
+    if args.keep is not None:
+        survivors = {model.layer_names[i]: list(range(args.keep)) for i in sparse_layers(model)}
+        kept = model_io.surviving_tensors(model.checkpoint, survivors)
+        output = f", {sum(copy.nbytes() for copy in kept.values()) / 1e9:.1f} GB of output"
+    print(f"barriers of {len(sparse_layers(model))} layers, {str(model.dtype).removeprefix('torch.')}: "
+          f"{cost.operations:.1e} operations, about {clock(cost.seconds)} on this machine, where a short sweep does "
+          f"{cost.operations / cost.seconds:.1e} a second\n"
+          f"reading: {weight_bytes(model) / 1e9:.1f} GB, which comes on top\n"
+          f"memory: {cost.memory / 1e9:.1f} GB\n"
+          f"disk: {cost.disk / 1e6:.1f} MB of cache{output}")
 
 
 def weight_bytes(model: Model) -> int:
@@ -616,16 +988,31 @@ def run(args: argparse.Namespace) -> None:
     """Everything the command line does, after parsing."""
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)
                            if hasattr(args, field.name)})
-    dtype = getattr(torch, args.dtype)
+    dtype = choose_dtype(args.dtype, settings.readout, args.device)
     source, held_out = Model(args.checkpoint, dtype, args.device), None
+    at = Path(os.path.abspath(args.checkpoint))
+    cache = args.cache or at.with_name(f"{at.name}-barriers")
+    if args.estimate:
+        return say_cost(source, args, settings)
+    if args.layers is not None:
+        return measure_only(source, args, settings, cache)
     if args.eval:
         held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
-    out = compress(args.checkpoint, args.keep, args.out, calib=args.calib, tokens=args.tokens, seq_len=args.seq_len,
-                   settings=settings, plan_only=args.plan_only, dtype=dtype, device=args.device)
+    if args.plan:
+        plan = read_plan(source, args.plan)
+        keep = len(plan["layers"][0]["survivors"])
+        out = check_out(source, args.out or at.with_name(f"{at.name}-keep{keep}"))
+        export(source, plan, out)
+        router = plan["settings"]["router"]
+    else:
+        out = compress(args.checkpoint, args.keep, args.out, calib=args.calib, tokens=args.tokens,
+                       seq_len=args.seq_len, settings=settings, plan_only=args.plan_only, cache=cache,
+                       memory=args.memory, dtype=dtype, device=args.device)
+        router = settings.router
     if args.plan_only:
         print(f"plan: {out / model_io.PLAN}")
         return
-    output = Model(out, dtype, args.device, router=settings.router)
+    output = Model(out, dtype, args.device, router=router)
     before, after = weight_bytes(source), weight_bytes(output)
     print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})")
     if held_out is not None:

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: MIT
 """Times the barrier sweep of one layer with random weights against the machine's matrix rate and the plain way.
 
-    python examples/bench_barriers.py                          OLMoE-1B-7B's shape, 64 tokens, bfloat16
-    python examples/bench_barriers.py --scaling                the exponent in the number of experts
+    python examples/bench_barriers.py                      OLMoE-1B-7B's shape, 64 tokens; under 4 minutes
+    python examples/bench_barriers.py --peak 8             sharply peaked next-token distributions
+    python examples/bench_barriers.py --scaling            the exponent in the number of experts
 
 The plain way, in float32: merge the weights, run the layer on every token, two log-softmaxes over the vocabulary; a
-sample of simplices is timed and scaled. The reference for the errors is the same in float64. Everything is measured
-in one run; the table says what share of the bare product's rate the sweep reaches.
+sample of simplices is timed and scaled. The reference for the errors is the same in float64. The rate of the bare
+product, (rows of a token, d) times the head, is taken before and after each of three sweeps, since a shared machine's
+rate moves; times are medians.
 """
 import argparse
-import math
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mathx  # noqa: E402
-from hodgecover import lens_barriers, touched  # noqa: E402
+from hodgecover import choose_dtype, lens_barriers, touched  # noqa: E402
 from model_io import Experts, rms_norm  # noqa: E402
 
 
@@ -37,11 +39,12 @@ def random_layer(n: int, k: int, d: int, f: int, vocab: int, tokens: int, peak: 
             "y": normal(tokens, d, std=1.0), "unembedding": normal(vocab, d, std=peak * d**-0.5)}
 
 
-def sweep(layer: dict, simplices: torch.Tensor) -> torch.Tensor:
+def sweep(layer: dict, simplices: torch.Tensor, vocab_sample: int = 0) -> torch.Tensor:
     """The barriers by the library."""
     weight = torch.ones(layer["x"].shape[1], dtype=layer["x"].dtype)
     return lens_barriers(*(layer[name] for name in ("experts", "x", "gates", "y")), simplices,
-                         norm=partial(rms_norm, weight=weight, eps=1e-5), unembedding=layer["unembedding"])
+                         norm=partial(rms_norm, weight=weight, eps=1e-5), unembedding=layer["unembedding"],
+                         vocab_sample=vocab_sample)
 
 
 def plain_barrier(layer: dict, simplex: list[int], dtype: torch.dtype) -> float:
@@ -66,71 +69,107 @@ def seconds(function, *args) -> float:
     return time.perf_counter() - started
 
 
-def product_rate(rows: int, layer: dict) -> float:
-    """Operations a second of (rows, d) times the head, the best of three."""
+def product_seconds(rows: int, layer: dict) -> float:
+    """Wall time of (rows, d) times the head into a buffer that is there, the best of three."""
     head = layer["unembedding"]
     a = torch.randn(rows, head.shape[1]).to(head.dtype)
     out = torch.empty(rows, len(head), dtype=head.dtype)
-    return 2 * rows * head.numel() / min(seconds(lambda: torch.mm(a, head.T, out=out)) for _ in range(4))
+    return min(seconds(lambda: torch.mm(a, head.T, out=out)) for _ in range(4))
 
 
-def operations(layer: dict, simplices: torch.Tensor) -> tuple[int, int]:
+def timed_sweep(layer: dict, simplices: torch.Tensor, rows: int, vocab_sample: int = 0) -> tuple[float, float]:
+    """Median seconds of three sweeps, and the median rate of the bare product around them, operations a second."""
+    products, sweeps = [product_seconds(rows, layer)], []
+    for _ in range(3):
+        sweeps.append(seconds(sweep, layer, simplices, vocab_sample))
+        products.append(product_seconds(rows, layer))
+    return median(sweeps), 2 * rows * layer["unembedding"].numel() / median(products)
+
+
+def operations(layer: dict, simplices: torch.Tensor, vocab_sample: int = 0) -> tuple[int, int]:
     """(touched (token, simplex) pairs, operations of readout, pre-activations and down projections)."""
     n, f, d = layer["experts"].gate.shape
     tokens, vocab = len(layer["x"]), len(layer["unembedding"])
     rows = int(touched(layer["gates"], simplices).sum())
-    return rows, 2 * d * (rows * (vocab + simplices.shape[1] * f) + tokens * (vocab + 2 * n * f))
+    return rows, 2 * d * (rows * ((vocab_sample or vocab) + simplices.shape[1] * f) + tokens * (vocab + 2 * n * f))
+
+
+def harmonic(barriers: torch.Tensor) -> torch.Tensor:
+    """|b_harm| on the complete complex of 64 experts without triangles, |E| values."""
+    n = round((2 * len(barriers)) ** 0.5 + 0.5)
+    parts = mathx.hodge_decompose(barriers, *mathx.boundary_matrices(n, torch.empty(0, 3, dtype=torch.int64)))
+    return parts.harmonic.abs()
 
 
 def compare(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """The table: pairs and triangles, against the bare product and the plain way."""
+    """The tables: pairs and triangles against the bare product and the plain way; samples of the vocabulary."""
     layer = random_layer(args.experts, args.top_k, args.hidden, args.width, args.vocab, args.tokens, args.peak, dtype)
     g = torch.Generator().manual_seed(1)
     triples = torch.combinations(torch.arange(args.experts), 3)
     cases = {"pairs": mathx.edges(args.experts), "triangles": triples[torch.randperm(len(triples), generator=g)[:500]]}
     print(f"n = {args.experts}, k = {args.top_k}, d = {args.hidden}, f = {args.width}, V = {args.vocab}, "
-          f"T = {args.tokens}, logits of deviation {args.peak}, {dtype}, {torch.get_num_threads()} threads\n")
+          f"T = {args.tokens}, logits of deviation {args.peak:g}, {dtype}, {torch.get_num_threads()} threads\n")
     print("| | merges | touched | operations | s | floor, s | share of the product's rate | plain way, s | faster | "
-          "largest error of a sample |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+          "largest error of a sample |\n|---|---|---|---|---|---|---|---|---|---|")
+    took = {}
     for name, simplices in cases.items():
         rows, count = operations(layer, simplices)
-        rate = product_rate(max(1, rows // args.tokens), layer)
-        took = seconds(sweep, layer, simplices)
+        took[name], rate = timed_sweep(layer, simplices, max(1, rows // args.tokens))
         reached = simplices[touched(layer["gates"], simplices).any(0)]
         sample = reached[torch.randperm(len(reached), generator=g)[:args.sample]]
         plain = sum(seconds(plain_barrier, layer, s, torch.float32) for s in sample.tolist()) / len(sample)
         exact = torch.tensor([plain_barrier(layer, s, torch.float64) for s in sample.tolist()]).double()
         error = ((sweep(layer, sample) - exact).abs() / exact).max().item()
-        print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {took:.1f} | {count / rate:.1f} | "
-              f"{count / rate / took:.0%} | {plain * len(simplices):.0f} | {plain * len(simplices) / took:.0f} x | "
-              f"{error:.1e} |", flush=True)
+        print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {took[name]:.1f} | {count / rate:.1f} | "
+              f"{count / rate / took[name]:.0%} | {plain * len(simplices):.0f} | "
+              f"{plain * len(simplices) / took[name]:.0f} x | {error:.1e} |", flush=True)
+    print("\n| pairs, outcomes sampled | operations | s | faster | mean error | largest error | rank correlation of "
+          "barriers | of abs(b_harm) |\n|---|---|---|---|---|---|---|---|")
+    exact = sweep(layer, cases["pairs"])
+    for outcomes in (256, 1024, 4096):
+        rows, count = operations(layer, cases["pairs"], outcomes)
+        spent, _ = timed_sweep(layer, cases["pairs"], max(1, rows // args.tokens), outcomes)
+        sampled = sweep(layer, cases["pairs"], outcomes)
+        error = (sampled / exact - 1)[exact > 0]
+        print(f"| {outcomes} | {count:.2e} | {spent:.1f} | {took['pairs'] / spent:.1f} x | {error.mean():+.2%} | "
+              f"{error.abs().max():.1%} | {mathx.spearman(sampled, exact):.5f} | "
+              f"{mathx.spearman(harmonic(sampled), harmonic(exact)):.5f} |", flush=True)
+
+
+def slope(sizes: tuple[int, ...], values: list[float]) -> float:
+    """Exponent of a power law through the values, by least squares."""
+    x, y = torch.tensor(sizes).double().log(), torch.tensor(values).double().log()
+    return ((x - x.mean()) @ y / (x - x.mean()).square().sum()).item()
 
 
 def scaling(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Seconds of the pair sweep and of 500 triangles from 16 to 256 experts at fixed k, and the fitted exponents."""
-    sizes, times = (16, 32, 64, 128, 256), {"pairs": [], "triangles": []}
-    print("| n | pairs, s | 500 triangles, s |\n|---|---|---|")
+    """Touched rows and seconds of the pair sweep and of 500 triangles at fixed k, and the fitted exponents in n."""
+    sizes, found = (16, 32, 64, 128, 256), {"pairs": ([], []), "500 triangles": ([], [])}
+    print("| n | pairs: touched | s | 500 triangles: touched | s |\n|---|---|---|---|---|")
     for n in sizes:
-        layer = random_layer(n, args.top_k, 256, 64, 4096, args.tokens, args.peak, dtype)
+        layer = random_layer(n, args.top_k, 512, 128, 16384, args.tokens, args.peak, dtype)
         triples = torch.combinations(torch.arange(n), 3)
-        for name, simplices in (("pairs", mathx.edges(n)), ("triangles", triples[torch.randperm(len(triples))[:500]])):
-            times[name].append(min(seconds(sweep, layer, simplices) for _ in range(2)))
-        print(f"| {n} | {times['pairs'][-1]:.2f} | {times['triangles'][-1]:.2f} |", flush=True)
-    for name, values in times.items():
-        slope = math.log(values[-1] / values[-3]) / math.log(sizes[-1] / sizes[-3])
-        print(f"{name}: exponent in n from {sizes[-3]} to {sizes[-1]}: {slope:.2f}")
+        triples = triples[torch.randperm(len(triples), generator=torch.Generator().manual_seed(1))[:500]]
+        for (rows, times), simplices in zip(found.values(), (mathx.edges(n), triples)):
+            rows.append(operations(layer, simplices)[0])
+            times.append(median(seconds(sweep, layer, simplices) for _ in range(3)))
+        print(f"| {n} | " + " | ".join(f"{rows[-1]} | {times[-1]:.2f}" for rows, times in found.values()) + " |",
+              flush=True)
+    for name, (rows, times) in found.items():
+        print(f"{name}: exponent in n of the touched pairs {slope(sizes, rows):.2f}, of the time "
+              f"{slope(sizes, times):.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, tokens=64, sample=4).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--peak", type=float, default=1.0, help="standard deviation of the logits [1]")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--peak", type=float, default=4.0, help="standard deviation of the logits [4, about a "
+                        "trained model's entropy]")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--scaling", action="store_true")
     args = parser.parse_args()
-    (scaling if args.scaling else compare)(args, getattr(torch, args.dtype))
+    (scaling if args.scaling else compare)(args, choose_dtype(args.dtype, "lens", "cpu"))
 
 
 if __name__ == "__main__":

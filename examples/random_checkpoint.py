@@ -71,8 +71,8 @@ def tensor_shapes(cfg: dict) -> dict[str, list[int]]:
         layer |= attention_shapes(cfg, i)
         if "shared_expert_intermediate_size" in cfg:
             shared = cfg["shared_expert_intermediate_size"]
-            layer |= {"mlp.shared_expert.gate_proj.weight": [shared, d], "mlp.shared_expert.up_proj.weight": [shared, d],
-                      "mlp.shared_expert.down_proj.weight": [d, shared], "mlp.shared_expert_gate.weight": [1, d],
+            layer |= {f"mlp.shared_expert.{part}_proj.weight": [shared, d] for part in ("gate", "up")}
+            layer |= {"mlp.shared_expert.down_proj.weight": [d, shared], "mlp.shared_expert_gate.weight": [1, d],
                       "mlp.experts.gate_up_proj": [n, 2 * f, d], "mlp.experts.down_proj": [n, d, f]}
         else:
             for e in range(n):
@@ -102,7 +102,8 @@ def into_shards(shapes: dict[str, list[int]]) -> list[dict[str, list[int]]]:
     return shards
 
 
-def write_shard(path: Path, shapes: dict[str, list[int]], generator: torch.Generator | None, norms_less_1: bool) -> None:
+def write_shard(path: Path, shapes: dict[str, list[int]], generator: torch.Generator | None, norms_less_1: bool
+                ) -> None:
     """One safetensors file, tensor after tensor; a hole of its size where there is no generator."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():

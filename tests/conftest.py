@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,6 @@ settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Path:
-    """The trained checkpoint that the repository carries."""
-    return ROOT / "examples" / "tiny-olmoe"
+def tiny(tmp_path_factory) -> Path:
+    """A copy of the trained checkpoint that the repository carries; caches of its barriers lie beside the copy."""
+    return Path(shutil.copytree(ROOT / "examples" / "tiny-olmoe", tmp_path_factory.mktemp("source") / "tiny-olmoe"))

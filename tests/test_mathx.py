@@ -291,6 +291,66 @@ def test_kl_is_accurate_where_a_difference_of_log_softmaxes_is_lost():
     torch.testing.assert_close(mathx.kl_of_logit_change(log_p, delta)[0], variance / 2, rtol=1e-5, atol=0)
 
 
+# ------------------------------------------------------------------------------------ a sample of the vocabulary
+
+
+@st.composite
+def distributions(draw, low: int = 2, high: int = 40):
+    """(p (V,) float64, a count from 1 to V), flat or peaked."""
+    vocab = draw(st.integers(low, high))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits = torch.randn(vocab, generator=g, dtype=torch.float64) * draw(st.sampled_from([0.0, 1.0, 5.0, 30.0]))
+    return logits.softmax(0), draw(st.integers(1, vocab))
+
+
+@given(distributions(), st.floats(0, 1, exclude_max=True))
+def test_a_sample_of_outcomes_is_a_distribution_that_keeps_the_likely_ones(case, offset):
+    p, count = case
+    outcomes, log_q = (part[0] for part in mathx.sample_outcomes(p.log()[None], count, torch.tensor([offset])))
+    q = log_q.exp()
+    assert len(outcomes) == len(set(outcomes.tolist())) == count
+    assert q.sum().item() == pytest.approx(1)
+    tau = q.min()
+    assert ((q - p[outcomes]).abs() <= 1e-9).logical_or((q - tau).abs() <= 1e-9).all()  # its own weight, or tau
+    left_out = [v for v in range(len(p)) if v not in outcomes]
+    assert all(p[v] <= tau + 1e-9 for v in left_out)
+    if count == len(p):
+        torch.testing.assert_close(torch.zeros_like(p).scatter(0, outcomes, q), p)
+
+
+@given(distributions(), st.integers(0, 2**31))
+def test_samples_of_outcomes_are_unbiased_and_their_kl_is_a_lower_bound_on_average(case, seed):
+    """Averaged over 4,000 evenly spaced offsets, at which each outcome is drawn to within 1 / 4,000 of p / tau."""
+    p, count = case
+    delta = torch.randn(len(p), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    offsets = (torch.arange(4000) + 0.5).double() / 4000
+    outcomes, log_q = mathx.sample_outcomes(p.log().expand(4000, -1), count, offsets)
+    mean = (log_q.exp() * delta[outcomes]).sum(1).mean().item()
+    assert mean == pytest.approx((p @ delta).item(), abs=len(p) * delta.abs().max().item() / 4000)
+    kl = mathx.kl_of_logit_change(log_q, delta[outcomes])
+    exact = mathx.kl_of_logit_change(p.log(), delta[None]).item()
+    assert (kl >= 0).all() and kl.mean().item() <= exact + len(p) * delta.exp().max().item() / 4000
+
+
+def test_shortfall_by_hand():
+    exact, estimated = torch.tensor([1.0, 2.0, 5.0]).double(), torch.tensor([1.5, 1.0, 3.5]).double()
+    found = mathx.shortfall(estimated, exact)
+    residuals = [1.5 - 0.75 * 1, 1 - 0.75 * 2, 3.5 - 0.75 * 5]
+    error = math.sqrt(sum((r - sum(residuals) / 3) ** 2 for r in residuals)) / 8  # of the ratio 6 / 8
+    assert found == {"pairs": 3, "shortfall": pytest.approx(0.25), "standard_error": pytest.approx(error),
+                     "largest": pytest.approx(0.5), "rank_correlation": pytest.approx(0.5)}
+    nothing = mathx.shortfall(torch.zeros(2).double(), torch.zeros(2).double())
+    assert nothing == {"pairs": 2, "shortfall": 0, "standard_error": 0, "largest": 0, "rank_correlation": 1}
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12))
+def test_spearman_is_the_correlation_of_mean_ranks(pairs):
+    ranks = [[sum(w < v for w in side) + (side.count(v) + 1) / 2 for v in side] for side in map(list, zip(*pairs))]
+    a, b = (torch.tensor(side).double() for side in zip(*pairs))
+    expected = torch.corrcoef(torch.tensor(ranks, dtype=torch.float64))[0, 1].item()
+    assert mathx.spearman(a, b) == (pytest.approx(expected) if math.isfinite(expected) else 1)
+
+
 # --------------------------------------------------------------------------------------------------- selection
 
 

@@ -78,8 +78,8 @@ def test_a_fold_renormalises_where_the_model_does():
     assert model_io.route(x, layer, cfg).sum(1).min() < 0.99
 
 
-def test_the_docstrings_examples_hold(monkeypatch, tiny):
-    monkeypatch.chdir(tiny.parent.parent)
+def test_the_docstrings_examples_hold(monkeypatch):
+    monkeypatch.chdir(Path(model_io.__file__).parent)
     assert doctest.testmod(model_io).failed == 0
 
 
