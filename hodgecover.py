@@ -599,35 +599,30 @@ class Cost(NamedTuple):
 
 
 def estimate(model: Model, settings: Settings, tokens: int, memory: int = MEMORY) -> Cost:
-    """What measuring the whole model costs, before it is done: counted operations over the rate at which a short
-    sweep of a made-up layer of the same shape does them. Reading the checkpoint is not counted."""
-    cfg, layers = model.config, sparse_layers(model)
+    """What measuring all layers costs, before it is done: counted operations over the rate at which a short sweep of
+    a made-up layer of the same shape does them. Reading the checkpoint is not counted."""
+    cfg, sparse = model.config, sparse_layers(model)
+    n, k, d, vocab, depth = cfg.num_experts, cfg.top_k, cfg.hidden_size, cfg.vocab_size, len(model.layer_names)
     size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items()}
-    layer_size = [sum(count for name, count in size.items() if name.startswith(f"{layer}."))
-                  for layer in model.layer_names]
-    experts = sum(count for name, count in size.items() if ".experts." in name)
-    active = sum(layer_size) - experts * (1 - cfg.top_k / cfg.num_experts)  # parameters that a token meets
-    f = experts // (3 * cfg.num_experts * cfg.hidden_size * len(layers))
-    shape = cfg.num_experts, cfg.top_k, cfg.hidden_size, f, cfg.vocab_size
-    m, head = min(settings.max_triangles, math.comb(cfg.num_experts, 3)), cfg.vocab_size * cfg.hidden_size
-    held = max(layer_size) + head
-    activations = 16 * tokens * cfg.hidden_size
+    layers = [sum(size[name] for name in size if name.startswith(f"{layer}.")) for layer in model.layer_names]
+    experts = sum(size[name] for name in size if ".experts." in name)
+    active = sum(layers) - experts * (1 - k / n)  # parameters that a token meets
+    f = experts // (3 * n * d * len(sparse))
+    merges, triangles = math.comb(n, 2), min(settings.max_triangles, math.comb(n, 3))
+    outcomes = min(settings.vocab_sample or vocab, vocab)
+    rate = sweep_rate(model, n, k, d, f, vocab, outcomes)
     if settings.readout == "lens":
-        outcomes = min(settings.vocab_sample or cfg.vocab_size, cfg.vocab_size)
-        sweep = tokens * (sweep_operations(*shape, outcomes, 2, math.comb(cfg.num_experts, 2))
-                          + sweep_operations(*shape, outcomes, 3, m))
-        operations = len(layers) * sweep + 2 * tokens * active
-        rate = sweep_rate(model, *shape, outcomes)
+        sweep = (sweep_operations(n, k, d, f, vocab, outcomes, 2, merges)
+                 + sweep_operations(n, k, d, f, vocab, outcomes, 3, triangles))
+        operations = tokens * (len(sparse) * sweep + 2 * active)
+        numbers, buffers = max(layers) + vocab * d + 16 * tokens * d, memory
     else:
-        depth = len(model.layer_names)
-        merges = math.comb(cfg.num_experts, 2) + m
-        later = sum((depth - 1 - i) / depth for i in layers)
-        operations = 2 * merges * tokens * (later * active + len(layers) * head)
-        rate = matrix_rate(model.dtype, model.device)
-        held, activations = sum(layer_size) + held, tokens * (4 * cfg.num_experts * f + 100 * cfg.hidden_size)
-        memory = 16 * 256 * cfg.vocab_size
-    disk = len(layers) * 8 * (math.comb(cfg.num_experts, 2) + 4 * m + 2 * cfg.num_experts)
-    return Cost(operations, operations / rate, BASE_MEMORY + model.dtype.itemsize * (held + activations) + memory, disk)
+        later = sum((depth - 1 - i) / depth for i in sparse)
+        operations = 2 * tokens * (merges + triangles) * (later * active + len(sparse) * vocab * d)
+        numbers = sum(layers) + max(layers) + vocab * d + tokens * (4 * n * f + 100 * d)
+        buffers = 16 * 256 * vocab
+    disk = len(sparse) * 8 * (merges + 4 * triangles + 2 * n)
+    return Cost(operations, operations / rate, BASE_MEMORY + model.dtype.itemsize * numbers + buffers, disk)
 
 
 def sweep_operations(n: int, k: int, d: int, f: int, vocab: int, outcomes: int, members: int, count: int) -> float:
@@ -651,23 +646,12 @@ def sweep_rate(model: Model, n: int, k: int, d: int, f: int, vocab: int, outcome
     gates[:, k:] = 0
     norm = partial(model_io.rms_norm, weight=filled(d), eps=1.0)
     operations = tokens * sweep_operations(few, k, d, f, vocab, outcomes, 2, len(simplices))
-    started, rate = time.perf_counter(), 0.0
-    while rate == 0 or time.perf_counter() - started < 3:  # a processor takes a moment to reach its speed
-        began = time.perf_counter()
+    seconds = []
+    for _ in range(3):  # a processor takes a moment to reach its speed
+        started = time.perf_counter()
         lens_barriers(experts, x, gates, x, simplices.to(x.device), norm, head, outcomes)
-        rate = max(rate, operations / (time.perf_counter() - began))
-    return rate
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a matrix product of 512 x 512 matrices, from a tenth of a second's run."""
-    a = torch.ones(512, 512, dtype=dtype, device=device)
-    a @ a
-    started, runs = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        (a @ a)[0, 0].item()
-        runs += 1
-    return runs * 2 * 512**3 / (time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
+    return operations / min(seconds)
 
 
 def available_memory(device: torch.device) -> int:

@@ -542,7 +542,7 @@ def test_the_model_readout_is_refused_where_it_does_not_fit(tiny, tmp_path, monk
 
 def test_the_cost_of_the_model_readout_counts_its_parts(monkeypatch, tiny, capsys):
     """Four layers of 500 + 2,016 merges over T tokens: layer l runs 3 - l later layers, and the head each time."""
-    monkeypatch.setattr(hodgecover, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(hodgecover, "sweep_rate", lambda *_: 1e9)
     ids = torch.ones(2, 64, dtype=torch.int64)
     hodgecover.check_cost(Model(tiny), ids, Settings(readout="model"), 0)
     layer = 4 * 96 * 96 + 64 * 96 + 4 * 96 + 8 * 3 * 96 * 16  # attention, router, norms, 8 of 64 experts
