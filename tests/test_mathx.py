@@ -184,7 +184,8 @@ def test_additive_model_is_exact_on_sums_and_beats_other_potentials(n, seed):
 
 
 LAYER_OF_256 = """
-import math, resource, sys, time, mathx, torch
+import math, time, mathx, torch
+from tests.peak import peak_memory
 n, generator = 256, torch.Generator().manual_seed(0)
 b = torch.rand(math.comb(n, 2), generator=generator, dtype=torch.float64)
 started = time.perf_counter()
@@ -195,8 +196,7 @@ d1, d2 = mathx.boundary_matrices(n, triangles)
 harmonic = mathx.hodge_decompose(b, d1, d2).harmonic
 mathx.additive_model(b, d1)
 assert curve[-1] == mathx.betti_1(d1, d2) and harmonic.norm() > 0
-unit = 1 if sys.platform == "darwin" else 1024
-print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+print(time.perf_counter() - started, peak_memory())
 """
 
 

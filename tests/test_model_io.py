@@ -536,15 +536,15 @@ def test_missing_weights_are_named(tmp_path):
 # ------------------------------------------------------------------------------------------------------- memory
 
 PASS_AND_EXPORT = """
-import resource, sys, torch, model_io
+import sys, torch, model_io
+from tests.peak import peak_memory
 model = model_io.Model(sys.argv[1])
 steps = 0
 for step in model.stream(torch.arange(64).view(1, 64)):
     steps += 1
     del step
 model_io.write_checkpoint(model.checkpoint, model_io.Path(sys.argv[2]), {n: [0, 1] for n in model.layer_names}, {})
-unit = 1 if sys.platform == "darwin" else 1024
-print(steps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20)
+print(steps, peak_memory() >> 20)
 """
 
 
