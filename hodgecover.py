@@ -38,7 +38,7 @@ else:
 
 __version__ = "0.1.0"
 
-SCHEMA_VERSION, CACHE_VERSION = 1, "1"
+SCHEMA_VERSION, CACHE_VERSION = 1, "2"
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 MEMORY = 10**9  # bytes that the barrier sweep may take beside the layer's weights and the head
 BASE_MEMORY = 4e8  # of a process that has imported torch
@@ -52,6 +52,7 @@ Readout = Callable[..., torch.Tensor]  # (experts, x, gates, y, simplices, tick=
 class Settings:
     """Every choice of the method. The paper names these quantities; the values are ours (README)."""
 
+    method: str = "hodgecover"
     readout: str = "lens"
     order: str = "saliency"
     router: str = "drop"
@@ -68,7 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if re.sub(r":\d{1,18}$", ":SEED", getattr(self, name)) not in choices:
                 raise InputError(f"--{name} {getattr(self, name)}: must be {' or '.join(choices)}")
         for name, (low, high) in RANGES.items():
             check_range(name, getattr(self, name), low, high)
@@ -76,7 +77,11 @@ class Settings:
             raise InputError("--vocab-sample goes with --readout lens alone")
 
 
-CHOICES = {"readout": ("lens", "model"), "order": ("saliency", "index"), "router": ("drop", "fold")}
+METHODS = ("hodgecover", "random", "frequency", "reap", "greedy-barrier", "triplet-penalty", "triplet-hypergraph",
+           "hodge-no-triangle", "additive-residual")
+NO_BARRIERS = ("random", "frequency", "reap")
+CHOICES = {"method": METHODS, "readout": ("lens", "model"), "order": ("saliency", "index", "random:SEED"),
+           "router": ("drop", "fold")}
 RANGES = {"edge_percent": (0, 100), "triangle_percent": (0, 100), "lambda_edge": (0, math.inf),
           "lambda_triangle": (0, math.inf), "alpha": (0, math.inf), "max_triangles": (0, math.inf),
           "vocab_sample": (0, math.inf), "thresholds": (2, math.inf), "margin": (0, math.inf), "seed": (0, 2**63 - 1)}
@@ -289,15 +294,21 @@ class Signals(NamedTuple):
     """What a layer's plan is made from, for any K, order, percentages and weights. Expert indices throughout.
 
     frequency (n,) tokens routed to each expert, saliency (n,), barriers (|E|,) of the pairs `mathx.edges(n)`,
-    candidate triangles (m, 3) and their triplet barriers (m,), audit (A, 2) from `audit_sample`.
+    candidate triangles (m, 3) and their triplet barriers (m,), audit (A, 2) from `audit_sample`; norms over the tokens
+    of what each expert's projections read, inputs (n, d) and hidden (n, f), and a shared expert's. Empty where the
+    method needs no barriers, and where a layer comes without norms.
     """
 
     frequency: torch.Tensor
     saliency: torch.Tensor
-    barriers: torch.Tensor
-    candidates: torch.Tensor
-    triplets: torch.Tensor
+    barriers: torch.Tensor = torch.empty(0, dtype=torch.float64)
+    candidates: torch.Tensor = torch.empty(0, 3, dtype=torch.int64)
+    triplets: torch.Tensor = torch.empty(0, dtype=torch.float64)
     audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)
+    inputs: torch.Tensor = torch.empty(0, 0)
+    hidden: torch.Tensor = torch.empty(0, 0)
+    shared_inputs: torch.Tensor = torch.empty(0)
+    shared_hidden: torch.Tensor = torch.empty(0)
 
 
 def measure_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.Tensor, readout: Readout,
@@ -353,18 +364,59 @@ def curate_triangles(signals: Signals, settings: Settings) -> tuple[torch.Tensor
     return signals.triplets <= tau, tau, curve
 
 
-def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings()) -> dict:
-    """The plan of one layer from its barriers: Hodge parts, critical simplices, greedy cover, redirect.
+def expert_order(signals: Signals, order: str) -> torch.Tensor:
+    """The experts in the total order that orients the complex, (n,): ascending saliency, index, or random:SEED."""
+    if order == "saliency":
+        return signals.saliency.sort(stable=True).indices
+    n = len(signals.frequency)
+    return torch.arange(n) if order == "index" else seeded_permutation(n, int(order.removeprefix("random:")))
+
+
+def seeded_permutation(n: int, seed: int) -> torch.Tensor:
+    """A random order of 0..n-1."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def score_experts(signals: Signals, method: str, seed: int) -> torch.Tensor:
+    """What a method without a cover ranks the experts by, (n,): the largest stay."""
+    n = len(signals.frequency)
+    if method == "random":
+        return seeded_permutation(n, seed)
+    if method == "frequency":
+        return signals.frequency
+    if method == "reap":
+        return signals.saliency
+    i, j = mathx.edges(n).unbind(1)
+    return torch.zeros(n, dtype=torch.float64).index_add_(0, i, signals.barriers).index_add_(0, j, signals.barriers)
+
+
+def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(), layer: int = 0) -> dict:
+    """The plan of one layer: survivors by `settings.method`, and, where its barriers were measured, their Hodge parts,
+    critical simplices, redirect and diagnostics. `layer` seeds the method `random`, no two layers alike.
 
     Returns the layer's entry of hodgecover.json (README), in expert indices.
     """
     n = len(signals.frequency)
     if not 1 <= keep <= n or n < 2:
         raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
-    by_saliency = settings.order == "saliency"
-    rank = signals.saliency.sort(stable=True).indices if by_saliency else torch.arange(n)
+    order, found = None, {}
+    if settings.method in ("random", "frequency", "reap", "greedy-barrier"):
+        score = score_experts(signals, settings.method, settings.seed + layer)
+        order = score.sort(descending=True, stable=True).indices.tolist()
+    if len(signals.barriers):
+        order, found = plan_from_barriers(signals, keep, settings, order)
+    survivors = sorted(order[:keep])
+    share = signals.frequency[survivors].sum() / signals.frequency.sum().clamp(min=1)
+    return {"survivors": survivors, "order": order} | found | {
+        "routed_share": share.item(), "frequency": signals.frequency.tolist(), "saliency": signals.saliency.tolist()}
+
+
+def plan_from_barriers(signals: Signals, keep: int, settings: Settings, order: list[int] | None
+                       ) -> tuple[list[int], dict]:
+    """The order of the picks, by a cover or a veto unless it is given, and all that the plan says of the barriers."""
+    n, rank = len(signals.frequency), expert_order(signals, settings.order)
     ranked = in_order(signals, rank)
-    b = ranked.barriers
+    b, edges = ranked.barriers, mathx.edges(n)
     inside, tau, curve = curate_triangles(ranked, settings)
     triangles, triplets = ranked.candidates[inside], ranked.triplets[inside]
     d1, d2 = mathx.boundary_matrices(n, triangles)
@@ -374,18 +426,23 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
     discordance = mathx.discordance(n, b, ranked.candidates, ranked.triplets, settings.margin)
 
     tiny = 1e-12 * b.norm().item()
-    critical_edges = mathx.edges(n)[mathx.critical(parts.harmonic.abs(), settings.edge_percent, tiny)]
+    signal = {"triplet-penalty": b, "additive-residual": additive.residual}.get(settings.method, parts.harmonic)
+    critical_edges = edges[mathx.critical(signal.abs(), settings.edge_percent, tiny)]
     critical_triangles = triangles[mathx.critical(triplets, settings.triangle_percent, tiny)]
-    families = [(critical_edges, settings.lambda_edge), (critical_triangles, settings.lambda_triangle)]
-    order, covered_at = mathx.greedy_cover(ranked.saliency, families, n)
-    target = mathx.redirect(order[:keep], b, parts.harmonic, settings.alpha)
+    if order is not None:
+        picks = rank.argsort()[order].tolist()
+    elif settings.method == "triplet-hypergraph":
+        picks = mathx.veto_order(ranked.saliency, critical_triangles)
+    else:
+        weight = 0.0 if settings.method == "hodge-no-triangle" else settings.lambda_triangle
+        families = [(critical_edges, settings.lambda_edge), (critical_triangles, weight)]
+        picks = mathx.greedy_cover(ranked.saliency, families, n)
+    target = mathx.redirect(picks[:keep], b, parts.harmonic, settings.alpha)
+    components = {name: (part, edges) for name, part in parts._asdict().items()} | {"triplet": (triplets, triangles)}
 
-    def experts(vertices: torch.Tensor | list[int]) -> list:
-        return rank[torch.as_tensor(vertices, dtype=torch.int64)].sort(-1).values.tolist()
-    survivors = experts(order[:keep])
-    return {
-        "survivors": survivors,
-        "order": rank[order].tolist(),
+    def experts(vertices: torch.Tensor) -> list:
+        return rank[vertices].sort(-1).values.tolist()
+    return rank[picks].tolist(), {
         "redirect": {str(i): j for i, j in sorted((int(rank[i]), int(rank[j])) for i, j in target.items())},
         "eta": mathx.energy_fractions(parts),
         "eta_constant": mathx.energy_fractions(flat),
@@ -399,11 +456,11 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
         "discordance_quantiles": discordance.ratio_quantiles,
         "critical_edges": experts(critical_edges),
         "critical_triangles": experts(critical_triangles),
-        "covered_at": {"edges": covered_at[0], "triangles": covered_at[1]},
-        "routed_share": (signals.frequency[survivors].sum() / signals.frequency.sum().clamp(min=1)).item(),
+        "covered_at": {"edges": mathx.covered_at(picks, critical_edges),
+                       "triangles": mathx.covered_at(picks, critical_triangles)},
+        "retained": {name: mathx.retained(part, simplices, picks[:keep])
+                     for name, (part, simplices) in components.items()},
         "mean_barrier": b.mean().item(),
-        "frequency": signals.frequency.tolist(),
-        "saliency": signals.saliency.tolist(),
     } | ({"audit": mathx.shortfall(*signals.audit.unbind(1))} if len(signals.audit) else {})
 
 
@@ -502,6 +559,15 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
         yield index, signals
 
 
+def measure_saliency(model: Model, ids: torch.Tensor) -> Iterator[tuple[int, Signals]]:
+    """Frequency and saliency alone of every sparse layer, from one forward pass over ids (B, L)."""
+    for step in model.stream(ids):
+        if step.gates is not None:
+            saliency = reap_saliency(step.layer.experts, step.x, step.gates)
+            yield step.index, Signals((step.gates > 0).sum(0).cpu(), saliency, **activation_norms(step))
+        del step  # before the next layer is read
+
+
 def run_to(stream: Iterator[LayerPass], index: int) -> LayerPass:
     """The pass of layer `index`, running the layers before it."""
     while True:
@@ -511,10 +577,24 @@ def run_to(stream: Iterator[LayerPass], index: int) -> LayerPass:
         del step  # before the next layer is read
 
 
+def activation_norms(step: LayerPass) -> dict[str, torch.Tensor]:
+    """|X_j|_2 over the calibration tokens that a projection reads, for Wanda: `inputs` (n, d) of each expert's gate
+    and up projections and `hidden` (n, f) of its down projection; the same of the shared expert, where there is one."""
+    x, wide, experts = step.x, model_io.widened(step.x.dtype), step.layer.experts
+    routed = step.gates > 0
+    norms = {"inputs": (routed.to(wide).T @ x.to(wide).square()).sqrt().cpu(),
+             "hidden": torch.stack([experts.hidden(e, x[routed[:, e]]).to(wide).norm(dim=0).cpu()
+                                    for e in range(routed.shape[1])])}
+    if "mlp.shared_expert.gate_proj.weight" in step.layer.weights:
+        hidden = model_io.gated(x, step.layer.weights, "mlp.shared_expert")
+        norms |= {"shared_inputs": x.to(wide).norm(dim=0).cpu(), "shared_hidden": hidden.to(wide).norm(dim=0).cpu()}
+    return norms
+
+
 def measure_step(step: LayerPass, readout: Readout, settings: Settings, tick: Tick) -> Signals:
-    """`measure_layer`, and the audit of a vocabulary sample."""
+    """`measure_layer`, the norms for Wanda, and the audit of a vocabulary sample."""
     tensors = step.layer.experts, step.x, step.gates, step.y
-    signals = measure_layer(*tensors, readout, settings, tick)
+    signals = measure_layer(*tensors, readout, settings, tick)._replace(**activation_norms(step))
     if not settings.vocab_sample:
         return signals
     simplices = mathx.edges(len(signals.frequency)), signals.candidates
@@ -623,7 +703,7 @@ def estimate(model: Model, settings: Settings, tokens: int, memory: int = MEMORY
         operations = 2 * tokens * (merges + triangles) * (later * active + len(sparse) * vocab * d)
         numbers = sum(layers) + max(layers) + vocab * d + tokens * (4 * n * f + 100 * d)
         buffers = 16 * 256 * vocab
-    disk = len(sparse) * 8 * (merges + 4 * triangles + 2 * n)
+    disk = len(sparse) * (8 * (merges + 4 * triangles + 2 * n) + 4 * n * (d + f))
     return Cost(operations, operations / rate, BASE_MEMORY + model.dtype.itemsize * numbers + buffers, disk)
 
 
@@ -681,7 +761,8 @@ def fold_file(model: Model, plans: list[dict]) -> bytes:
 
 def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None = None, *, calib: Sequence[Path] = (),
              tokens: int = TOKENS, seq_len: int = SEQ_LEN, settings: Settings = Settings(), plan_only: bool = False,
-             cache: Path | None = None, memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
+             total_rate: float | None = None, nm: tuple[int, int] | None = None, cache: Path | None = None,
+             memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
              say: Callable[[str], None] = print) -> Path:
     """Plans the checkpoint at `path` and writes it with `keep` experts a layer to `out`.
 
@@ -695,12 +776,20 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     check_keep(model, keep, "--keep")
     source = Path(os.path.abspath(path))
     out = check_out(model, Path(out) if out else source.with_name(f"{source.name}-keep{keep}"))
+    wanda, mask = wanda_settings(model, keep, total_rate, nm)
     ids = calibration_ids(model, list(calib), tokens, seq_len, settings.seed)
-    layers = []
-    for index, signals in measure_model(model, ids, settings, sparse, cache, memory):
-        if not layers:
+    layers, norms, barriers = [], {}, settings.method not in NO_BARRIERS
+    for index, signals in (measure_model(model, ids, settings, sparse, cache, memory) if barriers
+                           else measure_saliency(model, ids)):
+        if barriers and not layers:
             say(LAYER_HEAD)
-        layers.append({"layer": index, "name": model.layer_names[index]} | plan_from_signals(signals, keep, settings))
+        name = model.layer_names[index]
+        norms[name] = signals
+        plan = plan_from_signals(signals, keep, settings, index)
+        if not barriers:
+            rows = model.checkpoint.load(f"{name}.mlp.gate.weight")
+            plan["redirect"] = {str(i): j for i, j in mathx.nearest_rows(rows, plan["survivors"]).items()}
+        layers.append({"layer": index, "name": name} | plan)
         say(layer_line(layers[-1]))
     if settings.vocab_sample:
         say(audit_line([layer["audit"] for layer in layers if "audit" in layer], settings.vocab_sample))
@@ -711,12 +800,73 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
         "settings": {"keep": keep} | dataclasses.asdict(settings) | {
             "dtype": str(dtype).removeprefix("torch."), "tokens": ids.numel(), "seq_len": seq_len,
             "calibration": [Path(file).name for file in calib] or "python documentation",
-            "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()},
+            "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | wanda,
         "source": {"name": source.name, "model_type": cfg.model_type, "num_experts": cfg.num_experts,
                    "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
     }
-    export(model, plan, out, plan_only)
+    if "total_rate" in wanda.get("wanda", {}):
+        say(f"Wanda at {wanda['wanda']['rate']:.2%} of the survivors: {wanda['wanda']['total_rate']:.2%} of all "
+            "experts' parameters are gone")
+    export(model, plan, out, plan_only, wanda_edits(model, norms, mask) if mask else {})
     return out
+
+
+# ------------------------------------------------------------------- Wanda on the survivors (design 2.14, section 5)
+
+
+def wanda_parameters(model: Model) -> dict[str, tuple[int, int, bool]]:
+    """(rows, columns, whether of a routed expert) of each weight matrix of routed and shared experts, fused ones
+    counted as n matrices of their rows."""
+    name = re.compile(r".+\.mlp\.(?:(experts)|shared_expert)\..*(?:gate|up|gate_up|down)_proj(?:\.weight)?")
+    found = {key: (name.fullmatch(key), info.shape) for key, info in model.checkpoint.tensors.items()}
+    return {key: (math.prod(shape[:-1]), shape[-1], bool(match[1])) for key, (match, shape) in found.items() if match}
+
+
+def wanda_rate(model: Model, keep: int, total: float) -> tuple[float, float]:
+    """(rate r2 that Wanda must prune the survivors and shared experts at, achieved total rate) for `total` of the
+    parameters of routed and shared experts to go when `keep` experts stay: r2 = 1 - (1 - r) P_before / P_after."""
+    matrices, share = wanda_parameters(model).values(), keep / model.config.num_experts
+    before = sum(rows * columns for rows, columns, _ in matrices)
+    after = sum(rows * columns * (share if routed else 1) for rows, columns, routed in matrices)
+    rate = 1 - (1 - total) * before / after
+    if rate < 0:
+        raise InputError(f"--total-rate {total}: dropping to {keep} experts takes {1 - after / before:.4f} already; it "
+                         "must be at least that")
+    left = sum(rows * (columns - round(rate * columns)) * (share if routed else 1)
+               for rows, columns, routed in matrices)
+    return rate, 1 - left / before
+
+
+def wanda_settings(model: Model, keep: int, total_rate: float | None, nm: tuple[int, int] | None
+                   ) -> tuple[dict, Callable | None]:
+    """(what the plan records, mask(weight, norms) or None where no weight is pruned). Raises InputError for a rate or
+    a group that the matrices do not admit."""
+    if total_rate is not None:
+        rate, achieved = wanda_rate(model, keep, total_rate)
+        return {"wanda": {"rate": rate, "total_rate": achieved}}, partial(mathx.wanda_mask, rate=rate)
+    if nm is None:
+        return {}, None
+    kept, group = nm
+    if not 0 < kept < group or any(columns % group for _, columns, _ in wanda_parameters(model).values()):
+        raise InputError(f"--nm {kept}:{group}: N must be below M, and M divide the width of every expert's matrices")
+    return {"wanda": {"nm": f"{kept}:{group}"}}, partial(mathx.wanda_mask_nm, kept=kept, group=group)
+
+
+def wanda_edits(model: Model, norms: dict[str, Signals], mask: Callable) -> dict[str, model_io.Edit]:
+    """What the export does to each matrix of routed and shared experts: entries outside mask(weight, norms) become 0.
+
+    norms: by layer name.
+    """
+    def edit(weight: torch.Tensor, row: int, table: torch.Tensor, expert: int | None) -> torch.Tensor:
+        of = table if table.dim() == 1 else table[row if expert is None else expert]
+        return weight.masked_fill(~mask(weight, of), 0)
+    edits = {}
+    for name in wanda_parameters(model):
+        layer, expert, shared = re.fullmatch(r"(.+)\.mlp\.(?:experts\.(?:(\d+)\.)?|(shared)_expert\.).+", name).groups()
+        kind = ("shared_" if shared else "") + ("hidden" if "down_proj" in name else "inputs")
+        if layer in norms:
+            edits[name] = partial(edit, table=getattr(norms[layer], kind), expert=expert and int(expert))
+    return edits
 
 
 def check_keep(model: Model, keep: int, where: str) -> None:
@@ -727,16 +877,22 @@ def check_keep(model: Model, keep: int, where: str) -> None:
                          f"{cfg.top_k}; K must be from {cfg.top_k} to {cfg.num_experts}")
 
 
+def refuse_inside(model: Model, path: Path, option: str) -> None:
+    """Raises InputError for a path in the checkpoint's folder."""
+    if model.checkpoint.path.resolve() in (path.resolve(), *path.resolve().parents):
+        raise InputError(f"{path}: lies in the checkpoint, which is never written to; name another with {option}")
+
+
 def check_out(model: Model, out: Path) -> Path:
     """The output folder. Raises InputError where it lies in the checkpoint or cannot become a new folder."""
-    if model.checkpoint.path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise InputError(f"{out}: lies in the checkpoint, which is never written to; name another with --out")
+    refuse_inside(model, out, "--out")
     model_io.check_new(out)
     return out
 
 
-def export(model: Model, plan: dict, out: Path, plan_only: bool = False) -> None:
-    """Writes the checkpoint that a plan says, and the plan, to the folder `out`; or the plan alone."""
+def export(model: Model, plan: dict, out: Path, plan_only: bool = False, edits: dict[str, model_io.Edit] = {}) -> None:
+    """Writes the checkpoint that a plan says, and the plan, to the folder `out`, with `edits` to the weights of
+    survivors; or the plan alone."""
     files = {model_io.PLAN: (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()}
     if plan_only:
         with model_io.new_folder(out) as folder:
@@ -745,7 +901,7 @@ def export(model: Model, plan: dict, out: Path, plan_only: bool = False) -> None
     if plan["settings"]["router"] == "fold":
         files[model_io.FOLD] = fold_file(model, plan["layers"])
     survivors = {layer["name"]: layer["survivors"] for layer in plan["layers"]}
-    model_io.write_checkpoint(model.checkpoint, out, survivors, files)
+    model_io.write_checkpoint(model.checkpoint, out, survivors, files, edits)
 
 
 def read_plan(model: Model, path: Path) -> dict:
@@ -759,6 +915,8 @@ def read_plan(model: Model, path: Path) -> dict:
                              f"{model.checkpoint.path}")
         if [layer["name"] for layer in plan["layers"]] != names:
             raise InputError(f"{path}: its layers must be {', '.join(names)}")
+        if "wanda" in plan["settings"]:
+            raise InputError(f"{path}: made with Wanda, whose activation norms it does not hold; run the command anew")
         if plan["settings"]["router"] not in CHOICES["router"]:
             raise InputError(f"{path}: router must be drop or fold")
         fold = plan["settings"]["router"] == "fold"
@@ -800,7 +958,9 @@ LAYER_HEAD = (
 
 
 def layer_line(plan: dict) -> str:
-    """One line of a layer's findings, under LAYER_HEAD."""
+    """One line of a layer's findings, under LAYER_HEAD where its barriers were measured."""
+    if "eta" not in plan:
+        return f"layer {plan['layer']}: {plan['routed_share']:.1%} of the calibration tokens' choices are survivors"
     eta = "  ".join(f"{value:.3f} ({plan['eta_constant'][name]:.3f})" for name, value in plan["eta"].items())
     residual = "  ".join(f"{1 - plan['additive'][of]:{width}.2%}" for of, width in (("energy", 6), ("variance", 8)))
     at = plan["covered_at"]
@@ -875,9 +1035,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         ".jsonl with a text field [Python's own documentation]")
     add("--tokens", "T", int, TOKENS, "calibration tokens [%(default)s]")
     add("--seq-len", "L", int, SEQ_LEN, "tokens of one sequence [%(default)s]")
+    choose("method", "what chooses the survivors [%(default)s]")
     choose("readout", "where barriers are measured: at the layer's own next-token distribution, or end to end, which "
            "is far dearer [%(default)s]")
-    choose("order", "total order of the experts that orients the complex [%(default)s]")
+    add("--order", "ORDER", str, default.order, "total order of the experts that orients the complex: saliency, index "
+        "or random:SEED [%(default)s]")
     choose("router", "dropped experts' gate mass: renormalised over the survivors, or folded into their redirect "
            "targets [%(default)s]")
     add("--edge-percent", "P", float, default.edge_percent, "harmonic-critical edges [%(default)s]")
@@ -888,6 +1050,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-triangles", "M", int, default.max_triangles, "candidate triangles [%(default)s]")
     add("--vocab-sample", "N", int, default.vocab_sample, "read each token out on a weighted sample of N of the "
         "vocabulary, and audit that; 0: on all of it, exactly [%(default)s]")
+    add("--expert-rate", "R1", float, None, "share of the experts to drop, in place of --keep")
+    add("--total-rate", "R", float, None, "prune survivors and shared experts by Wanda until this share of all of the "
+        "experts' parameters is gone")
+    add("--nm", "N:M", group_of, None, "or keep N of each M consecutive weights of a row of survivors and shared "
+        "experts")
     add("--cache", "DIR", Path, None, "folder of each layer's barriers, written and read [CKPT-barriers beside CKPT]")
     add("--layers", "A-B", layer_range, None, "only measure these layers, into the cache")
     add("--plan", "FILE", Path, None, "export from this hodgecover.json, without calibration")
@@ -902,7 +1069,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.plan_only and args.eval:
         raise InputError("--eval needs an output checkpoint; leave out --plan-only")
-    whole = args.keep is not None
+    if (args.keep is not None) + (args.expert_rate is not None) > 1 or args.total_rate is not None and args.nm:
+        raise InputError("give one of --keep and --expert-rate, and one of --total-rate and --nm")
+    for name in ("expert_rate", "total_rate"):
+        if getattr(args, name) is not None:
+            check_range(name, getattr(args, name), 0, 1)
+    if args.estimate and args.plan:
+        raise InputError("--estimate goes with --keep: an export from a plan measures nothing")
+    whole = args.keep is not None or args.expert_rate is not None
     if whole + (args.plan is not None) + (args.layers is not None) != 1 and not (args.estimate and args.plan is None):
         raise InputError("give one of --keep K, --plan FILE and --layers A-B")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -910,12 +1084,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def group_of(text: str) -> tuple[int, int]:
+    """2:4."""
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text}: must be two numbers such as 2:4")
+    return int(match[1]), int(match[2])
+
+
 def byte_count(text: str) -> int:
     """1GB, 500MB or a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(|MB|GB)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text}: must be a size such as 1GB or 500MB")
-    return max(1, int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]]))
+    size = int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]])
+    if size < 10**7:
+        raise argparse.ArgumentTypeError(f"{text}: must be 10MB or more")
+    return size
 
 
 def layer_range(text: str) -> range:
@@ -978,6 +1163,9 @@ def run(args: argparse.Namespace) -> None:
     source, held_out = Model(args.checkpoint, dtype, args.device), None
     at = Path(os.path.abspath(args.checkpoint))
     cache = args.cache or at.with_name(f"{at.name}-barriers")
+    refuse_inside(source, cache, "--cache")
+    if args.expert_rate is not None:
+        args.keep = round((1 - args.expert_rate) * source.config.num_experts)
     if args.estimate:
         return say_cost(source, args, settings)
     if args.layers is not None:
@@ -992,8 +1180,9 @@ def run(args: argparse.Namespace) -> None:
         router = plan["settings"]["router"]
     else:
         out = compress(args.checkpoint, args.keep, args.out, calib=args.calib, tokens=args.tokens,
-                       seq_len=args.seq_len, settings=settings, plan_only=args.plan_only, cache=cache,
-                       memory=args.memory, dtype=dtype, device=args.device)
+                       seq_len=args.seq_len, settings=settings, plan_only=args.plan_only,
+                       total_rate=args.total_rate, nm=args.nm, cache=cache, memory=args.memory, dtype=dtype,
+                       device=args.device)
         router = settings.router
     if args.plan_only:
         print(f"plan: {out / model_io.PLAN}")

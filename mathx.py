@@ -365,8 +365,7 @@ def coverage(chosen: list[int], saliency: torch.Tensor, families: list[tuple[tor
     return total
 
 
-def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], k: int
-                 ) -> tuple[list[int], list[int]]:
+def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], k: int) -> list[int]:
     """k times the vertex of largest marginal gain in `coverage`, ties to the lowest index (paper equation 11).
 
     Reaches at least 1 - 1/e of the best k-subset (proposition 2).
@@ -376,21 +375,16 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
     saliency : (n,), non-negative
     families : (simplices, weight) pairs, as for `coverage`
 
-    Returns
-    -------
-    order : the k vertices as picked; its prefixes are the choices for smaller k
-    covered_at : for each family the number of picks after which it was fully covered (k + 1 if never, 0 if empty)
+    Returns the k vertices as picked; the prefixes are the choices for smaller k.
 
     >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
     >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # {0, 1} ties by incidence count but covers only 3 edges
-    ([0, 2], [2])
+    [0, 2]
     """
-    n = len(saliency)
-    member = [incidence(n, simplices) for simplices, _ in families]
+    member = [incidence(len(saliency), simplices) for simplices, _ in families]
     uncovered = [torch.ones(len(simplices), dtype=torch.float64) for simplices, _ in families]
-    covered_at = [k + 1 if len(simplices) else 0 for simplices, _ in families]
     order: list[int] = []
-    for pick in range(1, k + 1):
+    while len(order) < k:
         gain = saliency.double().clone()
         for f, (simplices, weight) in enumerate(families):
             gain += weight * (member[f] @ uncovered[f]) / max(len(simplices), 1)  # whole counts: ties stay ties
@@ -398,9 +392,79 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
         order.append(int(gain.argmax()))
         for f in range(len(families)):
             uncovered[f] *= 1 - member[f][order[-1]]
-            if covered_at[f] > pick and not uncovered[f].any():
-                covered_at[f] = pick
-    return order, covered_at
+    return order
+
+
+def veto_order(saliency: torch.Tensor, simplices: torch.Tensor) -> list[int]:
+    """All vertices, the first to keep first, by dropping one at a time: the least salient whose loss leaves every
+    simplex (m, 3) a vertex; the least salient of all where each one's would not.
+
+    >>> veto_order(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([[0, 1, 2]]))  # 3 goes rather than the last of 012
+    [2, 3, 1, 0]
+    """
+    kept, dropped = saliency.sort(stable=True).indices.tolist(), []
+    member = incidence(len(saliency), simplices)
+    while kept:
+        left = member[kept].sum(0)
+        free = [v for v in kept if not (member[v] * (left == 1)).any()]
+        dropped.append((free or kept)[0])
+        kept.remove(dropped[-1])
+    return dropped[::-1]
+
+
+def covered_at(order: list[int], simplices: torch.Tensor) -> int:
+    """After how many of the picks in `order` every simplex (m, 2 or 3) has a picked vertex; 0 where there is none,
+    len(order) + 1 where one never has.
+
+    >>> covered_at([0, 2, 1, 3], torch.tensor([[0, 1], [1, 2]]))
+    2
+    """
+    pick = {vertex: number for number, vertex in enumerate(order, 1)}
+    never = len(order) + 1
+    return max((min(pick.get(vertex, never) for vertex in simplex) for simplex in simplices.tolist()), default=0)
+
+
+def retained(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]) -> dict[str, float]:
+    """Shares of the energy of a signal (m,) on simplices (m, 2 or 3) with `some` vertex, and with `all` vertices
+    among the survivors; 0 where there is no energy.
+
+    >>> retained(torch.tensor([1.0, 2.0]), torch.tensor([[0, 1], [1, 2]]), [0, 1])
+    {'some': 1.0, 'all': 0.20000000298023224}
+    """
+    energy = signal.square()
+    kept = torch.isin(simplices, torch.tensor(survivors))
+    total = energy.sum()
+    return {name: (energy[mask].sum() / total).item() if total > 0 else 0.0
+            for name, mask in (("some", kept.any(1)), ("all", kept.all(1)))}
+
+
+def wanda_mask(weight: torch.Tensor, norms: torch.Tensor, rate: float) -> torch.Tensor:
+    """What Wanda (arXiv 2306.11695) keeps of a weight matrix: in each row all but the share `rate`, rounded to whole
+    entries, of smallest |W_ij| |X_j|; ties go first; by magnitude alone where all norms are 0.
+
+    weight (o, i), norms (i,) -> (o, i) bool.
+    """
+    score = weight.abs().double() * (norms.double() if norms.any() else 1.0)
+    least = score.sort(dim=1, stable=True).indices[:, :round(rate * weight.shape[1])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter(1, least, False)
+
+
+def wanda_mask_nm(weight: torch.Tensor, norms: torch.Tensor, kept: int, group: int) -> torch.Tensor:
+    """The structured variant: of each `group` consecutive entries of a row the `kept` of largest |W_ij| |X_j|."""
+    blocks, columns = weight.reshape(-1, group), norms.repeat(len(weight)).reshape(-1, group)
+    columns = columns if norms.any() else torch.ones_like(columns)
+    score = blocks.abs().double() * columns.double()
+    least = score.sort(dim=1, stable=True).indices[:, :group - kept]
+    return torch.ones_like(blocks, dtype=torch.bool).scatter(1, least, False).view_as(weight)
+
+
+def nearest_rows(rows: torch.Tensor, survivors: list[int]) -> dict[int, int]:
+    """Where each dropped vertex goes by REAP's rule (arXiv 2510.13999), without barriers: the survivor whose router
+    row, of rows (n, d), is nearest in cosine; ties to the lowest index."""
+    direction = torch.nn.functional.normalize(rows.double(), dim=1)
+    kept = sorted(survivors)
+    dropped = sorted(set(range(len(rows))) - set(kept))
+    return {v: kept[int((direction[kept] @ direction[v]).argmax())] for v in dropped}
 
 
 def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:

@@ -279,9 +279,13 @@ class Experts(NamedTuple):
     up: torch.Tensor
     down: torch.Tensor
 
+    def hidden(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        """What expert e's down projection reads on x (T, d): silu(gate_e x) * up_e x, (T, f)."""
+        return F.silu(x @ self.gate[e].T) * (x @ self.up[e].T)
+
     def __call__(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """Output of expert e on x (T, d): down_e (silu(gate_e x) * up_e x), (T, d)."""
-        return (F.silu(x @ self.gate[e].T) * (x @ self.up[e].T)) @ self.down[e].T
+        return self.hidden(e, x) @ self.down[e].T
 
 
 class Weights(dict):
@@ -459,9 +463,14 @@ def chunked_gated_delta_rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     return out.transpose(1, 2)
 
 
+def gated(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """What the down projection of a dense SwiGLU block `name` of the layer reads on x (T, d), (T, f)."""
+    return F.silu(linear(x, w, f"{name}.gate_proj")) * linear(x, w, f"{name}.up_proj")
+
+
 def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """A dense SwiGLU block `name` of the layer on x (T, d)."""
-    return linear(F.silu(linear(x, w, f"{name}.gate_proj")) * linear(x, w, f"{name}.up_proj"), w, f"{name}.down_proj")
+    return linear(gated(x, w, name), w, f"{name}.down_proj")
 
 
 def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
@@ -798,8 +807,10 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
 
 
 class Copy(NamedTuple):
-    """A tensor of the output: its source, and the rows of the first dimension to keep (None: all)."""
+    """A tensor of the output: its name in the source, its source, and the rows of the first dimension to keep (None:
+    all)."""
 
+    name: str
     source: TensorInfo
     rows: list[int] | None = None
 
@@ -829,11 +840,11 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
         match = re.fullmatch(r"(.+)\.mlp\.(?:gate\.weight|experts\.(?:gate_up_proj|down_proj|(\d+)\.(.+)))", name)
         rows = match and survivors.get(match[1])
         if not rows:
-            kept[name] = Copy(info)
+            kept[name] = Copy(name, info)
         elif match[2] is None:
-            kept[name] = Copy(info, rows)
+            kept[name] = Copy(name, info, rows)
         elif int(match[2]) in rows:
-            kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = Copy(info)
+            kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = Copy(name, info)
     return kept
 
 
@@ -844,8 +855,13 @@ def with_num_experts(config: dict, count: int) -> dict:
     return config | dict.fromkeys(expert_count_keys(config), count)
 
 
-def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, str], folder: Path) -> None:
-    """Writes a safetensors file whose bytes are copied straight from the source files in `folder`."""
+Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as stored, the row's number) -> changed
+
+
+def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, str], folder: Path,
+                      edits: dict[str, Edit] = {}) -> None:
+    """Writes a safetensors file whose bytes are copied straight from the source files in `folder`, but for tensors
+    with an edit by their name in the source."""
     header, offset = {"__metadata__": metadata} if metadata else {}, 0
     for name, copy in tensors.items():
         size = copy.nbytes()
@@ -857,25 +873,32 @@ def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, 
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for copy in tensors.values():
             with open(folder / copy.source.file, "rb") as source:
-                for start, end in copy.ranges():
+                for number, (start, end) in enumerate(copy.ranges()):
                     source.seek(start)
+                    if copy.name in edits:
+                        stored = torch.frombuffer(bytearray(source.read(end - start)), dtype=DTYPES[copy.source.dtype])
+                        shape, row = (copy.shape(), 0) if copy.rows is None else (copy.shape()[1:], copy.rows[number])
+                        changed = edits[copy.name](stored.view(shape), row)
+                        out.write(changed.contiguous().view(torch.uint8).numpy())
+                        continue
                     for at in range(start, end, 1 << 24):
                         out.write(source.read(min(1 << 24, end - at)))
 
 
-def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes]
-                     ) -> None:
+def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes],
+                     edits: dict[str, Edit] = {}) -> None:
     """Writes the checkpoint that keeps `survivors` (layer name -> sorted expert indices, K of them each) to `out`.
 
     Names, dtypes and shards are the source's, experts renumbered 0..K-1 and `num_experts` set to K; tokenizer
-    and other small files are copied, `files` (name -> content) added. `out` appears whole or not at all.
+    and other small files are copied, `files` (name -> content) added. Tensors named
+    in `edits` are changed on the way. `out` appears whole or not at all.
     """
     kept = surviving_tensors(checkpoint, survivors)
     config = with_num_experts(checkpoint.raw_config, len(next(iter(survivors.values()))))
     with new_folder(out) as staging:
         for file, metadata in checkpoint.metadata.items():
             shard = {name: copy for name, copy in kept.items() if copy.source.file == file}
-            write_safetensors(staging / file, shard, metadata, checkpoint.path)
+            write_safetensors(staging / file, shard, metadata, checkpoint.path, edits)
         if checkpoint.sharded:
             index = read_json(checkpoint.path / INDEX)
             index["metadata"] = (index.get("metadata") or {}) | {"total_size": sum(c.nbytes() for c in kept.values())}

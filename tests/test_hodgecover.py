@@ -310,7 +310,7 @@ def test_a_plan_is_what_its_parts_say(choices):
     assert torch.equal(measured.candidates, sampled.sort(1).values)
     torch.testing.assert_close(measured.barriers, lens(layer)(*parts(layer), mathx.edges(9)))
     torch.testing.assert_close(measured.triplets, lens(layer)(*parts(layer), sampled))
-    _, _, b, candidates, triplets, _ = hodgecover.in_order(measured, torch.arange(9))
+    _, _, b, candidates, triplets, *_ = hodgecover.in_order(measured, torch.arange(9))
     thresholds = torch.linspace(min(b.min(), triplets.min()).item(), max(b.max(), triplets.max()).item(),
                                 settings.thresholds, dtype=torch.float64)
     curve = mathx.betti_curve(9, b, candidates, triplets, thresholds)
@@ -331,11 +331,15 @@ def test_a_plan_is_what_its_parts_say(choices):
     assert len(critical[0]) == math.ceil(3.6) and len(critical[1]) == math.ceil(0.2 * len(triangles))
     saliency = hodgecover.reap_saliency(*parts(layer)[:3])
     weights = settings.lambda_edge, settings.lambda_triangle
-    order, covered_at = mathx.greedy_cover(saliency, list(zip(critical, weights)), 9)
-    assert plan["order"] == order and list(plan["covered_at"].values()) == covered_at
+    order = mathx.greedy_cover(saliency, list(zip(critical, weights)), 9)
+    assert plan["order"] == order
+    assert list(plan["covered_at"].values()) == [mathx.covered_at(order, simplices) for simplices in critical]
     assert plan["survivors"] == sorted(plan["order"][:4])
     target = mathx.redirect(plan["survivors"], b, parts_of.harmonic, settings.alpha)
     assert plan["redirect"] == {str(i): j for i, j in target.items()}
+    for name, part in parts_of._asdict().items():
+        assert plan["retained"][name] == mathx.retained(part, mathx.edges(9), plan["survivors"])
+    assert plan["retained"]["triplet"] == mathx.retained(triplets_in, triangles, plan["survivors"])
     assert sum(plan["frequency"]) == 40 * 2 and sum(plan["saliency"]) == pytest.approx(1)
 
 
@@ -343,6 +347,50 @@ def test_defaults_are_those_of_the_readme():
     assert Settings() == Settings(
         readout="lens", order="saliency", router="drop", edge_percent=5, triangle_percent=5, lambda_edge=1,
         lambda_triangle=1, alpha=1, max_triangles=500, vocab_sample=0, thresholds=80, margin=0.1, seed=0)
+
+
+def chosen(signals: hodgecover.Signals, method: str, keep: int = 4, **choices) -> dict:
+    settings = dict(edge_percent=15, triangle_percent=20, order="index") | choices
+    return hodgecover.plan_from_signals(signals, keep, Settings(method=method, **settings))
+
+
+def test_each_method_chooses_by_its_own_rule():
+    layer = random_layer(8, n=9)
+    signals = hodgecover.measure_layer(*parts(layer), lens(layer), Settings(max_triangles=20))
+    b, pairs = signals.barriers, mathx.edges(9)
+
+    def top(score: list[float]) -> list[int]:
+        return sorted(range(9), key=lambda e: (-score[e], e))
+    saliency, frequency = signals.saliency.tolist(), signals.frequency.tolist()
+    assert chosen(signals, "reap")["order"] == top(saliency)
+    assert chosen(signals, "frequency")["order"] == top(frequency)
+    assert chosen(signals, "greedy-barrier")["order"] == top(
+        [sum(v for v, pair in zip(b.tolist(), pairs.tolist()) if e in pair) for e in range(9)])
+    full = chosen(signals, "hodgecover")
+    triangles = torch.tensor(full["critical_triangles"])
+    assert chosen(signals, "triplet-hypergraph")["order"] == mathx.veto_order(signals.saliency, triangles)
+    parts_of = mathx.additive_model(b, mathx.boundary_matrices(9, signals.candidates)[0])
+    edges = {"triplet-penalty": pairs[mathx.critical(b, 15)], "hodge-no-triangle": torch.tensor(full["critical_edges"]),
+             "additive-residual": pairs[mathx.critical(parts_of.residual.abs(), 15)]}
+    for method, critical in edges.items():
+        plan = chosen(signals, method)
+        assert plan["critical_edges"] == critical.tolist() and plan["critical_triangles"] == triangles.tolist()
+        weight = 0.0 if method == "hodge-no-triangle" else 1.0
+        assert plan["order"] == mathx.greedy_cover(signals.saliency, [(critical, 1.0), (triangles, weight)], 9)
+    orders = {tuple(chosen(signals, method)["order"]) for method in hodgecover.METHODS}
+    assert len(orders) >= 6  # they are no synonyms
+    assert {tuple(chosen(signals, "random", seed=s)["order"]) for s in (1, 2)} != 1
+    one, two = (hodgecover.plan_from_signals(signals, 4, Settings(method="random"), layer)["order"] for layer in (0, 1))
+    assert one != two and sorted(one) == sorted(two) == list(range(9))
+
+
+def test_additive_residual_knows_no_order():
+    layer = random_layer(8, n=9)
+    signals = hodgecover.measure_layer(*parts(layer), lens(layer), Settings(max_triangles=0))
+    orders = "saliency", "index", "random:1", "random:2"
+    for method, count in (("additive-residual", 1), ("hodgecover", 4)):
+        found = {str(sorted(chosen(signals, method, order=order)["critical_edges"])) for order in orders}
+        assert len(found) == count
 
 
 def test_nan_in_an_expert_is_an_error_not_a_plan():
@@ -588,6 +636,8 @@ def test_the_whole_command_on_the_other_families(tmp_path, capsys, name):
     (["--layers", "2-4"], "the model has layers 0 to 3"),
     (["--plan", "absent.json"], "absent.json"),
     (["--keep", "32", "--memory", "much"], "must be a size such as 1GB"),
+    (["--keep", "32", "--memory", "1"], "must be 10MB or more"),
+    (["--plan", "hodgecover.json", "--estimate"], "measures nothing"),
     (["--keep", "32", "--vocab-sample", "-1"], "--vocab-sample -1"),
     (["--keep", "32", "--vocab-sample", "9", "--readout", "model"], "goes with --readout lens"),
     (["--keep", "65", "--estimate"], "from 8 to 64"),
@@ -627,6 +677,8 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tiny, tmp_path, mon
         assert run(tiny, "--keep", 32, "--out", out) == 2
         said = capsys.readouterr()
         assert says in said.err and said.err.count("\n") == 1
+    assert run(tiny, "--keep", 32, "--out", tmp_path / "o", "--cache", tiny / "barriers") == 2
+    assert "name another with --cache" in capsys.readouterr().err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["link", "notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -395,25 +395,84 @@ def test_phi_is_monotone_and_submodular(problem, random):
 def test_greedy_takes_the_largest_gain_nests_and_is_within_1_minus_1_over_e(problem):
     saliency, families = problem
     n = len(saliency)
-    order, covered_at = mathx.greedy_cover(saliency, families, n)
+    order = mathx.greedy_cover(saliency, families, n)
     assert sorted(order) == list(range(n))
     for k in range(1, n + 1):
-        assert mathx.greedy_cover(saliency, families, k)[0] == order[:k]
+        assert mathx.greedy_cover(saliency, families, k) == order[:k]
         value = plain_coverage(order[:k], saliency, families)
         gains = [plain_coverage(order[:k - 1] + [v], saliency, families) for v in range(n) if v not in order[:k - 1]]
         assert value == pytest.approx(max(gains))
         best = max(plain_coverage(s, saliency, families) for s in itertools.combinations(range(n), k))
         assert value >= (1 - 1 / math.e) * best - 1e-12
-    for (simplices, _), at in zip(families, covered_at):
+    for simplices, _ in families:
         full = [k for k in range(n + 1) if all(set(row) & set(order[:k]) for row in simplices.tolist())]
-        assert at == full[0]
+        assert mathx.covered_at(order, simplices) == full[0]
+        assert mathx.covered_at(order[:full[0]], simplices) == full[0]
+        assert mathx.covered_at(order[:full[0] - 1], simplices) == full[0] or not full[0]
+
+
+@given(cover_problems())
+def test_veto_drops_the_least_salient_that_may_go(problem):
+    """Word by word, and a triangle is lost whole only where every remaining vertex would lose one."""
+    saliency, ((edges, _), (triangles, _)) = problem
+    simplices = triangles.tolist()
+    order = mathx.veto_order(saliency, triangles)
+    kept, dropped = set(range(len(saliency))), set()
+    for v in order[::-1]:
+        def loses(u: int) -> bool:
+            return any(u in s and set(s) - {u} <= dropped for s in simplices)
+        free = [u for u in kept if not loses(u)]
+        assert v == min(free or kept, key=lambda u: (saliency[u].item(), u))
+        kept.remove(v)
+        dropped.add(v)
+    assert sorted(order) == list(range(len(saliency)))
+
+
+@given(complexes(3, 7), st.sets(st.integers(0, 6), min_size=1))
+def test_retained_mass_word_by_word(case, chosen):
+    n, _, b = case
+    edges, survivors = mathx.edges(n), sorted(v for v in chosen if v < n)
+    total = sum(value ** 2 for value in b.tolist())
+    some = sum(v ** 2 for v, edge in zip(b.tolist(), edges.tolist()) if set(edge) & set(survivors))
+    whole = sum(v ** 2 for v, edge in zip(b.tolist(), edges.tolist()) if set(edge) <= set(survivors))
+    found = mathx.retained(b, edges, survivors)
+    assert found == {"some": pytest.approx(some / total), "all": pytest.approx(whole / total)}
+    assert mathx.retained(b * 0, edges, survivors) == {"some": 0, "all": 0}
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 0.5, 0.77, 1.0]), st.booleans())
+def test_wanda_zeroes_the_smallest_of_each_row(seed, rate, unreached):
+    g = torch.Generator().manual_seed(seed)
+    weight, norms = torch.randn(5, 13, generator=g), torch.rand(13, generator=g) * (not unreached)
+    mask = mathx.wanda_mask(weight, norms, rate)
+    for row, kept in zip(weight.tolist(), mask.tolist()):
+        score = [abs(w) * (x if norms.any() else 1) for w, x in zip(row, norms.tolist())]
+        least = sorted(range(13), key=lambda j: (score[j], j))[:round(rate * 13)]
+        assert [j for j in range(13) if not kept[j]] == sorted(least)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(2, 4), (1, 4), (4, 8)]))
+def test_wanda_in_groups_keeps_the_largest_of_each(seed, group):
+    n, m = group
+    g = torch.Generator().manual_seed(seed)
+    weight, norms = torch.randn(3, 16, generator=g), torch.rand(16, generator=g)
+    mask = mathx.wanda_mask_nm(weight, norms, n, m)
+    for row, kept in zip((weight.abs() * norms).tolist(), mask.tolist()):
+        for start in range(0, 16, m):
+            best = sorted(range(start, start + m), key=lambda j: row[j])[-n:]
+            assert [j for j in range(start, start + m) if kept[j]] == sorted(best)
+
+
+def test_nearest_rows_are_by_cosine():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 1.0], [0.1, 0.3]])
+    assert mathx.nearest_rows(rows, [1, 0]) == {2: 0, 3: 1}
 
 
 def test_ties_go_to_the_lowest_index():
     nothing = [(tensor([]), 1.0)]
-    assert mathx.greedy_cover(torch.zeros(5, dtype=torch.float64), nothing, 5)[0] == [0, 1, 2, 3, 4]
+    assert mathx.greedy_cover(torch.zeros(5, dtype=torch.float64), nothing, 5) == [0, 1, 2, 3, 4]
     thirds = [(torch.tensor([[0, 3], [1, 4], [2, 5]]), 0.1)]
-    assert mathx.greedy_cover(torch.zeros(6, dtype=torch.float64), thirds, 3)[0] == [0, 1, 2]
+    assert mathx.greedy_cover(torch.zeros(6, dtype=torch.float64), thirds, 3) == [0, 1, 2]
 
 
 def test_coverage_is_no_ranking_by_incidence():
@@ -422,7 +481,7 @@ def test_coverage_is_no_ranking_by_incidence():
     assert mathx.incidence(4, cycle).sum(1).tolist() == [2, 2, 2, 2]
     zero, families = torch.zeros(4), [(cycle, 1.0)]
     assert mathx.coverage([0, 1], zero, families) == 0.75 and mathx.coverage([0, 2], zero, families) == 1
-    assert mathx.greedy_cover(zero, families, 2)[0] == [0, 2]
+    assert mathx.greedy_cover(zero, families, 2) == [0, 2]
 
 
 @pytest.mark.parametrize("percent, count", [(0, 0), (5, 3), (10, 5), (10.5, 6), (100, 50)])

@@ -298,7 +298,7 @@ def test_headers_are_padded_and_large_tensors_whole(tmp_path):
     save_file(tensors, tmp_path / "in.safetensors")
     infos, _ = model_io.read_header(tmp_path / "in.safetensors")
     assert [info.start for info in infos.values()] == sorted(info.start for info in infos.values())
-    copies = {name: model_io.Copy(info) for name, info in infos.items()}
+    copies = {name: model_io.Copy(name, info) for name, info in infos.items()}
     model_io.write_safetensors(tmp_path / "out.safetensors", copies, {}, tmp_path)
     assert int.from_bytes((tmp_path / "out.safetensors").read_bytes()[:8], "little") % 8 == 0
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "out.safetensors").items())

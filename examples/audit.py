@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""What the Hodge decomposition of a checkpoint's barriers can and cannot say, with numbers: a table a layer.
+
+    python examples/audit.py examples/tiny-olmoe --keep 32            in a minute
+    python examples/audit.py CKPT --keep 32 --calib FILE... --vocab-sample 1024
+
+Barriers have no sign and get one from the order of the experts; so each layer is planned in saliency order (the
+default), in index order and in random ones. Shown are the shares of energy (eta) of the three parts, beside them the
+harmonic share of a constant signal on the same complex; how much of E* and of the survivors each order shares with the
+default's; and by which pick the cover was complete. Below: what an order-free additive model b_ij = phi_i + phi_j
+leaves; how often saliency alone chooses as the cover does; and with `--end-to-end`, where every layer fits in memory,
+how the barriers rank edges beside those measured at the end of the model on `--end-to-end` tokens.
+"""
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mathx  # noqa: E402
+from hodgecover import (SEQ_LEN, TOKENS, Settings, Signals, calibration_ids, choose_dtype,  # noqa: E402
+                        measure_model, plan_from_signals, sparse_layers)
+from model_io import InputError, Model  # noqa: E402
+
+
+def shared(a: list, b: list) -> float:
+    """Share of a that is in b."""
+    return sum(item in b for item in a) / max(len(a), 1)
+
+
+def facts(signals: Signals, keep: int, settings: Settings, default: dict) -> list[float]:
+    """One line of the table: the plan in some order beside the default plan."""
+    plan = plan_from_signals(signals, keep, settings)
+    return [*plan["eta"].values(), plan["eta_constant"]["harmonic"],
+            shared(plan["critical_edges"], default["critical_edges"]), shared(plan["survivors"], default["survivors"]),
+            max(plan["covered_at"].values())]
+
+
+def row(name: str, values: list[float]) -> str:
+    *shares, covered = values
+    return f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + f" | {covered:.0f} |"
+
+
+def audit_layer(index: int, signals: Signals, keep: int, orders: int, settings: Settings) -> None:
+    """Prints the table of one layer."""
+    default = plan_from_signals(signals, keep, settings)
+    print(f"\n### Layer {index}\n\n| order | eta gradient | curl | harmonic | harmonic of a constant | E* shared | "
+          "survivors shared | covered at |\n|---|---|---|---|---|---|---|---|")
+    for order in ("saliency", "index"):
+        print(row(order, facts(signals, keep, replace(settings, order=order), default)))
+    spread = torch.tensor([facts(signals, keep, replace(settings, order=f"random:{seed}"), default)
+                           for seed in range(orders)])
+    for name, of in (("smallest", spread.amin(0)), ("median", spread.median(0).values), ("largest", spread.amax(0))):
+        print(row(f"{orders} random, {name}", of.tolist()))
+    reap = plan_from_signals(signals, keep, replace(settings, method="reap"))["survivors"]
+    print(f"\nThe additive model leaves {1 - default['additive']['energy']:.2%} of the energy and "
+          f"{1 - default['additive']['variance']:.2%} of the variance. {shared(default['survivors'], reap):.0%} of the "
+          "survivors are also the top by saliency alone.", flush=True)
+
+
+def end_to_end(model: Model, ids: torch.Tensor, settings: Settings) -> None:
+    """Prints how the lens ranks the edges of each layer beside the model readout on the same few tokens."""
+    found = [dict(measure_model(model, ids, replace(settings, readout=readout, vocab_sample=0, max_triangles=0),
+                                sparse_layers(model))) for readout in ("lens", "model")]
+    print(f"\n### Lens against the end of the model, on {ids.numel()} tokens\n\n| layer | Spearman of edges |\n"
+          "|---|---|")
+    for index, signals in found[0].items():
+        print(f"| {index} | {mathx.spearman(signals.barriers, found[1][index].barriers):.3f} |", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--keep", type=int, required=True)
+    parser.add_argument("--orders", type=int, default=20)
+    parser.add_argument("--calib", type=Path, nargs="+", default=[])
+    parser.add_argument("--cache", type=Path, help="as of hodgecover.py [CKPT-barriers]")
+    parser.add_argument("--vocab-sample", type=int, default=0)
+    parser.add_argument("--end-to-end", metavar="TOKENS", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        model = Model(args.checkpoint, choose_dtype("auto", "lens", "cpu"))
+        settings = Settings(vocab_sample=args.vocab_sample)
+        cache = args.cache or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}-barriers")
+        ids = calibration_ids(model, args.calib, TOKENS, SEQ_LEN, settings.seed)
+        for index, signals in measure_model(model, ids, settings, sparse_layers(model), cache):
+            audit_layer(index, signals, args.keep, args.orders, settings)
+        if args.end_to_end:
+            end_to_end(Model(args.checkpoint), ids[:, :args.end_to_end // len(ids)], settings)
+    except InputError as err:
+        print(f"audit.py: error: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

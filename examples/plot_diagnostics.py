@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""Draws what hodgecover.json says, with matplotlib (which requirements.txt does not install).
+
+    python examples/plot_diagnostics.py OUT/hodgecover.json [MORE.json ...] --out picture.png
+
+Of the first plan: the shares of energy and discordance a layer. Of all of them (of several --method, say): the mass of
+each component that the survivors retain. With --barriers CACHE_FILE, one layer's file in the folder of barriers: its
+matrix of barriers in saliency order, survivors first, with the harmonic-critical edges marked.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mathx  # noqa: E402
+
+PARTS = ("gradient", "curl", "harmonic")
+
+
+def draw_eta(axes, layers: list[dict]) -> None:
+    """Stacked shares of energy a layer, the constant signal's harmonic share as a mark."""
+    index, base = [layer["layer"] for layer in layers], [0.0] * len(layers)
+    for part in PARTS:
+        share = [layer["eta"][part] for layer in layers]
+        axes.bar(index, share, bottom=base, label=part)
+        base = [a + b for a, b in zip(base, share)]
+    axes.scatter(index, [1 - layer["eta_constant"]["harmonic"] for layer in layers], color="black", marker="_", s=200,
+                 label="harmonic of a constant begins", zorder=3)
+    axes.set(xlabel="layer", ylabel="share of energy", title="Hodge parts of the barriers", xticks=index)
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def draw_discordance(axes, layers: list[dict]) -> None:
+    """Share of the candidate triangles dearer than their edges, a layer."""
+    index = [layer["layer"] for layer in layers]
+    axes.bar(index, [layer["discordance"] for layer in layers], color="tab:red")
+    axes.set(xlabel="layer", ylabel="share of triangles", ylim=(0, 1.05), title="Discordance", xticks=index)
+
+
+def draw_retained(axes, plans: list[dict]) -> None:
+    """Mean over layers of each component's energy on simplices with a survivor, and with survivors alone."""
+    names = (*PARTS, "triplet")
+    for i, plan in enumerate(plans):
+        layers = [layer for layer in plan["layers"] if "retained" in layer]
+        at = [j + 0.8 * (i + 0.5) / len(plans) - 0.4 for j in range(len(names))]
+        for kind, alpha in (("some", 0.4), ("all", 1.0)):
+            axes.bar(at, [sum(layer["retained"][name][kind] for layer in layers) / len(layers) for name in names],
+                     width=0.8 / len(plans), color=f"C{i}", alpha=alpha,
+                     label=f"{plan['settings']['method']}, K = {plan['settings']['keep']}" if kind == "all" else None)
+    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of energy", ylim=(0, 1.05),
+             title="Retained mass: pale with some, full with all vertices surviving")
+    axes.legend(fontsize="small")
+
+
+def draw_barriers(axes, layer: dict, barriers: torch.Tensor) -> None:
+    """Barriers of all pairs, survivors first, each group in descending saliency; harmonic-critical edges marked."""
+    n, saliency = len(layer["saliency"]), layer["saliency"]
+    kept = set(layer["survivors"])
+    shown = sorted(range(n), key=lambda e: (e not in kept, -saliency[e]))
+    place = {e: i for i, e in enumerate(shown)}
+    matrix = torch.full((n, n), float("nan"), dtype=torch.float64)
+    i, j = mathx.edges(n).unbind(1)
+    matrix[i, j] = matrix[j, i] = barriers
+    image = axes.imshow(matrix[shown][:, shown].log10(), cmap="viridis")
+    marks = [(place[a], place[b]) for edge in layer["critical_edges"] for a, b in (edge, edge[::-1])]
+    axes.scatter(*zip(*marks), s=5, color="red", label="harmonic-critical")
+    axes.axhline(len(kept) - 0.5, color="white")
+    axes.axvline(len(kept) - 0.5, color="white")
+    axes.set(title=f"log10 barriers of layer {layer['layer']}; survivors above and left of the lines", xticks=[],
+             yticks=[])
+    axes.legend(fontsize="small", loc="lower right")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", metavar="PLAN", type=Path, nargs="+")
+    parser.add_argument("--barriers", metavar="CACHE_FILE", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("diagnostics.png"))
+    args = parser.parse_args()
+    try:
+        import matplotlib
+    except ImportError:
+        print("plot_diagnostics.py: error: needs matplotlib; pip install matplotlib", file=sys.stderr)
+        return 2
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    plans = [json.loads(path.read_text()) for path in args.plans]
+    measured = [layer for layer in plans[0]["layers"] if "eta" in layer]
+    if not measured:
+        print(f"plot_diagnostics.py: error: {args.plans[0]}: its method measured no barriers", file=sys.stderr)
+        return 2
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    draw_eta(axes[0, 0], measured)
+    draw_discordance(axes[0, 1], measured)
+    draw_retained(axes[1, 0], [plan for plan in plans if any("retained" in layer for layer in plan["layers"])])
+    if args.barriers:
+        name = args.barriers.name.rsplit("-", 1)[0]
+        draw_barriers(axes[1, 1], next(layer for layer in measured if layer["name"] == name),
+                      load_file(args.barriers)["barriers"])
+    else:
+        axes[1, 1].axis("off")
+    figure.savefig(args.out, dpi=70)
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
