@@ -53,12 +53,9 @@ class Sample:
             files = {model_io.FOLD: fold_file(self.source, plans)} if slots == "fold" else {}
             norms = self.signals
         else:
-            survivors, edits, norms, files = {}, {}, {}, {}
-            for layer, facts in self.facts.items():
-                groups, weights = baselines.group_experts(facts, name, keep)
-                survivors[layer] = sorted(group[0] for group in groups) if not slots else list(range(len(weights)))
-                edits |= baselines.merge_edits(self.source.checkpoint, layer, groups, weights) if name != "stun" else {}
-                norms[layer] = self.pooled(layer, groups) if name != "stun" else self.signals[layer]
+            groups, survivors, edits = baselines.merge(self.source.checkpoint, self.facts, name, keep, bool(slots))
+            pooled = {layer: self.pooled(layer, of) for layer, of in groups.items()}
+            norms, files = self.signals if name == "stun" else pooled, {}
         if total_rate is not None:
             _, mask = wanda_settings(self.source, keep, total_rate, None)
             edits = chained(edits, wanda_edits(self.source, norms, mask))

@@ -112,15 +112,15 @@ def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, wei
     return {name.format(e): partial(mean, name=name, e=e) for name in parts for e in group_of}
 
 
-def merge(model: model_io.Model, facts: dict[str, dict], method: str, keep: int, out: Path, all_slots: bool = False
-          ) -> None:
-    """Writes the checkpoint that a baseline makes; facts by layer name."""
-    survivors, edits = {}, {}
+def merge(checkpoint: model_io.Checkpoint, facts: dict[str, dict], method: str, keep: int, all_slots: bool = False
+          ) -> tuple[dict[str, Groups], dict[str, list[int]], dict[str, model_io.Edit]]:
+    """(groups, survivors, edits) of a baseline, for `model_io.write_checkpoint`; facts, groups, survivors by layer."""
+    grouped, survivors, edits = {}, {}, {}
     for layer, of in facts.items():
-        groups, weights = group_experts(of, method, keep)
-        edits |= merge_edits(model.checkpoint, layer, groups, weights)
-        survivors[layer] = sorted(group[0] for group in groups) if not all_slots else list(range(len(weights)))
-    model_io.write_checkpoint(model.checkpoint, out, survivors, {}, edits)
+        grouped[layer], weights = group_experts(of, method, keep)
+        edits |= merge_edits(checkpoint, layer, grouped[layer], weights)
+        survivors[layer] = list(range(len(weights))) if all_slots else sorted(group[0] for group in grouped[layer])
+    return grouped, survivors, edits
 
 
 def main() -> int:
@@ -137,7 +137,8 @@ def main() -> int:
         check_keep(model, args.keep, "--keep")
         ids = calibration_ids(model, args.calib, TOKENS, SEQ_LEN, 0)
         facts = {step.name: layer_facts(step) for step in model.stream(ids) if step.gates is not None}
-        merge(model, facts, args.method, args.keep, args.out, args.all_slots)
+        _, survivors, edits = merge(model.checkpoint, facts, args.method, args.keep, args.all_slots)
+        model_io.write_checkpoint(model.checkpoint, args.out, survivors, {}, edits)
     except model_io.InputError as err:
         print(f"merging_baselines.py: error: {err}", file=sys.stderr)
         return 2
