@@ -141,9 +141,7 @@ def merge_change(experts: Experts, x: torch.Tensor, gates: torch.Tensor, simplic
 
     x (T, d), gates (T, n), simplices and weights (M, 2 or 3), t and s (R,) -> (R, d).
     """
-    n, f, _ = experts.gate.shape
-    gate = (x @ experts.gate.flatten(0, 1).T).view(-1, n, f)
-    up = (x @ experts.up.flatten(0, 1).T).view(-1, n, f)
+    gate, up = (torch.stack([x @ one.to(x).T for one in part], 1) for part in (experts.gate, experts.up))  # (T, n, f)
     members, w = simplices[s], weights[s].to(x)
     g = gates[t[:, None], members]
 
@@ -152,20 +150,20 @@ def merge_change(experts: Experts, x: torch.Tensor, gates: torch.Tensor, simplic
     hidden = torch.nn.functional.silu(merged(gate)) * merged(up) * g.sum(1, keepdim=True)
     own = torch.nn.functional.silu(gate) * up * gates[:, :, None]
     change = x.new_zeros(len(t), x.shape[1])
-    for e in range(n):
+    for e, down in enumerate(experts.down):
         r, c = (members == e).nonzero().unbind(1)
         if len(r):
             rows = w[r, c, None] * hidden[r] - own[t[r], e]
             padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(r) % 256))  # torch keeps 0.3 MB a shape of product
-            change.index_add_(0, r, (padded @ experts.down[e].T)[:len(r)])
+            change.index_add_(0, r, (padded @ down.to(x).T)[:len(r)])
     return change
 
 
-def sweep_bytes(experts: Experts, hit: torch.Tensor, vocab: int) -> torch.Tensor:
+def sweep_bytes(experts: Experts, size: int, hit: torch.Tensor, vocab: int) -> torch.Tensor:
     """What one step of the sweep takes for each token, (T,) bytes: the hidden activations and the change of its
-    touched simplices, the pre-activations of all experts, its distribution over the vocabulary."""
+    touched simplices, the pre-activations of all experts, in numbers of `size` bytes; its distribution over the
+    vocabulary in float32."""
     n, f, d = experts.gate.shape
-    size = experts.gate.itemsize
     return hit.sum(1) * (size * (5 * f + d) + 64) + 5 * size * n * f + 40 * vocab
 
 
@@ -236,7 +234,7 @@ def lens_barriers(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
     total = torch.zeros(len(simplices), dtype=torch.float64, device=x.device)
     outcomes = min(vocab_sample or len(unembedding), len(unembedding))
     offsets = sample_offsets(x, seed)
-    for chunk in token_chunks(sweep_bytes(experts, hit, len(unembedding)), memory * 3 // 4):
+    for chunk in token_chunks(sweep_bytes(experts, x.itemsize, hit, len(unembedding)), memory * 3 // 4):
         kl = lens_kl(experts, x[chunk], gates[chunk], y[chunk], simplices, weights, hit[chunk], norm, unembedding,
                      outcomes, offsets[chunk], memory // 4)
         total.index_add_(0, hit[chunk].nonzero()[:, 1], kl.double())
@@ -686,10 +684,14 @@ def estimate(model: Model, settings: Settings, tokens: int, memory: int = MEMORY
     cfg, sparse = model.config, sparse_layers(model)
     n, k, d, vocab, depth = cfg.num_experts, cfg.top_k, cfg.hidden_size, cfg.vocab_size, len(model.layer_names)
     size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items()}
-    layers = [sum(size[name] for name in size if name.startswith(f"{layer}.")) for layer in model.layer_names]
-    experts = sum(size[name] for name in size if ".experts." in name)
-    active = sum(layers) - experts * (1 - k / n)  # parameters that a token meets
-    f = experts // (3 * n * d * len(sparse))
+    item, experts = model.dtype.itemsize, [name for name in size if ".experts." in name]
+    held = {name: item * size[name] for name in size} | {
+        name: 2 * size[name] for name in experts if model.checkpoint.tensors[name].dtype == "BF16"}  # bytes in memory
+    of_layer = [[name for name in size if name.startswith(f"{layer}.")] for layer in model.layer_names]
+    layers = [sum(held[name] for name in names) for names in of_layer]
+    stored = sum(size[name] for name in experts)
+    active = sum(size[name] for names in of_layer for name in names) - stored * (1 - k / n)  # that a token meets
+    f = stored // (3 * n * d * len(sparse))
     merges, triangles = math.comb(n, 2), min(settings.max_triangles, math.comb(n, 3))
     outcomes = min(settings.vocab_sample or vocab, vocab)
     rate = sweep_rate(model, n, k, d, f, vocab, outcomes)
@@ -697,14 +699,13 @@ def estimate(model: Model, settings: Settings, tokens: int, memory: int = MEMORY
         sweep = (sweep_operations(n, k, d, f, vocab, outcomes, 2, merges)
                  + sweep_operations(n, k, d, f, vocab, outcomes, 3, triangles))
         operations = tokens * (len(sparse) * sweep + 2 * active)
-        numbers, buffers = max(layers) + vocab * d + 16 * tokens * d, memory
+        peak = max(layers) + item * (vocab * d + 16 * tokens * d) + memory
     else:
         later = sum((depth - 1 - i) / depth for i in sparse)
         operations = 2 * tokens * (merges + triangles) * (later * active + len(sparse) * vocab * d)
-        numbers = sum(layers) + max(layers) + vocab * d + tokens * (4 * n * f + 100 * d)
-        buffers = 16 * 256 * vocab
+        peak = sum(layers) + max(layers) + item * (vocab * d + tokens * (4 * n * f + 100 * d)) + 16 * 256 * vocab
     disk = len(sparse) * (8 * (merges + 4 * triangles + 2 * n) + 4 * n * (d + f))
-    return Cost(operations, operations / rate, BASE_MEMORY + model.dtype.itemsize * numbers + buffers, disk)
+    return Cost(operations, operations / rate, BASE_MEMORY + peak, disk)
 
 
 def sweep_operations(n: int, k: int, d: int, f: int, vocab: int, outcomes: int, members: int, count: int) -> float:

@@ -273,7 +273,8 @@ class Checkpoint:
 
 
 class Experts(NamedTuple):
-    """Weights of a layer's experts: gate (n, f, d), up (n, f, d), down (n, d, f)."""
+    """Weights of a layer's experts: gate (n, f, d), up (n, f, d), down (n, d, f). They may be narrower than what they
+    multiply, and are widened one by one where they do."""
 
     gate: torch.Tensor
     up: torch.Tensor
@@ -281,11 +282,11 @@ class Experts(NamedTuple):
 
     def hidden(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """What expert e's down projection reads on x (T, d): silu(gate_e x) * up_e x, (T, f)."""
-        return F.silu(x @ self.gate[e].T) * (x @ self.up[e].T)
+        return F.silu(x @ self.gate[e].to(x).T) * (x @ self.up[e].to(x).T)
 
     def __call__(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """Output of expert e on x (T, d): down_e (silu(gate_e x) * up_e x), (T, d)."""
-        return self.hidden(e, x) @ self.down[e].T
+        return self.hidden(e, x) @ self.down[e].to(x).T
 
 
 class Weights(dict):
@@ -563,7 +564,7 @@ class Model:
     Parameters
     ----------
     path : the checkpoint folder
-    dtype : weights and activations are cast to it (norms and the router's softmax stay in float32 or better)
+    dtype : of activations and products (norms and the router's softmax stay in float32 or better)
     device : where weights and activations live while in use
     router : "drop", or "fold" for a checkpoint written with `--router fold` (gate mass of dropped experts is
         added to their redirect targets before the top-k)
@@ -624,7 +625,8 @@ class Model:
         return Layer(experts, weights.pop("mlp.gate.weight", None), weights, fold)
 
     def _experts(self, layer: str) -> Experts:
-        """The experts of a layer, stored fused or one by one. Raises InputError where they are not n of one size."""
+        """The experts of a layer, stored fused or one by one; bfloat16 ones stay so, which halves the memory of a
+        float32 run. Raises InputError where they are not n of one size."""
         prefix, n, d = f"{layer}.mlp.experts.", self.config.num_experts, self.config.hidden_size
         load, tensors = self.checkpoint.load, self.checkpoint.tensors
         fused = [f"{prefix}{name}" for name in ("gate_up_proj", "down_proj") if f"{prefix}{name}" in tensors]
@@ -635,7 +637,9 @@ class Model:
             return [load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields]
         f = parts(0)[0].numel() // d
         shapes = (f, d), (f, d), (d, f)
-        experts = Experts(*(torch.empty(n, *shape, dtype=self.dtype, device=self.device) for shape in shapes))
+        stored = {info.dtype for name, info in tensors.items() if name.startswith(prefix)}
+        dtype = torch.bfloat16 if stored == {"BF16"} else self.dtype
+        experts = Experts(*(torch.empty(n, *shape, dtype=dtype, device=self.device) for shape in shapes))
         for e, slots in enumerate(zip(*experts)):
             found = parts(e)
             if [part.shape for part in found] != [*shapes] or any(tensors[name].shape[0] != n for name in fused):

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import hodgecover
 import mathx
+import model_io
 import pytest
 import torch
 from hodgecover import Settings
@@ -269,10 +271,11 @@ def test_an_estimate_counts_layers_output_and_memory(tiny, monkeypatch, capsys):
     cost = hodgecover.estimate(Model(tiny), Settings(), 2048, memory=0)
     sweep = sum(hodgecover.sweep_operations(64, 8, 96, 16, 2048, 2048, members, count)
                 for members, count in ((2, 2016), (3, 500)))
-    layer = 4 * 96 * 96 + 64 * 96 + 4 * 96 + 64 * 3 * 96 * 16
-    active = 4 * (layer - 56 * 3 * 96 * 16)
+    other, experts = 4 * 96 * 96 + 64 * 96 + 4 * 96, 64 * 3 * 96 * 16
+    active = 4 * (other + experts / 8)
     assert cost.operations == pytest.approx(2048 * (4 * sweep + 2 * active)) and cost.seconds * 1e9 == cost.operations
-    assert cost.memory == pytest.approx(hodgecover.BASE_MEMORY + 4 * (layer + 2048 * 96 + 16 * 2048 * 96))
+    in_bytes = 2 * experts + 4 * (other + 2048 * 96 + 16 * 2048 * 96)  # bfloat16 experts stay so
+    assert cost.memory == hodgecover.BASE_MEMORY + in_bytes
     sampled = hodgecover.estimate(Model(tiny), Settings(vocab_sample=64), 2048)
     assert sampled.operations < cost.operations / 2
     assert run(tiny, "--keep", 32, "--estimate", "--dtype", "float32") == 0
@@ -293,6 +296,20 @@ def test_an_estimate_is_near_what_happens(tiny, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_experts_stay_as_stored_and_are_multiplied_in_the_dtype(tiny, dtype):
+    """To the last bit what the widened weights give, at half of the memory or less."""
+    model = Model(tiny, dtype)
+    ids = hodgecover.calibration_ids(model, [], 256, 64, 0)
+    step = next(model.stream(ids))
+    assert {part.dtype for part in step.layer.experts} == {torch.bfloat16} and step.x.dtype == dtype
+    readout = partial(hodgecover.lens_barriers, norm=step.norm, unembedding=model.unembedding())
+    wide = model_io.Experts(*(part.to(dtype) for part in step.layer.experts))
+    held, plain = (hodgecover.measure_layer(experts, step.x, step.gates, step.y, readout)
+                   for experts in (step.layer.experts, wide))
+    assert all(map(torch.equal, held, plain))
 
 
 def test_auto_is_bfloat16_only_where_the_processor_multiplies_it(monkeypatch):
