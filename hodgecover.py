@@ -805,9 +805,8 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
         "source": {"name": source.name, "model_type": cfg.model_type, "num_experts": cfg.num_experts,
                    "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
     }
-    if "total_rate" in wanda.get("wanda", {}):
-        say(f"Wanda at {wanda['wanda']['rate']:.2%} of the survivors: {wanda['wanda']['total_rate']:.2%} of all "
-            "experts' parameters are gone")
+    if wanda:
+        say(f"with Wanda, {wanda['wanda']['total_rate']:.2%} of all experts' parameters are gone")
     export(model, plan, out, plan_only, wanda_edits(model, norms, mask) if mask else {})
     return out
 
@@ -823,34 +822,34 @@ def wanda_parameters(model: Model) -> dict[str, tuple[int, int, bool]]:
     return {key: (math.prod(shape[:-1]), shape[-1], bool(match[1])) for key, (match, shape) in found.items() if match}
 
 
-def wanda_rate(model: Model, keep: int, total: float) -> tuple[float, float]:
-    """(rate r2 that Wanda must prune the survivors and shared experts at, achieved total rate) for `total` of the
-    parameters of routed and shared experts to go when `keep` experts stay: r2 = 1 - (1 - r) P_before / P_after."""
-    matrices, share = wanda_parameters(model).values(), keep / model.config.num_experts
-    before = sum(rows * columns for rows, columns, _ in matrices)
-    after = sum(rows * columns * (share if routed else 1) for rows, columns, routed in matrices)
-    rate = 1 - (1 - total) * before / after
-    if rate < 0:
-        raise InputError(f"--total-rate {total}: dropping to {keep} experts takes {1 - after / before:.4f} already; it "
-                         "must be at least that")
-    left = sum(rows * (columns - round(rate * columns)) * (share if routed else 1)
-               for rows, columns, routed in matrices)
-    return rate, 1 - left / before
-
-
 def wanda_settings(model: Model, keep: int, total_rate: float | None, nm: tuple[int, int] | None
                    ) -> tuple[dict, Callable | None]:
-    """(what the plan records, mask(weight, norms) or None where no weight is pruned). Raises InputError for a rate or
-    a group that the matrices do not admit."""
-    if total_rate is not None:
-        rate, achieved = wanda_rate(model, keep, total_rate)
-        return {"wanda": {"rate": rate, "total_rate": achieved}}, partial(mathx.wanda_mask, rate=rate)
-    if nm is None:
+    """(what the plan records, mask(weight, norms) or None where no weight is pruned).
+
+    For a total rate R of the parameters of routed and shared experts, Wanda prunes those that stay at the rate
+    1 - (1 - R) P_before / P_after. Raises InputError for a rate or a group that the matrices do not admit.
+    """
+    if total_rate is None and nm is None:
         return {}, None
-    kept, group = nm
-    if not 0 < kept < group or any(columns % group for _, columns, _ in wanda_parameters(model).values()):
-        raise InputError(f"--nm {kept}:{group}: N must be below M, and M divide the width of every expert's matrices")
-    return {"wanda": {"nm": f"{kept}:{group}"}}, partial(mathx.wanda_mask_nm, kept=kept, group=group)
+    share = keep / model.config.num_experts
+    matrices = [(rows * (share if routed else 1), columns, rows * columns)
+                for rows, columns, routed in wanda_parameters(model).values()]
+    before, after = sum(count for *_, count in matrices), sum(rows * columns for rows, columns, _ in matrices)
+    if nm:
+        kept, group = nm
+        if not 0 < kept < group or any(columns % group for _, columns, _ in matrices):
+            raise InputError(f"--nm {kept}:{group}: N must be below M, and M divide the width of every expert's "
+                             "matrices")
+        said, mask = {"nm": f"{kept}:{group}"}, partial(mathx.wanda_mask_nm, kept=kept, group=group)
+        left = sum(rows * columns * kept / group for rows, columns, _ in matrices)
+    else:
+        rate = 1 - (1 - total_rate) * before / after
+        if rate < 0:
+            raise InputError(f"--total-rate {total_rate}: dropping to {keep} experts takes {1 - after / before:.4f} "
+                             "already; it must be at least that")
+        said, mask = {"rate": rate}, partial(mathx.wanda_mask, rate=rate)
+        left = sum(rows * (columns - round(rate * columns)) for rows, columns, _ in matrices)
+    return {"wanda": said | {"total_rate": 1 - left / before}}, mask
 
 
 def wanda_edits(model: Model, norms: dict[str, Signals], mask: Callable) -> dict[str, model_io.Edit]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Draws what hodgecover.json says, with matplotlib (which requirements.txt does not install).
 
-    python examples/plot_diagnostics.py OUT/hodgecover.json [MORE.json ...] --out picture.png
+    python examples/plot_diagnostics.py PLAN [PLAN ...] --barriers CKPT-barriers --out picture.png
 
-Of the first plan: the shares of energy and discordance a layer. Of all of them (of several --method, say): the mass of
-each component that the survivors retain. With --barriers CACHE_FILE, one layer's file in the folder of barriers: its
-matrix of barriers in saliency order, survivors first, with the harmonic-critical edges marked.
+Of the first plan (a hodgecover.json): the shares of energy and the discordance of each layer. Of all of them, of several
+--method say: the mass of each component that the survivors retain. With --barriers, the folder where the barriers are
+kept, also the matrix of one --layer's barriers, survivors first, with the harmonic-critical edges marked; and methods
+that measure no barriers have their retained mass taken from there.
 """
 import argparse
 import json
@@ -17,8 +18,21 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mathx  # noqa: E402
+from hodgecover import Settings, Signals, plan_from_signals  # noqa: E402
 
 PARTS = ("gradient", "curl", "harmonic")
+
+
+def cached(folder: Path, layer: dict) -> Signals:
+    """The newest barriers of a layer in the folder."""
+    return Signals(**load_file(max(folder.glob(f"{layer['name']}-*.safetensors"), key=lambda file: file.stat().st_mtime)))
+
+
+def completed(plan: dict, folder: Path) -> dict:
+    """A plan whose method measured no barriers, with what those in the folder say of its survivors."""
+    settings = Settings(**{field: plan["settings"][field] for field in Settings.__dataclass_fields__})
+    return plan | {"layers": [plan_from_signals(cached(folder, layer), len(layer["survivors"]), settings,
+                                                layer["layer"]) | layer for layer in plan["layers"]]}
 
 
 def draw_eta(axes, layers: list[dict]) -> None:
@@ -45,15 +59,15 @@ def draw_retained(axes, plans: list[dict]) -> None:
     """Mean over layers of each component's energy on simplices with a survivor, and with survivors alone."""
     names = (*PARTS, "triplet")
     for i, plan in enumerate(plans):
-        layers = [layer for layer in plan["layers"] if "retained" in layer]
+        layers = plan["layers"]
         at = [j + 0.8 * (i + 0.5) / len(plans) - 0.4 for j in range(len(names))]
         for kind, alpha in (("some", 0.4), ("all", 1.0)):
             axes.bar(at, [sum(layer["retained"][name][kind] for layer in layers) / len(layers) for name in names],
                      width=0.8 / len(plans), color=f"C{i}", alpha=alpha,
                      label=f"{plan['settings']['method']}, K = {plan['settings']['keep']}" if kind == "all" else None)
-    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of energy", ylim=(0, 1.05),
+    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of energy", ylim=(0, 1.3),
              title="Retained mass: pale with some, full with all vertices surviving")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", ncols=2, loc="upper center")
 
 
 def draw_barriers(axes, layer: dict, barriers: torch.Tensor) -> None:
@@ -79,7 +93,8 @@ def draw_barriers(axes, layer: dict, barriers: torch.Tensor) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", metavar="PLAN", type=Path, nargs="+")
-    parser.add_argument("--barriers", metavar="CACHE_FILE", type=Path)
+    parser.add_argument("--barriers", metavar="DIR", type=Path)
+    parser.add_argument("--layer", type=int, default=0, help="whose barriers to draw [0]")
     parser.add_argument("--out", type=Path, default=Path("diagnostics.png"))
     args = parser.parse_args()
     try:
@@ -90,18 +105,20 @@ def main() -> int:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     plans = [json.loads(path.read_text()) for path in args.plans]
-    measured = [layer for layer in plans[0]["layers"] if "eta" in layer]
-    if not measured:
-        print(f"plot_diagnostics.py: error: {args.plans[0]}: its method measured no barriers", file=sys.stderr)
+    if args.barriers:
+        plans = [plan if "eta" in plan["layers"][0] else completed(plan, args.barriers) for plan in plans]
+    plans = [plan for plan in plans if "eta" in plan["layers"][0]]
+    if not plans:
+        print("plot_diagnostics.py: error: no plan's method measured barriers; say with --barriers where some are",
+              file=sys.stderr)
         return 2
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
-    draw_eta(axes[0, 0], measured)
-    draw_discordance(axes[0, 1], measured)
-    draw_retained(axes[1, 0], [plan for plan in plans if any("retained" in layer for layer in plan["layers"])])
+    draw_eta(axes[0, 0], plans[0]["layers"])
+    draw_discordance(axes[0, 1], plans[0]["layers"])
+    draw_retained(axes[1, 0], plans)
     if args.barriers:
-        name = args.barriers.name.rsplit("-", 1)[0]
-        draw_barriers(axes[1, 1], next(layer for layer in measured if layer["name"] == name),
-                      load_file(args.barriers)["barriers"])
+        layer = next(layer for layer in plans[0]["layers"] if layer["layer"] == args.layer)
+        draw_barriers(axes[1, 1], layer, cached(args.barriers, layer).barriers)
     else:
         axes[1, 1].axis("off")
     figure.savefig(args.out, dpi=70)

@@ -94,10 +94,12 @@ def test_wanda_prunes_the_survivors_to_the_total_rate(tiny, tmp_path, capsys):
         (tmp_path / "plain" / "model.safetensors").stat().st_size
 
 
-def test_groups_of_weights(tiny, tmp_path):
+def test_groups_of_weights(tiny, tmp_path, capsys):
     assert run(tiny, "--keep", 48, "--method", "reap", "--nm", "2:4", "--out", tmp_path / "out", *QUICK) == 0
     for weight in matrices(tmp_path / "out").values():
         assert ((weight.view(-1, 4) != 0).sum(1) == 2).all()
+    assert plan_of(tmp_path / "out")["settings"]["wanda"] == {"nm": "2:4", "total_rate": 1 - 0.75 / 2}
+    assert "62.50% of all experts' parameters are gone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["qwen2-plain", "qwen3_5-vision-mtp"])
