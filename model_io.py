@@ -52,6 +52,8 @@ class Config:
     vocab_size: int
     hidden_size: int
     num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     rotary_dim: int
     rope_theta: float
@@ -62,7 +64,9 @@ class Config:
     tie_word_embeddings: bool
     eos_token_id: int | None
     clip_qkv: float | None = None  # OLMoE
-    linear_key_head_dim: int = 0  # Qwen3.5, Gated DeltaNet
+    linear_key_heads: int = 0  # Qwen3.5, Gated DeltaNet
+    linear_key_head_dim: int = 0
+    linear_value_heads: int = 0
     linear_value_head_dim: int = 0
 
 
@@ -109,7 +113,8 @@ def read_config(raw: dict) -> Config:
     vocab_size, hidden_size = value_of(text, "vocab_size", int), value_of(text, "hidden_size", int)
     if eos is not None and eos not in range(vocab_size):
         raise InputError(f"config.json: eos_token_id is {eos!r}; it must be a token id below {vocab_size}")
-    head_dim = value_of(text, "head_dim", int, hidden_size // value_of(text, "num_attention_heads", int))
+    num_heads = value_of(text, "num_attention_heads", int)
+    head_dim = value_of(text, "head_dim", int, hidden_size // num_heads)
     rotary_dim = head_dim
     if family.partial_rotary_factor:  # other families rotate the whole head, whatever the configuration says
         rotary_dim = int(head_dim * value_of(text | rope, "partial_rotary_factor", float, family.partial_rotary_factor))
@@ -121,6 +126,8 @@ def read_config(raw: dict) -> Config:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=value_of(text, "num_hidden_layers", int),
+        num_heads=num_heads,
+        num_kv_heads=value_of(text, "num_key_value_heads", int, num_heads),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         rope_theta=value_of(text | rope, "rope_theta", float, 10000.0),
@@ -131,11 +138,17 @@ def read_config(raw: dict) -> Config:
         tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False),
         eos_token_id=eos,
         clip_qkv=None if text.get("clip_qkv") is None else value_of(text, "clip_qkv", float),
+        linear_key_heads=value_of(text, "linear_num_key_heads", int, 16),
         linear_key_head_dim=value_of(text, "linear_key_head_dim", int, 128),
+        linear_value_heads=value_of(text, "linear_num_value_heads", int, 32),
         linear_value_head_dim=value_of(text, "linear_value_head_dim", int, 128),
     )
     if config.top_k > config.num_experts:
         raise InputError(f"config.json: num_experts_per_tok {config.top_k} is above {config.num_experts} experts")
+    for key, whole, part in (("num_key_value_heads", config.num_heads, config.num_kv_heads),
+                             ("linear_num_key_heads", config.linear_value_heads, config.linear_key_heads)):
+        if whole % part:
+            raise InputError(f"config.json: {key} is {part}; it must divide {whole}")
     return config
 
 
@@ -317,13 +330,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last dimension, in x's dtype; the mean square is taken in float32 or better.
-
-    Raises InputError where the widths differ.
-    """
-    if weight.shape != x.shape[-1:]:
-        raise InputError(f"a norm has {len(weight)} weights for a width of {x.shape[-1]}; config.json does not fit the "
-                         "weights")
+    """x / rms(x) * weight over the last dimension, in x's dtype; the mean square is taken in float32 or better."""
     h = x.to(widened(x.dtype))
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (weight * h.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
@@ -352,16 +359,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: Config) -> to
     return out.transpose(1, 2).flatten(2)
 
 
-def split_heads(x: torch.Tensor, width: int) -> torch.Tensor:
-    """x (B, L, heads * width) -> (B, L, heads, width). Raises InputError where the width does not divide."""
-    if x.shape[-1] % width:
-        raise InputError(f"{x.shape[-1]} dimensions are not heads of {width}; config.json does not fit the weights")
-    return x.unflatten(-1, (-1, width))
-
-
 def heads(x: torch.Tensor, w: dict[str, torch.Tensor], name: str, width: int) -> torch.Tensor:
     """Projection `name` (q, k or v) of x (B, L, d), split into heads (B, L, heads, width)."""
-    return split_heads(linear(x, w, f"self_attn.{name}_proj"), width)
+    return linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (-1, width))
 
 
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
@@ -371,7 +371,7 @@ def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     v = linear(x, w, "self_attn.v_proj")
     if cfg.clip_qkv is not None:
         q, k, v = (t.clamp(-cfg.clip_qkv, cfg.clip_qkv) for t in (q, k, v))
-    q, k, v = (split_heads(t, cfg.head_dim) for t in (q, k, v))
+    q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
     return linear(attend(q, k, v, cfg), w, "self_attn.o_proj")
 
 
@@ -406,20 +406,20 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     mixed = F.pad(linear(x, w, "linear_attn.in_proj_qkv").transpose(1, 2), (kernel.shape[-1] - 1, 0))
     mixed = F.silu(F.conv1d(mixed, kernel, groups=len(kernel))).transpose(1, 2)
-    value_dim = w["linear_attn.out_proj.weight"].shape[1]
-    key_dim = (mixed.shape[-1] - value_dim) // 2
+    key_dim = cfg.linear_key_heads * cfg.linear_key_head_dim
+    value_dim = cfg.linear_value_heads * cfg.linear_value_head_dim
     q, k, v = mixed.split((key_dim, key_dim, value_dim), dim=-1)
     wide = widened(x.dtype)
-    q, k = (split_heads(t, cfg.linear_key_head_dim).to(wide) for t in (q, k))
-    v = split_heads(v, cfg.linear_value_head_dim)
+    q, k = (t.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(wide) for t in (q, k))
+    v = v.unflatten(-1, (-1, cfg.linear_value_head_dim))
     q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
-    groups = v.shape[2] // k.shape[2]  # value heads that share a query and key head
+    groups = cfg.linear_value_heads // cfg.linear_key_heads  # value heads that share a query and key head
     q, k = (t.repeat_interleave(groups, dim=2) for t in (q, k))
     log_decay = -w["linear_attn.A_log"].exp() * F.softplus(
         linear(x, w, "linear_attn.in_proj_a").to(wide) + w["linear_attn.dt_bias"])
     beta = linear(x, w, "linear_attn.in_proj_b").sigmoid().to(wide)
     out = chunked_gated_delta_rule(q * q.shape[-1] ** -0.5, k, v.to(wide), log_decay, beta).to(x.dtype)
-    z = split_heads(linear(x, w, "linear_attn.in_proj_z"), cfg.linear_value_head_dim).to(wide)
+    z = linear(x, w, "linear_attn.in_proj_z").unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
     out = (rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * F.silu(z)).to(x.dtype)
     return linear(out.flatten(2), w, "linear_attn.out_proj")
 
@@ -538,6 +538,51 @@ FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5), "qwen2_moe": Fa
 # -------------------------------------------------------------------------------------------------- the model
 
 
+def expected_shapes(cfg: Config, widths: dict[str, int]) -> dict[str, list[int]]:
+    """Shapes of a decoder layer's tensors but its routed experts, by name, of any family and of those that it may
+    lack; widths of the SwiGLU blocks `mlp` and `mlp.shared_expert`, and of the short convolution, by name."""
+    d, head, whole = cfg.hidden_size, cfg.head_dim, cfg.model_type == "olmoe"
+    query, key = cfg.num_heads * head, cfg.num_kv_heads * head
+    linear_key, values = cfg.linear_key_heads * cfg.linear_key_head_dim, cfg.linear_value_heads
+    linear_value, mixed = values * cfg.linear_value_head_dim, 2 * linear_key + values * cfg.linear_value_head_dim
+    gates = 2 if FAMILIES[cfg.model_type].attention is qwen3_5_attention else 1
+    weights = {
+        "input_layernorm": [d], "post_attention_layernorm": [d],
+        "self_attn.q_proj": [gates * query, d], "self_attn.k_proj": [key, d], "self_attn.v_proj": [key, d],
+        "self_attn.o_proj": [d, query],
+        "self_attn.q_norm": [query if whole else head], "self_attn.k_norm": [key if whole else head],
+        "linear_attn.in_proj_qkv": [mixed, d], "linear_attn.in_proj_z": [linear_value, d],
+        "linear_attn.in_proj_a": [values, d], "linear_attn.in_proj_b": [values, d],
+        "linear_attn.conv1d": [mixed, 1, widths.get("linear_attn.conv1d")],
+        "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, linear_value],
+        "mlp.gate": [cfg.num_experts, d], "mlp.shared_expert_gate": [1, d]}
+    for block in ("mlp", "mlp.shared_expert"):
+        f = widths.get(block)
+        weights |= {f"{block}.gate_proj": [f, d], f"{block}.up_proj": [f, d], f"{block}.down_proj": [d, f]}
+    return ({f"{name}.weight": shape for name, shape in weights.items()}
+            | {f"{name}.bias": shape[:1] for name, shape in weights.items()}
+            | {"linear_attn.A_log": [values], "linear_attn.dt_bias": [values]})
+
+
+def check_shapes(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Config, layers: list[str]) -> None:
+    """Raises InputError for a tensor whose shape does not follow from config.json. Reads no weight; those of routed
+    experts are checked when they are read."""
+    d, vocab = cfg.hidden_size, cfg.vocab_size
+    expected = {f"{prefix}embed_tokens.weight": [vocab, d], f"{prefix}norm.weight": [d], "lm_head.weight": [vocab, d],
+                "mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d], "mtp.pre_fc_norm_embedding.weight": [d],
+                "mtp.pre_fc_norm_hidden.weight": [d]}
+    for layer in layers:
+        found = {name: tensors.get(f"{layer}.{name}.weight") for name in (
+            "mlp.gate_proj", "mlp.shared_expert.gate_proj", "linear_attn.conv1d")}
+        widths = {name.removesuffix(".gate_proj"): info.shape[-1 if "conv1d" in name else 0]
+                  for name, info in found.items() if info and info.shape}
+        expected |= {f"{layer}.{name}": shape for name, shape in expected_shapes(cfg, widths).items()}
+    for name in expected.keys() & tensors.keys():
+        if tensors[name].shape != expected[name]:
+            raise InputError(f"{path}: {name} has shape {tensors[name].shape}; by config.json it must be "
+                             f"{expected[name]}")
+
+
 class LayerPass(NamedTuple):
     """What one layer saw and made.
 
@@ -583,12 +628,7 @@ class Model:
         self._head = self._embedding if self.config.tie_word_embeddings else "lm_head.weight"
         self.layer_names = [f"{self.prefix}layers.{i}" for i in range(self.config.num_layers)]
         self.layer_names += sorted({match[0] for match in map(re.compile(r"mtp\.layers\.\d+").match, names) if match})
-        rows_of = {self._embedding: self.config.vocab_size, self._head: self.config.vocab_size}
-        rows_of |= {f"{layer}.mlp.gate.weight": self.config.num_experts for layer in self.layer_names}
-        for name, rows in rows_of.items():
-            if name in names and names[name].shape != [rows, self.config.hidden_size]:
-                raise InputError(f"{path}: {name} has shape {names[name].shape}; by config.json it must be "
-                                 f"{[rows, self.config.hidden_size]}")
+        check_shapes(self.checkpoint.path, names, self.prefix, self.config, self.layer_names)
         if router not in ("drop", "fold"):
             raise InputError(f"router {router!r}: must be 'drop' or 'fold'")
         self.folds = self._read_folds() if router == "fold" else {}

@@ -316,14 +316,14 @@ def masked_logits(path: Path, ids: torch.Tensor, kept: list[int], monkeypatch) -
         return torch.zeros_like(p).scatter(1, index, top)
     with monkeypatch.context() as patch:
         patch.setattr(model_io, "route", masked)
-        return Model(path).logits(ids)
+        return Model(path, torch.float64).logits(ids)
 
 
 def test_the_output_is_the_survivor_sub_moe(compressed, monkeypatch):
     source, out = compressed
     ids = load_file(source / "golden.safetensors")["ids"]
-    torch.testing.assert_close(Model(out).logits(ids), masked_logits(source, ids, SURVIVORS, monkeypatch),
-                               rtol=0, atol=2e-6)
+    torch.testing.assert_close(Model(out, torch.float64).logits(ids),
+                               masked_logits(source, ids, SURVIVORS, monkeypatch), rtol=0, atol=1e-12)
 
 
 def test_keeping_all_experts_changes_nothing(golden, tmp_path):
@@ -502,16 +502,37 @@ def test_both_names_of_the_number_of_experts_change():
 
 
 @pytest.mark.parametrize("name, change, says", [
-    ("qwen3-dense-first", {"head_dim": 2}, "a norm has 12 weights for a width of 2"),
-    ("qwen3-dense-first", {"head_dim": 10}, "48 dimensions are not heads of 10"),
-    ("qwen3_5-text", {"linear_key_head_dim": 7}, "dimensions are not heads of 7"),
+    ("qwen3-dense-first", {"head_dim": 2}, "q_proj.weight has shape .* by config.json it must be \\[8, 32\\]"),
+    ("qwen3-dense-first", {"head_dim": 10}, "must be \\[40, 32\\]"),
+    ("qwen3_5-text", {"linear_key_head_dim": 7}, "linear_attn.* by config.json it must be"),
 ])
 def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path, name, change, says):
     shutil.copytree(PLAIN.parent / name, tmp_path / "c")
     raw = json.loads((tmp_path / "c" / "config.json").read_text()) | change
     (tmp_path / "c" / "config.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=says):
-        Model(tmp_path / "c").logits(torch.ones(1, 4, dtype=torch.int64))
+        Model(tmp_path / "c")
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_every_weight_but_the_experts_has_a_shape_that_is_checked(path, tmp_path):
+    """One more or one less in any dimension of any of them is refused before a weight is read."""
+    model = Model(path)
+    names = [name for name in model.checkpoint.tensors if ".experts." not in name and "visual" not in name]
+    for name in names:
+        info = model.checkpoint.tensors[name]
+        for axis in range(len(info.shape)):
+            if re.search(r"(gate|up|down)_proj|conv1d", name) and axis == ("down" in name or 2 * ("conv1d" in name)):
+                continue  # a width of its own; the next line sees that the others of the block agree
+            wrong = [size + (a == axis) for a, size in enumerate(info.shape)]
+            tensors = model.checkpoint.tensors | {name: info._replace(shape=wrong)}
+            with pytest.raises(InputError, match=f"{re.escape(name)} has shape"):
+                model_io.check_shapes(path, tensors, model.prefix, model.config, model.layer_names)
+    for name in (name for name in names if re.search(r"mlp\.(shared_expert\.)?(up|down)_proj", name)):
+        info = model.checkpoint.tensors[name]
+        tensors = model.checkpoint.tensors | {name: info._replace(shape=[2 * size for size in info.shape])}
+        with pytest.raises(InputError, match=f"{re.escape(name)} has shape"):
+            model_io.check_shapes(path, tensors, model.prefix, model.config, model.layer_names)
 
 
 def test_a_shard_name_that_leaves_the_folder_is_refused(tmp_path):
