@@ -626,6 +626,9 @@ class Model:
         self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
         self._embedding = f"{self.prefix}embed_tokens.weight"
         self._head = self._embedding if self.config.tie_word_embeddings else "lm_head.weight"
+        stored = len({match[0] for match in map(re.compile(rf"{self.prefix}layers\.\d+\.").match, names) if match})
+        if stored != self.config.num_layers:
+            raise InputError(f"{path}: config.json says {self.config.num_layers} layers; the weights have {stored}")
         self.layer_names = [f"{self.prefix}layers.{i}" for i in range(self.config.num_layers)]
         self.layer_names += sorted({match[0] for match in map(re.compile(r"mtp\.layers\.\d+").match, names) if match})
         check_shapes(self.checkpoint.path, names, self.prefix, self.config, self.layer_names)

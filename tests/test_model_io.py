@@ -363,6 +363,9 @@ def test_fingerprint_sees_a_changed_weight(golden, tmp_path):
 @pytest.mark.parametrize("change, says", [
     ({"model_type": "llama"}, "model_type 'llama' is not supported"),
     ({"num_experts": 9}, r"gate.weight has shape \[8, 32\]; by config.json it must be \[9, 32\]"),
+    ({"num_hidden_layers": 1}, "config.json says 1 layers; the weights have 2"),
+    ({"num_hidden_layers": 2**31 - 1}, "config.json says 2147483647 layers"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide 4"),
     ({"hidden_size": None}, "hidden_size"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn'"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
