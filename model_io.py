@@ -59,6 +59,9 @@ class Config:
     rope_theta: float
     rms_norm_eps: float
     num_experts: int
+    expert_width: int
+    shared_width: int | None  # of the shared expert
+    dense_width: int | None  # of a layer without experts
     top_k: int
     norm_topk_prob: bool
     tie_word_embeddings: bool
@@ -68,6 +71,7 @@ class Config:
     linear_key_head_dim: int = 0
     linear_value_heads: int = 0
     linear_value_head_dim: int = 0
+    linear_conv_width: int = 0
 
 
 def read_json(path: Path) -> dict:
@@ -121,6 +125,9 @@ def read_config(raw: dict) -> Config:
     if rotary_dim % 2 or rotary_dim > head_dim:
         raise InputError(f"config.json: {rotary_dim} of the {head_dim} dimensions of a head rotate; it must be an even "
                          "number of them")
+
+    def width(key: str) -> int | None:
+        return None if text.get(key) is None else value_of(text, key, int)
     config = Config(
         model_type=raw["model_type"],
         vocab_size=vocab_size,
@@ -133,6 +140,10 @@ def read_config(raw: dict) -> Config:
         rope_theta=value_of(text | rope, "rope_theta", float, 10000.0),
         rms_norm_eps=value_of(text, "rms_norm_eps", float, family.rms_norm_eps),
         num_experts=value_of(text, expert_count_keys(text)[0], int),
+        expert_width=value_of(text, "intermediate_size" if raw["model_type"] == "olmoe" else "moe_intermediate_size",
+                              int),
+        shared_width=width("shared_expert_intermediate_size"),
+        dense_width=width("intermediate_size"),
         top_k=value_of(text, "num_experts_per_tok", int),
         norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, False),
         tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False),
@@ -142,6 +153,7 @@ def read_config(raw: dict) -> Config:
         linear_key_head_dim=value_of(text, "linear_key_head_dim", int, 128),
         linear_value_heads=value_of(text, "linear_num_value_heads", int, 32),
         linear_value_head_dim=value_of(text, "linear_value_head_dim", int, 128),
+        linear_conv_width=value_of(text, "linear_conv_kernel_dim", int, 4),
     )
     if config.top_k > config.num_experts:
         raise InputError(f"config.json: num_experts_per_tok {config.top_k} is above {config.num_experts} experts")
@@ -227,6 +239,8 @@ class Checkpoint:
         self.tensors, self.metadata = {}, {}
         for file in self._shards() if self.sharded else [WEIGHTS]:
             infos, self.metadata[file] = read_header(self.path / file)
+            for name in infos.keys() & self.tensors.keys():
+                raise InputError(f"{self.path}: {name} is in {self.tensors[name].file} and in {file}")
             self.tensors |= infos
 
     def _shards(self) -> list[str]:
@@ -300,13 +314,6 @@ class Experts(NamedTuple):
     def __call__(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """Output of expert e on x (T, d): down_e (silu(gate_e x) * up_e x), (T, d)."""
         return self.hidden(e, x) @ self.down[e].to(x).T
-
-
-class Weights(dict):
-    """A layer's weights by name; a name that is not there is an InputError."""
-
-    def __missing__(self, name: str):
-        raise InputError(f"a layer of the checkpoint has no tensor {name!r}")
 
 
 @dataclass(eq=False)
@@ -520,67 +527,98 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
 
 class Family(NamedTuple):
     """What differs between model families: the token mixer (x (B, L, d), weights, cfg) -> (B, L, d), defaults of
-    the configuration (partial_rotary_factor None: the whole head rotates), and whether norm weights are stored
-    less 1."""
+    the configuration (partial_rotary_factor None: the whole head rotates), whether norm weights are stored less 1,
+    and whether a sparse layer has a shared expert."""
 
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
     rms_norm_eps: float = 1e-6
     partial_rotary_factor: float | None = None
     always_renormalised: bool = False
     norms_less_1: bool = False
+    shared_expert: bool = False
 
 
-QWEN3_5 = Family(qwen3_5_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True)
-FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5), "qwen2_moe": Family(qwen2_attention),
+QWEN3_5 = Family(qwen3_5_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
+                 shared_expert=True)
+FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
+            "qwen2_moe": Family(qwen2_attention, shared_expert=True),
             "qwen3_moe": Family(qwen3_attention), "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
 
 
 # -------------------------------------------------------------------------------------------------- the model
 
 
-def expected_shapes(cfg: Config, widths: dict[str, int]) -> dict[str, list[int]]:
-    """Shapes of a decoder layer's tensors but its routed experts, by name, of any family and of those that it may
-    lack; widths of the SwiGLU blocks `mlp` and `mlp.shared_expert`, and of the short convolution, by name."""
-    d, head, whole = cfg.hidden_size, cfg.head_dim, cfg.model_type == "olmoe"
-    query, key = cfg.num_heads * head, cfg.num_kv_heads * head
-    linear_key, values = cfg.linear_key_heads * cfg.linear_key_head_dim, cfg.linear_value_heads
-    linear_value, mixed = values * cfg.linear_value_head_dim, 2 * linear_key + values * cfg.linear_value_head_dim
-    gates = 2 if FAMILIES[cfg.model_type].attention is qwen3_5_attention else 1
-    weights = {
-        "input_layernorm": [d], "post_attention_layernorm": [d],
-        "self_attn.q_proj": [gates * query, d], "self_attn.k_proj": [key, d], "self_attn.v_proj": [key, d],
-        "self_attn.o_proj": [d, query],
-        "self_attn.q_norm": [query if whole else head], "self_attn.k_norm": [key if whole else head],
-        "linear_attn.in_proj_qkv": [mixed, d], "linear_attn.in_proj_z": [linear_value, d],
-        "linear_attn.in_proj_a": [values, d], "linear_attn.in_proj_b": [values, d],
-        "linear_attn.conv1d": [mixed, 1, widths.get("linear_attn.conv1d")],
-        "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, linear_value],
-        "mlp.gate": [cfg.num_experts, d], "mlp.shared_expert_gate": [1, d]}
-    for block in ("mlp", "mlp.shared_expert"):
-        f = widths.get(block)
-        weights |= {f"{block}.gate_proj": [f, d], f"{block}.up_proj": [f, d], f"{block}.down_proj": [d, f]}
-    return ({f"{name}.weight": shape for name, shape in weights.items()}
-            | {f"{name}.bias": shape[:1] for name, shape in weights.items()}
-            | {"linear_attn.A_log": [values], "linear_attn.dt_bias": [values]})
+def layer_shapes(cfg: Config, stored: set[str]) -> dict[str, list[int | None]]:
+    """Shapes of the tensors that a decoder layer must have, by name in the layer. What is stored tells a recurrent
+    layer from one with full attention, a sparse from a dense one, and fused experts from single ones."""
+    d, n, f, head = cfg.hidden_size, cfg.num_experts, cfg.expert_width, cfg.head_dim
+    family = FAMILIES[cfg.model_type]
+    shapes = {"input_layernorm": [d], "post_attention_layernorm": [d]}
+    if "linear_attn.A_log" in stored:
+        key, values = cfg.linear_key_heads * cfg.linear_key_head_dim, cfg.linear_value_heads
+        value = values * cfg.linear_value_head_dim
+        shapes |= {"linear_attn.in_proj_qkv": [2 * key + value, d], "linear_attn.in_proj_z": [value, d],
+                   "linear_attn.in_proj_a": [values, d], "linear_attn.in_proj_b": [values, d],
+                   "linear_attn.conv1d": [2 * key + value, 1, cfg.linear_conv_width],
+                   "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, value]}
+    else:
+        query, key = cfg.num_heads * head, cfg.num_kv_heads * head
+        gated_query = query * (2 if family.attention is qwen3_5_attention else 1)
+        shapes |= {"self_attn.q_proj": [gated_query, d], "self_attn.k_proj": [key, d], "self_attn.v_proj": [key, d],
+                   "self_attn.o_proj": [d, query]}
+        if family.attention is olmoe_attention:
+            shapes |= {"self_attn.q_norm": [query], "self_attn.k_norm": [key]}
+        elif family.attention is not qwen2_attention:
+            shapes |= {"self_attn.q_norm": [head], "self_attn.k_norm": [head]}
+    blocks = {}
+    if "mlp.gate.weight" not in stored:
+        blocks["mlp"] = cfg.dense_width
+    else:
+        shapes["mlp.gate"] = [n, d]
+        if family.shared_expert:
+            shapes["mlp.shared_expert_gate"], blocks["mlp.shared_expert"] = [1, d], cfg.shared_width
+        if "mlp.experts.gate_up_proj" not in stored:
+            blocks |= {f"mlp.experts.{e}": f for e in range(n)}
+    for block, width in blocks.items():
+        shapes |= {f"{block}.gate_proj": [width, d], f"{block}.up_proj": [width, d], f"{block}.down_proj": [d, width]}
+    shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
+    if "linear_attn.A_log" in stored:
+        shapes |= {"linear_attn.A_log": [values], "linear_attn.dt_bias": [values]}
+    if "mlp.experts.gate_up_proj" in stored:
+        shapes |= {"mlp.experts.gate_up_proj": [n, 2 * f, d], "mlp.experts.down_proj": [n, d, f]}
+    return shapes
 
 
-def check_shapes(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Config, layers: list[str]) -> None:
-    """Raises InputError for a tensor whose shape does not follow from config.json. Reads no weight; those of routed
-    experts are checked when they are read."""
+def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Config, layers: list[str]) -> None:
+    """Raises InputError where a tensor that the model reads is missing, of no floating-point type, or of a shape that
+    does not follow from config.json, and where there are more experts than it says. Reads no weight."""
     d, vocab = cfg.hidden_size, cfg.vocab_size
-    expected = {f"{prefix}embed_tokens.weight": [vocab, d], f"{prefix}norm.weight": [d], "lm_head.weight": [vocab, d],
-                "mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d], "mtp.pre_fc_norm_embedding.weight": [d],
-                "mtp.pre_fc_norm_hidden.weight": [d]}
-    for layer in layers:
-        found = {name: tensors.get(f"{layer}.{name}.weight") for name in (
-            "mlp.gate_proj", "mlp.shared_expert.gate_proj", "linear_attn.conv1d")}
-        widths = {name.removesuffix(".gate_proj"): info.shape[-1 if "conv1d" in name else 0]
-                  for name, info in found.items() if info and info.shape}
-        expected |= {f"{layer}.{name}": shape for name, shape in expected_shapes(cfg, widths).items()}
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name]:
-            raise InputError(f"{path}: {name} has shape {tensors[name].shape}; by config.json it must be "
-                             f"{expected[name]}")
+    expected = {f"{prefix}embed_tokens.weight": [vocab, d], f"{prefix}norm.weight": [d]}
+    if not cfg.tie_word_embeddings:
+        expected["lm_head.weight"] = [vocab, d]
+    if any(layer.startswith("mtp.") for layer in layers):
+        expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d], "mtp.pre_fc_norm_embedding.weight": [d],
+                     "mtp.pre_fc_norm_hidden.weight": [d]}
+    stored = {layer: set() for layer in layers}
+    for name in tensors:
+        layer = re.match(r"(.*?layers\.\d+)\.(.*)", name)
+        if layer and layer[1] in stored:
+            stored[layer[1]].add(layer[2])
+    for layer, names in stored.items():
+        shapes = layer_shapes(cfg, names)
+        shapes |= {name: shapes[weight][:1] for name in names if name.endswith(".bias")
+                   and (weight := f"{name.removesuffix('bias')}weight") in shapes}
+        expected |= {f"{layer}.{name}": shape for name, shape in shapes.items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise InputError(f"{path}: the weights have no tensor {name!r}")
+        if tensors[name].shape != shape:
+            raise InputError(f"{path}: {name} has shape {tensors[name].shape}; by config.json it must be {shape}")
+        if tensors[name].dtype not in DTYPES:
+            raise InputError(f"{path}: {name} is stored as {tensors[name].dtype}; supported: {', '.join(DTYPES)}")
+    more = [name for name in tensors if ".mlp.experts." in name and name not in expected]
+    if more:
+        raise InputError(f"{path}: {more[0]} is one more than the experts that config.json asks for")
 
 
 class LayerPass(NamedTuple):
@@ -631,7 +669,7 @@ class Model:
             raise InputError(f"{path}: config.json says {self.config.num_layers} layers; the weights have {stored}")
         self.layer_names = [f"{self.prefix}layers.{i}" for i in range(self.config.num_layers)]
         self.layer_names += sorted({match[0] for match in map(re.compile(r"mtp\.layers\.\d+").match, names) if match})
-        check_shapes(self.checkpoint.path, names, self.prefix, self.config, self.layer_names)
+        check_tensors(self.checkpoint.path, names, self.prefix, self.config, self.layer_names)
         if router not in ("drop", "fold"):
             raise InputError(f"router {router!r}: must be 'drop' or 'fold'")
         self.folds = self._read_folds() if router == "fold" else {}
@@ -660,8 +698,8 @@ class Model:
         layer = self.layer_names[index]
         names = [name for name in self.checkpoint.tensors if name.startswith(f"{layer}.")]
         experts = self._experts(layer) if f"{layer}.mlp.gate.weight" in names else None
-        weights = Weights({name.removeprefix(f"{layer}."): self._tensor(name) for name in names
-                           if experts is None or not name.startswith(f"{layer}.mlp.experts.")})
+        weights = {name.removeprefix(f"{layer}."): self._tensor(name) for name in names
+                   if not name.startswith(f"{layer}.mlp.experts.")}
         fold = None
         if self.folds and experts:
             fold = self.folds[f"{layer}.dropped_rows"].to(self.dtype), self.folds[f"{layer}.slots"]
@@ -669,26 +707,20 @@ class Model:
 
     def _experts(self, layer: str) -> Experts:
         """The experts of a layer, stored fused or one by one; bfloat16 ones stay so, which halves the memory of a
-        float32 run. Raises InputError where they are not n of one size."""
-        prefix, n, d = f"{layer}.mlp.experts.", self.config.num_experts, self.config.hidden_size
+        float32 run."""
+        prefix, n = f"{layer}.mlp.experts.", self.config.num_experts
+        d, f = self.config.hidden_size, self.config.expert_width
         load, tensors = self.checkpoint.load, self.checkpoint.tensors
-        fused = [f"{prefix}{name}" for name in ("gate_up_proj", "down_proj") if f"{prefix}{name}" in tensors]
-
-        def parts(e: int) -> list[torch.Tensor]:
-            if fused:
-                return [*load(f"{prefix}gate_up_proj", e).chunk(2), load(f"{prefix}down_proj", e)]
-            return [load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields]
-        f = parts(0)[0].numel() // d
-        shapes = (f, d), (f, d), (d, f)
         stored = {info.dtype for name, info in tensors.items() if name.startswith(prefix)}
         dtype = torch.bfloat16 if stored == {"BF16"} else self.dtype
-        experts = Experts(*(torch.empty(n, *shape, dtype=dtype, device=self.device) for shape in shapes))
+        experts = Experts(*(torch.empty(n, *shape, dtype=dtype, device=self.device)
+                            for shape in ((f, d), (f, d), (d, f))))
         for e, slots in enumerate(zip(*experts)):
-            found = parts(e)
-            if [part.shape for part in found] != [*shapes] or any(tensors[name].shape[0] != n for name in fused):
-                raise InputError(f"{self.checkpoint.path}: the experts of {layer} are not {n} of one size for a hidden "
-                                 f"size of {d}")
-            for slot, part in zip(slots, found):
+            if f"{prefix}gate_up_proj" in tensors:
+                parts = *load(f"{prefix}gate_up_proj", e).chunk(2), load(f"{prefix}down_proj", e)
+            else:
+                parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
+            for slot, part in zip(slots, parts):
                 slot.copy_(part)
         return experts
 
@@ -785,6 +817,8 @@ def read_documents(paths: Iterable[str | os.PathLike]) -> list[str]:
             raise InputError(f"{path}: cannot be read ({err.strerror})") from None
         except ValueError:
             raise InputError(f"{path}: not UTF-8 text") from None
+        if not text.strip():
+            raise InputError(f"{path}: no text in it")
         if path.suffix in (".jsonl", ".json"):
             lines = enumerate(text.split("\n"), 1)
             documents += [json_text(line, f"{path}, line {number}") for number, line in lines if line.strip()]

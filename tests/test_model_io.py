@@ -429,9 +429,9 @@ LAYER_0 = "model.layers.0."
 
 @pytest.mark.parametrize("name, tensor, says", [
     ("mlp.experts.3.up_proj.weight", None, "no tensor 'model.layers.0.mlp.experts.3.up_proj.weight'"),
-    ("mlp.experts.3.down_proj.weight", torch.ones(32, 1), "the experts of model.layers.0 are not 8 of one size"),
+    ("mlp.experts.3.down_proj.weight", torch.ones(32, 1), r"down_proj.weight has shape \[32, 1\]; by config.json it must be \[32, 16\]"),
     ("mlp.experts.3.down_proj.weight", torch.ones(32, 16, dtype=torch.int8), "is stored as I8; supported: BF16"),
-    ("self_attn.q_norm.weight", None, "no tensor 'self_attn.q_norm.weight'"),
+    ("self_attn.q_norm.weight", None, "no tensor 'model.layers.0.self_attn.q_norm.weight'"),
     ("self_attn.o_proj.weight", torch.full((32, 32), torch.nan), "model.layers.0 gives values that are not finite"),
 ])
 def test_wrong_tensors_are_named(tmp_path, name, tensor, says):
@@ -518,24 +518,21 @@ def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path, name
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_every_weight_but_the_experts_has_a_shape_that_is_checked(path, tmp_path):
-    """One more or one less in any dimension of any of them is refused before a weight is read."""
+def test_every_weight_is_checked_before_one_is_read(path):
+    """Missing, of an integer type, or of one more in any dimension."""
     model = Model(path)
-    names = [name for name in model.checkpoint.tensors if ".experts." not in name and "visual" not in name]
-    for name in names:
-        info = model.checkpoint.tensors[name]
-        for axis in range(len(info.shape)):
-            if re.search(r"(gate|up|down)_proj|conv1d", name) and axis == ("down" in name or 2 * ("conv1d" in name)):
-                continue  # a width of its own; the next line sees that the others of the block agree
-            wrong = [size + (a == axis) for a, size in enumerate(info.shape)]
-            tensors = model.checkpoint.tensors | {name: info._replace(shape=wrong)}
-            with pytest.raises(InputError, match=f"{re.escape(name)} has shape"):
-                model_io.check_shapes(path, tensors, model.prefix, model.config, model.layer_names)
-    for name in (name for name in names if re.search(r"mlp\.(shared_expert\.)?(up|down)_proj", name)):
-        info = model.checkpoint.tensors[name]
-        tensors = model.checkpoint.tensors | {name: info._replace(shape=[2 * size for size in info.shape])}
-        with pytest.raises(InputError, match=f"{re.escape(name)} has shape"):
-            model_io.check_shapes(path, tensors, model.prefix, model.config, model.layer_names)
+    tensors = model.checkpoint.tensors
+    used = [name for name in tensors if not name.startswith("model.visual") and (
+        name != "lm_head.weight" or not model.config.tie_word_embeddings)]
+    for name in used:
+        info, rest = tensors[name], {key: tensors[key] for key in tensors if key != name}
+        wrong = [rest | {name: info._replace(dtype="I8")}]
+        wrong += [rest | {name: info._replace(shape=[size + (a == axis) for a, size in enumerate(info.shape)])}
+                  for axis in range(len(info.shape))]
+        optional = name.endswith(".bias") or re.search(r"mlp\.gate\.weight|A_log|experts\.gate_up_proj", name)
+        for found in wrong + ([] if optional else [rest]):  # without those that tell the kinds of layers apart
+            with pytest.raises(InputError, match=re.escape(name)):
+                model_io.check_tensors(path, found, model.prefix, model.config, model.layer_names)
 
 
 def test_a_shard_name_that_leaves_the_folder_is_refused(tmp_path):

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: MIT
+"""Everything that a user can give wrongly: one line on stderr that names it, exit status 2, nothing new on disk."""
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import hodgecover
+import model_io
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+LAYER = "model.layers.0."
+
+
+def tokenizer(size: int = 95) -> str:
+    """A tokenizer.json of one token a printable character."""
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+        "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {chr(32 + i): i for i in range(size)}, "unk_token": " "}})
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A valid checkpoint of 2 layers of 8 experts, with a text file beside it."""
+    path = Path(shutil.copytree(GOLDEN / "olmoe-plain", tmp_path / "small"))
+    (path / "golden.safetensors").unlink()
+    (path / "tokenizer.json").write_text(tokenizer())
+    (tmp_path / "text.txt").write_text("All work and no play makes an expert dull. " * 40)
+    return path
+
+
+def run(path: Path, *options: object) -> int:
+    """The command on a checkpoint, small and with that text; later options take precedence."""
+    given = ["--keep", 4, "--tokens", 64, "--seq-len", 32, "--dtype", "float32", "--max-triangles", 10, "--thresholds",
+             8, "--calib", path.parent / "text.txt", "--out", path.parent / "out"]
+    return hodgecover.main([str(a) for a in (path, *given[:2] * ("--layers" not in options), *given[2:10], *given[12:],
+                                             *options)])
+
+
+def refused(capsys, path: Path, says: str, *options: object) -> None:
+    """Asserts one line that says so, status 2, and that nothing on disk has changed, but for barriers of the layers
+    before a weight that is not finite."""
+    def disk() -> dict[str, bytes | None]:
+        return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(path.parent.rglob("*"))
+                if says != "not finite" or "barriers" not in str(p)}
+    before = disk()
+    capsys.readouterr()
+    assert run(path, *options) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and says in said.err and (said.out == "" or says == "not finite"), said.err
+    assert disk() == before
+
+
+def test_the_small_checkpoint_is_compressed(small, capsys):
+    assert run(small) == 0
+    assert model_io.Model(small.parent / "out").config.num_experts == 4 and capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------------------------- the checkpoint
+
+
+def config(**change: object) -> Callable[[Path], None]:
+    """Changes keys of config.json."""
+    def apply(path: Path) -> None:
+        raw = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(raw | change))
+    return apply
+
+
+def weights(change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    """Changes the tensors."""
+    return lambda path: save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors")
+
+
+def one(name: str, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Changes one tensor."""
+    return weights(lambda tensors: tensors | {name: tensor(tensors[name])})
+
+
+def raw(data: Callable[[bytes], bytes], file: str = "model.safetensors") -> Callable[[Path], None]:
+    """Changes the bytes of a file."""
+    return lambda path: (path / file).write_bytes(data((path / file).read_bytes()))
+
+
+def header(change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    """Changes the header of the safetensors file and leaves its data."""
+    def data(old: bytes) -> bytes:
+        length = struct.unpack("<Q", old[:8])[0]
+        new = json.dumps(change(json.loads(old[8:8 + length]))).encode()
+        return struct.pack("<Q", len(new)) + new + old[8 + length:]
+    return raw(data)
+
+
+def index(value: object) -> Callable[[Path], None]:
+    """The weights in a shard, under an index that says this of them."""
+    def apply(path: Path) -> None:
+        (path / "model.safetensors").rename(path / "shard.safetensors")
+        (path / "model.safetensors.index.json").write_text(value if isinstance(value, str) else json.dumps(value))
+    return apply
+
+
+def gone(file: str) -> Callable[[Path], None]:
+    return lambda path: (path / file).unlink()
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.index_fill(0, torch.tensor([len(tensor) - 1]), torch.nan)
+
+
+def two_shards(path: Path) -> None:
+    """The same tensor in both shards of an index."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    save_file(tensors, path / "a.safetensors")
+    save_file({"lm_head.weight": tensors["lm_head.weight"] + 1}, path / "b.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
+        name: "a.safetensors" for name in tensors} | {"other": "b.safetensors"}}))
+
+
+def fused_beside_single(path: Path) -> None:
+    """One layer's experts stored one by one and fused."""
+    weights(lambda t: t | {f"{LAYER}mlp.experts.gate_up_proj": torch.zeros(8, 32, 32),
+                           f"{LAYER}mlp.experts.down_proj": torch.zeros(8, 32, 16)})(path)
+
+
+CHECKPOINTS = {
+    "gone": (shutil.rmtree, "small: not a folder"),
+    "a file": (lambda path: (shutil.rmtree(path), path.write_text("x")), "small: not a folder"),
+    "no config": (gone("config.json"), "config.json: cannot be read"),
+    "broken config": (raw(lambda b: b[:-3], "config.json"), "config.json: cannot be read as JSON"),
+    "config of other bytes": (raw(lambda b: b"\xff\xfe" + b, "config.json"), "config.json: cannot be read as JSON"),
+    "config nested too deep": (raw(lambda b: b"[" * 10**5, "config.json"), "config.json: cannot be read as JSON"),
+    "config of endless digits": (raw(lambda b: b'{"a": ' + b"9" * 10**5 + b"}", "config.json"), "config.json: cannot"),
+    "config is a list": (raw(lambda b: b"[1]", "config.json"), "config.json: expected a JSON object"),
+    "a key is missing": (config(hidden_size=None), "the key 'hidden_size' is missing"),
+    "other experts": (config(num_experts=9), "by config.json it must be [9, 32]"),
+    "fewer experts": (config(num_experts=7), "by config.json it must be [7, 32]"),
+    "other layers": (config(num_hidden_layers=3), "config.json says 3 layers; the weights have 2"),
+    "other hidden size": (config(hidden_size=16), "by config.json it must be"),
+    "other vocabulary": (config(vocab_size=95), "by config.json it must be [95, 32]"),
+    "other heads": (config(num_attention_heads=2, num_key_value_heads=2, head_dim=8), "by config.json it must be"),
+    "a number that is none": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan; it must be a positive number"),
+    "a dense model": (config(model_type="olmo2"), "model_type 'olmo2' is not supported; supported: olmoe"),
+    "quantised": (config(quantization_config={"quant_method": "awq"}), "quantised weights (awq)"),
+    "no weights": (gone("model.safetensors"), "no weights; expected model.safetensors or"),
+    "truncated": (raw(lambda b: b[:-100]), "model.safetensors: not a readable safetensors file"),
+    "empty": (raw(lambda b: b""), "model.safetensors: not a readable safetensors file"),
+    "garbage": (raw(lambda b: b"\x93NUMPY" * 100), "model.safetensors: not a readable safetensors file"),
+    "a header of gigabytes": (raw(lambda b: struct.pack("<Q", 1 << 40) + b[8:]), "not a readable safetensors file"),
+    "an index that is broken": (index("{"), "index.json: cannot be read as JSON"),
+    "an index without a map": (index({"metadata": {}}), "index.json: no weight_map"),
+    "an index of a list": (index({"weight_map": ["shard.safetensors"]}), "index.json: no weight_map"),
+    "a missing shard": (index({"weight_map": {"a": "absent.safetensors"}}), "absent.safetensors: not a readable"),
+    "a shard outside": (index({"weight_map": {"a": "../shard.safetensors"}}), "is not the name of a safetensors file"),
+    "an absolute shard": (index({"weight_map": {"a": "/shard.safetensors"}}), "is not the name of a safetensors file"),
+    "a shard in a folder": (index({"weight_map": {"a": "x/shard.safetensors"}}), "is not the name of a safetensors"),
+    "a shard that is no name": (index({"weight_map": {"a": {"b": 1}}}), "is not the name of a safetensors file"),
+    "a missing tensor": (weights(lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}),
+                         "no tensor 'model.norm.weight'"),
+    "a missing expert": (weights(lambda t: {k: v for k, v in t.items() if "1.mlp.experts.7.up" not in k}),
+                         "no tensor 'model.layers.1.mlp.experts.7.up_proj.weight'"),
+    "a misshapen projection": (one(f"{LAYER}self_attn.o_proj.weight", lambda t: t[:, 1:].clone()),
+                               "o_proj.weight has shape [32, 31]; by config.json it must be [32, 32]"),
+    "a misshapen norm": (one(f"{LAYER}input_layernorm.weight", lambda t: t[:1].clone()), "has shape [1]"),
+    "a misshapen expert": (one(f"{LAYER}mlp.experts.3.up_proj.weight", lambda t: t[1:].clone()),
+                           "up_proj.weight has shape [15, 32]; by config.json it must be [16, 32]"),
+    "a scalar": (one(f"{LAYER}mlp.experts.0.gate_proj.weight", lambda t: t[0, 0].clone()),
+                 "gate_proj.weight has shape []"),
+    "an integer tensor": (one(f"{LAYER}self_attn.q_proj.weight", lambda t: t.to(torch.int8)), "is stored as I8"),
+    "an integer expert": (one(f"{LAYER}mlp.experts.3.up_proj.weight", lambda t: t.long()), "is stored as I64"),
+    "the same tensor twice": (two_shards, "lm_head.weight is in a.safetensors and in b.safetensors"),
+    "experts fused and single": (fused_beside_single, "is one more than the experts"),
+    "a tensor over another": (header(lambda h: h | {"lm_head.weight": h["model.norm.weight"]}), "not a readable"),
+    "NaN in an expert": (one(f"{LAYER}mlp.experts.3.up_proj.weight", nan), "not finite"),
+    "NaN in a router": (one(f"{LAYER}mlp.gate.weight", nan), "not finite"),
+    "NaN in a norm": (one("model.norm.weight", nan), "not finite"),
+    "NaN in the head": (one("lm_head.weight", nan), "not finite"),
+    "NaN in all embeddings": (one("model.embed_tokens.weight", lambda t: t * torch.nan), "not finite"),
+    "infinity in attention": (one(f"{LAYER}self_attn.v_proj.weight", lambda t: t * torch.inf), "not finite"),
+    "no tokenizer": (gone("tokenizer.json"), "tokenizer.json: not a readable tokenizer"),
+    "a broken tokenizer": (raw(lambda b: b[:50], "tokenizer.json"), "tokenizer.json: not a readable tokenizer"),
+    "ids beyond the vocabulary": (raw(lambda b: b.replace(b": 94}", b": 96}").replace(b'"A": 33', b'"A": 99'),
+                                      "tokenizer.json"), "beyond the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("change, says", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_checkpoints(small, capsys, change, says):
+    change(small)
+    refused(capsys, small, says)
+
+
+def test_links_to_shards_are_fine(small):
+    """As in a hub's cache."""
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        (small / file).rename(small.parent / file)
+        (small / file).symlink_to(small.parent / file)
+    assert run(small) == 0 and not (small.parent / "out" / "model.safetensors").is_symlink()
+
+
+# --------------------------------------------------------------------------------------------------- the text
+
+TEXTS = {
+    "gone": (None, "cannot be read"),
+    "a folder": ("folder", "cannot be read"),
+    "empty": (b"", "no text in it"),
+    "blank": (b" \n\t\n", "no text in it"),
+    "not UTF-8": (b"caf\xe9" * 100, "not UTF-8"),
+    "too short": (b"short", "must be from 2 to the 6 tokens of the text"),
+}
+
+
+@pytest.mark.parametrize("option", ["--calib", "--eval"])
+@pytest.mark.parametrize("data, says", TEXTS.values(), ids=TEXTS)
+def test_texts(small, capsys, data, says, option):
+    text = small.parent / "given.txt"
+    if data == "folder":
+        text.mkdir()
+    elif data is not None:
+        text.write_bytes(data)
+    refused(capsys, small, says, option, text)
+
+
+def test_a_text_with_too_few_tokens_is_used_whole(small, capsys):
+    (small.parent / "text.txt").write_text("x" * 40)
+    assert run(small) == 0
+    assert "has only 32 tokens in whole sequences, all used; 64 were asked" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- the cache
+
+
+def test_caches(small, capsys):
+    """Damaged, half written, of another version or another model: a line that says why, and the same plan."""
+    assert run(small) == 0
+    plan = (small.parent / "out" / "hodgecover.json").read_bytes()
+    cache = small.parent / "small-barriers"
+    file = min(cache.iterdir())
+    whole = file.read_bytes()
+    (cache / f".{file.name}.1234").write_bytes(whole[:100])  # what a killed run leaves
+    for data, says in ((whole[:-10], "damaged"), (b"", "damaged"), (whole[:-8] + b"\0" * 8, "its hash differs"),
+                       (whole.replace(b'"format":"2"', b'"format":"1"'), "made with other format")):
+        shutil.rmtree(small.parent / "out")
+        file.write_bytes(data)
+        capsys.readouterr()
+        assert run(small) == 0
+        said = capsys.readouterr().err
+        assert says in said and str(file) in said and said.count("\n") == 1
+        assert (small.parent / "out" / "hodgecover.json").read_bytes() == plan
+        shutil.rmtree(small.parent / "out")
+        assert run(small) == 0 and capsys.readouterr().err == ""  # the new file is taken
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written_to_is_named(small, capsys):
+    (small.parent / "closed").mkdir(mode=0o500)
+    refused(capsys, small, "closed", "--cache", small.parent / "closed")
+    refused(capsys, small, "closed", "--out", small.parent / "closed" / "out")
+
+
+# ----------------------------------------------------------------------------------------------------- fuzzed
+
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
+    [0, 1, 2, 4, 8, 16, 32, 2**31, 2**63, -1, "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "silu", "default"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+FUZZ = hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def runs_or_is_refused(small: Path, capsys) -> None:
+    """A whole output, or one line and none."""
+    shutil.rmtree(small.parent / "out", ignore_errors=True)
+    shutil.rmtree(small.parent / "small-barriers", ignore_errors=True)
+    capsys.readouterr()
+    status = run(small)
+    err = capsys.readouterr().err
+    assert (status == 0) == (small.parent / "out").is_dir() and status in (0, 2)
+    assert status == 0 or err.count("\n") == 1, err
+    assert {p.name for p in small.parent.iterdir()} <= {"small", "text.txt", "out", "small-barriers"}
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzzed_configurations(small, capsys, data):
+    good = json.loads((GOLDEN / "olmoe-plain" / "config.json").read_text())
+    change = data.draw(st.dictionaries(st.sampled_from(sorted(good)) | st.text(max_size=5), values, max_size=3))
+    (small / "config.json").write_text(json.dumps(good | change))
+    runs_or_is_refused(small, capsys)
+
+
+@FUZZ
+@given(value=values | st.builds(lambda inner: {"weight_map": inner}, values) | st.builds(
+    lambda file: {"weight_map": {"a": file}}, st.text() | st.sampled_from(["shard.safetensors", "config.json", "."])))
+def test_fuzzed_indexes(small, capsys, value):
+    if (small / "model.safetensors").exists():
+        (small / "model.safetensors").rename(small / "shard.safetensors")
+    (small / "model.safetensors.index.json").write_text(json.dumps(value))
+    runs_or_is_refused(small, capsys)
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzzed_headers(small, capsys, data):
+    """Another value in place of a tensor's entry, or of one of its fields."""
+    good = (GOLDEN / "olmoe-plain" / "model.safetensors").read_bytes()
+    (small / "model.safetensors").write_bytes(good)
+
+    def change(old: dict) -> dict:
+        name = data.draw(st.sampled_from(sorted(old)) | st.text(max_size=5))
+        field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", ""]))
+        value = data.draw(values | st.sampled_from(["F64", "BF16", "I8", "F8_E4M3", "BOOL"]) | st.lists(
+            st.integers(0, 2**40), max_size=4))
+        entry = old.get(name)
+        return old | {name: entry | {field: value} if field and isinstance(entry, dict) else value}
+    header(change)(small)
+    runs_or_is_refused(small, capsys)
+
+
+@FUZZ
+@given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20),
+       within=st.sampled_from([16, 2000, None]), cut=st.none() | st.floats(0, 1))
+def test_fuzzed_bytes(small, capsys, edits, within, cut):
+    """Bytes changed at the start, in the header or anywhere, and the file cut off."""
+    good = bytearray((GOLDEN / "olmoe-plain" / "model.safetensors").read_bytes())
+    for at, byte in edits:
+        good[int(at * (within or len(good)))] = byte
+    (small / "model.safetensors").write_bytes(good if cut is None else good[:int(cut * len(good))])
+    runs_or_is_refused(small, capsys)
