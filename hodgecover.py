@@ -647,8 +647,11 @@ def write_signals(cache: Path, layer: str, signals: Signals, key: dict[str, str]
     file = cache_file(cache, layer, key)
     tensors = {name: tensor.contiguous() for name, tensor in signals._asdict().items()}
     beside = file.with_name(f".{file.name}.{os.urandom(8).hex()}")
-    beside.write_bytes(safetensors.torch.save(tensors, key | {"sha256": digest(tensors)}))
-    beside.replace(file)
+    try:
+        beside.write_bytes(safetensors.torch.save(tensors, key | {"sha256": digest(tensors)}))
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -1198,14 +1201,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after one line on stderr if an input is wrong."""
+    """Runs the command line; returns the exit status: 0, or after one line on stderr 2, or 130 for an interrupt."""
     try:
         run(parse_arguments(argv))
     except InputError as err:
         warn(f"error: {err}")
         return 2
+    except OSError as err:  # a disk that is full, a folder that vanished
+        warn(f"error: {err.filename or 'writing'}: {err.strerror or err}; nothing was written but layers that are "
+             "done, from which the same command goes on")
+        return 2
+    except (MemoryError, RuntimeError) as err:
+        if not isinstance(err, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(err):
+            raise
+        warn("error: out of memory; --estimate says what is needed, and less goes to buffers with --memory 200MB, say")
+        return 2
     except KeyboardInterrupt:
-        warn("interrupted; the output folder is whole or absent")
+        warn("interrupted; the same command goes on from the layers that are done")
         return 130
     return 0
 

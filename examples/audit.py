@@ -8,8 +8,8 @@ Barriers have no sign and get one from the order of the experts; so each layer i
 default), in index order and in random ones. Shown are the shares of energy (eta) of the three parts, beside them the
 harmonic share of a constant signal on the same complex; how much of E* and of the survivors each order shares with the
 default's; and by which pick the cover was complete. The summary adds what an order-free additive model
-b_ij = phi_i + phi_j leaves, and how many survivors saliency alone would have chosen; and with `--end-to-end`, where every layer fits in memory,
-how the barriers rank edges beside those measured at the end of the model on `--end-to-end` tokens.
+b_ij = phi_i + phi_j leaves, and how many survivors saliency alone would have chosen; and with `--end-to-end`, where
+every layer fits in memory, how the barriers rank edges beside those measured at the end of the model on so many tokens.
 """
 import argparse
 import sys
@@ -24,9 +24,9 @@ from hodgecover import (SEQ_LEN, TOKENS, Settings, Signals, calibration_ids, che
                         measure_model, plan_from_signals, sparse_layers)
 from model_io import InputError, Model  # noqa: E402
 
-SUMMARY = """| layer | harmonic share | of a constant signal | over random orders | E* shared with them, median | survivors \
-shared with them | energy the additive model leaves | variance | covered at | survivors that are top by saliency |
-|---|---|---|---|---|---|---|---|---|---|"""
+SUMMARY = ("layer", "harmonic share", "of a constant signal", "over random orders", "E* shared with them, median",
+           "survivors shared with them", "energy the additive model leaves", "variance", "covered at",
+           "survivors that are top by saliency")
 
 
 def shared(a: list, b: list) -> float:
@@ -94,7 +94,7 @@ def main() -> int:
         ids = calibration_ids(model, args.calib, TOKENS, SEQ_LEN, settings.seed)
         summary = {index: audit_layer(index, signals, args.keep, args.orders, settings)
                    for index, signals in measure_model(model, ids, settings, sparse_layers(model), cache)}
-        print(f"\n{SUMMARY}")
+        print(f"\n| {' | '.join(SUMMARY)} |\n|{'---|' * len(SUMMARY)}")
         for index, cells in summary.items():
             print(f"| {index} | {' | '.join(cells)} |")
         if args.end_to_end:

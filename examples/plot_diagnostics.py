@@ -3,10 +3,10 @@
 
     python examples/plot_diagnostics.py PLAN [PLAN ...] --barriers CKPT-barriers --out picture.png
 
-Of the first plan (a hodgecover.json): the shares of energy and the discordance of each layer. Of all of them, of several
---method say: the mass of each component that the survivors retain. With --barriers, the folder where the barriers are
-kept, also the matrix of one --layer's barriers, survivors first, with the harmonic-critical edges marked; and methods
-that measure no barriers have their retained mass taken from there.
+Of the first plan (a hodgecover.json): the shares of energy and the discordance of each layer. Of all of them, of
+several --method say: the mass of each component that the survivors retain. With --barriers, the folder where the
+barriers are kept, also the matrix of one --layer's barriers, survivors first, with the harmonic-critical edges marked;
+and methods that measure no barriers have their retained mass taken from there.
 """
 import argparse
 import json
@@ -25,7 +25,8 @@ PARTS = ("gradient", "curl", "harmonic")
 
 def cached(folder: Path, layer: dict) -> Signals:
     """The newest barriers of a layer in the folder."""
-    return Signals(**load_file(max(folder.glob(f"{layer['name']}-*.safetensors"), key=lambda file: file.stat().st_mtime)))
+    files = folder.glob(f"{layer['name']}-*.safetensors")
+    return Signals(**load_file(max(files, key=lambda file: file.stat().st_mtime)))
 
 
 def completed(plan: dict, folder: Path) -> dict:

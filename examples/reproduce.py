@@ -34,7 +34,8 @@ HYBRIDS = {0.5: 48, 0.66: 43}  # share of the experts' parameters that goes, and
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5% point for 2 to 10 samples
 VARIANTS = {f"{percent}% critical edges and triangles": dict(edge_percent=percent, triangle_percent=percent)
             for percent in (5, 1, 2, 10, 20, 50)}  # the first is the default
-VARIANTS |= {f"both lambdas {weight}": dict(lambda_edge=weight, lambda_triangle=weight) for weight in (0.04, 0.2, 5, 25)}
+VARIANTS |= {f"both lambdas {weight}": dict(lambda_edge=weight, lambda_triangle=weight)
+             for weight in (0.04, 0.2, 5.0, 25.0)}
 VARIANTS |= {"lambda of edges 0": dict(lambda_edge=0.0), "lambda of triangles 0": dict(lambda_triangle=0.0),
              "2,000 candidate triangles": dict(max_triangles=2000), "order by index": dict(order="index"),
              "`model` readout": dict(readout="model")}
@@ -143,8 +144,8 @@ def compare_methods(source: model_io.Model, samples: list[torch.Tensor], tokens:
             return planned(source, layers[seed], Settings(method=name, seed=seed, router=how or "drop"), keep)
         return merged(source, layers[seed], facts[seed], name, bool(how), keep)
 
-    labels = ["hodgecover", *(name for name in METHODS if name != "hodgecover"), "hodgecover, fold", *baselines.METHODS]
-    labels += [f"{name}, in all slots" for name in baselines.METHODS if name != "stun"]
+    labels = ["hodgecover", *(name for name in METHODS if name != "hodgecover"), "hodgecover, fold",
+              *baselines.METHODS, *(f"{name}, in all slots" for name in baselines.METHODS if name != "stun")]
     found, columns = {}, list(KEPT.values())
     head("experts dropped", columns)
     for label in labels:
@@ -172,8 +173,8 @@ def compare_settings(source: model_io.Model, samples: list[torch.Tensor], tokens
     text = model_io.sequences(source.encode(model_io.python_documentation("calibration")), 512)
     used = torch.cat(samples)
     text = evenly(text[~(text[:, None] == used).all(2).any(1)], tokens)
-    print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} tokens of calibration text outside the "
-          "samples", flush=True)
+    print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} tokens of calibration text outside "
+          "the samples", flush=True)
     found = {}
     head("setting", list(KEPT.values()))
     with tempfile.TemporaryDirectory() as cache:

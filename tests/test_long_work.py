@@ -359,3 +359,54 @@ def test_a_sampled_run_says_and_records_its_audit(tiny, tmp_path, capsys):
     mean = sum(layer["audit"]["shortfall"] for layer in layers) / 4
     assert f"{mean:.2%} on average" in said
     assert all(math.isfinite(value) for layer in layers for value in layer["audit"].values())
+
+
+# ------------------------------------------------------------------------------------------------------- faults
+
+
+def test_a_full_disk_is_one_line_and_the_cache_goes_on(done, tiny, tmp_path):
+    """A limit on the size of files, as a disk that fills: within the cache, then within the weights of the output."""
+    work = [tiny, "--keep", 32, "--cache", tmp_path / "cache", "--out", tmp_path / "out", *QUICK]
+    script = ("import resource, signal, sys; sys.path.insert(0, {root!r}); import hodgecover; "
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+              "resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); sys.exit(hodgecover.main(sys.argv[1:]))")
+    for size, layers in ((1000, []), (300_000, ["0", "1", "2", "3"])):
+        limited = [sys.executable, "-c", script.format(root=str(SCRIPT.parent), size=size), *map(str, work)]
+        ended = subprocess.run(limited, capture_output=True, text=True)
+        lines = [line for line in ended.stderr.splitlines() if "% done" not in line]
+        assert ended.returncode == 2 and len(lines) == 1 and "File too large; nothing was written" in lines[0], lines
+        assert layers_in(tmp_path / "cache") == layers
+        assert {file.name for file in tmp_path.iterdir()} == {"cache"}
+    assert run(*work) == 0 and contents(tmp_path / "out") == contents(done / "out")
+
+
+def test_out_of_memory_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA"),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(hodgecover, "lens_kl", lambda *_: refuse_with(error))
+        assert run(tiny, "--keep", 32, "--cache", tmp_path / "cache", "--out", tmp_path / "out", *QUICK) == 2
+        said = capsys.readouterr().err
+        assert "out of memory" in said and "--memory" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def refuse_with(error: Exception) -> None:
+    raise error
+
+
+def test_of_two_runs_to_one_output_one_wins(done, tiny, tmp_path):
+    shutil.copytree(done / "cache", tmp_path / "cache")
+    work = command(tiny, "--keep", 32, "--cache", tmp_path / "cache", "--out", tmp_path / "out", *QUICK)
+    processes = [subprocess.Popen(work, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(3)]
+    said = [process.communicate()[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2, 2], said
+    assert all(text.count("\n") == (process.returncode == 2) for process, text in zip(processes, said))
+    assert contents(tmp_path / "out") == contents(done / "out")
+    assert {file.name for file in tmp_path.iterdir()} == {"cache", "out"}
+
+
+def test_the_source_is_never_written_to(tiny, tmp_path):
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    before = contents(source), [file.stat().st_mtime_ns for file in sorted(source.iterdir())]
+    assert run(source, "--keep", 32, "--router", "fold", "--total-rate", 0.6, *QUICK) == 0
+    assert before == (contents(source), [file.stat().st_mtime_ns for file in sorted(source.iterdir())])

@@ -429,7 +429,8 @@ LAYER_0 = "model.layers.0."
 
 @pytest.mark.parametrize("name, tensor, says", [
     ("mlp.experts.3.up_proj.weight", None, "no tensor 'model.layers.0.mlp.experts.3.up_proj.weight'"),
-    ("mlp.experts.3.down_proj.weight", torch.ones(32, 1), r"down_proj.weight has shape \[32, 1\]; by config.json it must be \[32, 16\]"),
+    ("mlp.experts.3.down_proj.weight", torch.ones(32, 1),
+     r"down_proj.weight has shape \[32, 1\]; by config.json it must be \[32, 16\]"),
     ("mlp.experts.3.down_proj.weight", torch.ones(32, 16, dtype=torch.int8), "is stored as I8; supported: BF16"),
     ("self_attn.q_norm.weight", None, "no tensor 'model.layers.0.self_attn.q_norm.weight'"),
     ("self_attn.o_proj.weight", torch.full((32, 32), torch.nan), "model.layers.0 gives values that are not finite"),
