@@ -31,8 +31,8 @@ def contents(folder: Path) -> dict[str, str]:
 def start(source: Path, work: Path) -> subprocess.Popen:
     """The command, with its cache and output in `work`."""
     places = ["--cache", work / "cache", "--out", work / "out"]
-    return subprocess.Popen([sys.executable, ROOT / "hodgecover.py", source, *OPTIONS, *places], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+    command = [sys.executable, ROOT / "hodgecover.py", source, *OPTIONS, *places]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
