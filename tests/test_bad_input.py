@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Everything that a user can give wrongly: one line on stderr that names it, exit status 2, nothing new on disk."""
+"""Everything that a user can give wrongly: one line on stderr that names it, exit status 2, nothing new on disk; and
+what is degenerate but right: the result that the mathematics says."""
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hodgecover
+import mathx
 import model_io
 import pytest
 import torch
@@ -266,6 +268,108 @@ def test_a_folder_that_cannot_be_written_to_is_named(small, capsys):
     (small.parent / "closed").mkdir(mode=0o500)
     refused(capsys, small, "closed", "--cache", small.parent / "closed")
     refused(capsys, small, "closed", "--out", small.parent / "closed" / "out")
+
+
+# ---------------------------------------------------------------------------------------- degenerate but right
+
+
+def signals(barriers: torch.Tensor, candidates: list = (), triplets: list = ()) -> hodgecover.Signals:
+    """Signals of as many experts as the barriers have, with saliencies that grow with the index."""
+    n = round((2 * len(barriers)) ** 0.5 + 0.5)
+    return hodgecover.Signals(torch.arange(n) + 1, (torch.arange(n) + 1) / 100, barriers.double(),
+                              torch.tensor(list(candidates), dtype=torch.int64).view(-1, 3),
+                              torch.tensor(list(triplets), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [0.3, 1e-9, 1e9])
+def test_equal_barriers(value):
+    """Without triangles eta_gradient is (2/3)(n+1)/n, the additive model explains all; filled, all is gradient and
+    curl."""
+    n = 8
+    plan = hodgecover.plan_from_signals(signals(torch.full((28,), value)), 3)
+    assert plan["eta"]["gradient"] == pytest.approx(2 / 3 * (n + 1) / n) and plan["eta"]["curl"] == 0
+    assert plan["additive"] == {"energy": pytest.approx(1), "variance": 1.0}
+    assert plan["eta"] == pytest.approx(plan["eta_constant"])
+    triples = torch.combinations(torch.arange(n), 3).tolist()
+    plan = hodgecover.plan_from_signals(signals(torch.full((28,), value), triples, [value] * 56), 3)
+    assert plan["betti_1"] == 0 and plan["eta"]["harmonic"] == pytest.approx(0, abs=1e-12)
+    assert plan["discordance"] == 0
+
+
+def test_barriers_of_zero():
+    """Nothing is critical, and saliency alone chooses."""
+    triples = torch.combinations(torch.arange(6), 3).tolist()
+    plan = hodgecover.plan_from_signals(signals(torch.zeros(15), triples, [0.0] * 20), 2)
+    assert plan["critical_edges"] == plan["critical_triangles"] == [] and plan["order"] == [5, 4, 3, 2, 1, 0]
+    assert set(plan["redirect"].values()) <= {4, 5} and plan["eta"] == dict.fromkeys(plan["eta"], 0.0)
+
+
+def test_fewer_than_three_edges_under_the_median_give_no_triangle(small):
+    """Of three experts two edges are at most the median."""
+    assert len(mathx.candidate_triangles(3, torch.tensor([1.0, 2.0, 3.0]), 500, 0)) == 0
+    plan = hodgecover.plan_from_signals(signals(torch.tensor([1.0, 2.0, 3.0])), 1)
+    assert plan["triangles"] == 0 and plan["betti_1"] == 1  # a three-cycle that nothing fills
+    assert run(small, "--max-triangles", 0) == 0
+
+
+def test_an_expert_that_no_token_reaches(small):
+    """Its merges are free, whatever its weights, and saliency puts it last."""
+    one(f"{LAYER}mlp.gate.weight", lambda t: torch.cat((t[:7], -50 * t[:1] - 50 * t[1:2])))(small)
+    model = model_io.Model(small, torch.float64)
+    ids = hodgecover.calibration_ids(model, [small.parent / "text.txt"], 64, 32, 0)
+    step = next(model.stream(ids))
+    step.gates[:, 7] = 0
+    readout = hodgecover.make_readout(model, hodgecover.Settings(), ids)(step)
+    found = hodgecover.measure_layer(step.layer.experts, step.x, step.gates, step.y, readout)
+    pairs = mathx.edges(8)
+    assert found.saliency[7] == found.frequency[7] == 0
+    assert (found.barriers[(pairs == 7).any(1)].abs() < 1e-15).all()
+    reap = hodgecover.plan_from_signals(found, 4, hodgecover.Settings(method="reap"))
+    assert reap["order"][-1] == 7
+
+
+def test_one_expert_of_a_top_1_model(small):
+    """Its gate is 1 at every token."""
+    config(num_experts_per_tok=1)(small)
+    assert run(small, "--keep", 1) == 0
+    model = model_io.Model(small.parent / "out")
+    assert model.config.num_experts == 1
+    assert all((step.gates == 1).all() for step in model.stream(torch.ones(1, 9, dtype=torch.int64)))
+
+
+def test_all_experts_kept_are_the_source_bit_for_bit(small):
+    assert run(small, "--keep", 8) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (small, small.parent / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_layer(small):
+    weights(lambda t: {name: tensor for name, tensor in t.items() if ".layers.1." not in name})(small)
+    config(num_hidden_layers=1)(small)
+    assert run(small) == 0 and len(json.loads((small.parent / "out" / "hodgecover.json").read_text())["layers"]) == 1
+
+
+def test_a_router_that_ties(small):
+    """Rows of zero route every token to the same experts, twice the same."""
+    one(f"{LAYER}mlp.gate.weight", torch.zeros_like)(small)
+    for name in ("first", "second"):
+        assert run(small, "--out", small.parent / name) == 0
+        plan = json.loads((small.parent / name / "hodgecover.json").read_text())
+        assert sorted(plan["layers"][0]["frequency"]) == [0] * 5 + [64] * 3  # top-k is 3
+    assert (small.parent / "first" / "hodgecover.json").read_bytes() == \
+        (small.parent / "second" / "hodgecover.json").read_bytes()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_barriers_are_finite_and_not_negative(small, scale, dtype):
+    """From logits all alike to logits of thousands, where most outcomes have a probability of 0."""
+    one("lm_head.weight", lambda t: t * scale)(small)
+    model = model_io.Model(small, dtype)
+    ids = hodgecover.calibration_ids(model, [small.parent / "text.txt"], 64, 32, 0)
+    for _, found in hodgecover.measure_model(model, ids, hodgecover.Settings(), [0, 1]):
+        for barriers in (found.barriers, found.triplets):
+            assert barriers.isfinite().all() and (barriers >= 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------- fuzzed
