@@ -286,12 +286,13 @@ def test_equal_barriers(value):
     """Without triangles eta_gradient is (2/3)(n+1)/n, the additive model explains all; filled, all is gradient and
     curl."""
     n = 8
-    plan = hodgecover.plan_from_signals(signals(torch.full((28,), value, dtype=torch.float64)), 3)
+    barriers = torch.full((28,), value, dtype=torch.float64)
+    plan = hodgecover.plan_from_signals(signals(barriers), 3)
     assert plan["eta"]["gradient"] == pytest.approx(2 / 3 * (n + 1) / n) and plan["eta"]["curl"] == 0
     assert plan["additive"] == {"energy": pytest.approx(1), "variance": 1.0}
     assert plan["eta"] == pytest.approx(plan["eta_constant"])
     triples = torch.combinations(torch.arange(n), 3).tolist()
-    plan = hodgecover.plan_from_signals(signals(torch.full((28,), value, dtype=torch.float64), triples, [value] * 56), 3)
+    plan = hodgecover.plan_from_signals(signals(barriers, triples, [value] * 56), 3)
     assert plan["betti_1"] == 0 and plan["eta"]["harmonic"] == pytest.approx(0, abs=1e-12)
     assert plan["discordance"] == 0
 
