@@ -87,6 +87,11 @@ RANGES = {"edge_percent": (0, 100), "triangle_percent": (0, 100), "lambda_edge":
           "vocab_sample": (0, math.inf), "thresholds": (2, math.inf), "margin": (0, math.inf), "seed": (0, 2**63 - 1)}
 
 
+EXCLUDES = {"keep": ("expert_rate", "plan", "layers"), "expert_rate": ("plan", "layers"), "total_rate": ("nm",),
+            "plan": ("layers", "plan_only", "total_rate", "nm"), "eval": ("plan_only",),
+            "layers": ("plan_only", "eval", "total_rate", "nm"), "estimate": ("plan", "layers")}
+
+
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raises InputError for an option that is no finite number from low to high."""
     if not low <= value <= high or value == math.inf:
@@ -1070,18 +1075,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="of the products; auto: bfloat16 where the processor multiplies it, else float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [%(default)s]")
     args = parser.parse_args(argv)
-    if args.plan_only and args.eval:
-        raise InputError("--eval needs an output checkpoint; leave out --plan-only")
-    if (args.keep is not None) + (args.expert_rate is not None) > 1 or args.total_rate is not None and args.nm:
-        raise InputError("give one of --keep and --expert-rate, and one of --total-rate and --nm")
+    for name, others in EXCLUDES.items():
+        for other in others:
+            if all(getattr(args, option) not in (None, False) for option in (name, other)):
+                raise InputError(f"--{name} and --{other} do not go together".replace("_", "-"))
     for name in ("expert_rate", "total_rate"):
         if getattr(args, name) is not None:
             check_range(name, getattr(args, name), 0, 1)
-    if args.estimate and args.plan:
-        raise InputError("--estimate goes with --keep: an export from a plan measures nothing")
-    whole = args.keep is not None or args.expert_rate is not None
-    if whole + (args.plan is not None) + (args.layers is not None) != 1 and not (args.estimate and args.plan is None):
-        raise InputError("give one of --keep K, --plan FILE and --layers A-B")
+    if not args.estimate and all(value is None for value in (args.keep, args.expert_rate, args.plan, args.layers)):
+        raise InputError("give one of --keep K, --expert-rate R1, --plan FILE and --layers A-B")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
     return args

@@ -78,7 +78,9 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises InputError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
+    except OSError as err:
+        raise InputError(f"{path}: cannot be read ({err.strerror})") from None
+    except (ValueError, RecursionError) as err:
         raise InputError(f"{path}: cannot be read as JSON ({err})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")

@@ -172,6 +172,18 @@ def test_a_killed_run_goes_on_where_it_was(done, tiny, tmp_path, capsys):
     assert contents(tmp_path / "out") == contents(done / "out")
 
 
+def test_one_and_two_threads_choose_the_same_survivors(tiny, tmp_path):
+    plans = []
+    for threads in "12":
+        out = ["--cache", tmp_path / f"cache{threads}", "--out", tmp_path / threads, "--plan-only"]
+        subprocess.run(command(tiny, "--keep", 32, *out, *QUICK), check=True, capture_output=True,
+                       env=os.environ | {"OMP_NUM_THREADS": threads})
+        plans.append(json.loads((tmp_path / threads / "hodgecover.json").read_text()))
+    for one, two in zip(*(plan["layers"] for plan in plans)):
+        assert one["order"] == two["order"] and one["redirect"] == two["redirect"]
+        assert one["mean_barrier"] == pytest.approx(two["mean_barrier"], rel=1e-5)
+
+
 def test_processes_share_the_layers_of_one_cache(done, tiny, tmp_path, monkeypatch, capsys):
     """Two halves and, at the same time, one process that does them all; a last run only assembles."""
     shared = ["--cache", tmp_path / "cache", *QUICK]
