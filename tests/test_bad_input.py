@@ -22,21 +22,12 @@ GOLDEN = Path(__file__).parent / "golden"
 LAYER = "model.layers.0."
 
 
-def tokenizer(size: int = 95) -> str:
-    """A tokenizer.json of one token a printable character."""
-    return json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
-        "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {chr(32 + i): i for i in range(size)}, "unk_token": " "}})
-
-
 @pytest.fixture
-def small(tmp_path) -> Path:
+def small(tmp_path, characters) -> Path:
     """A valid checkpoint of 2 layers of 8 experts, with a text file beside it."""
     path = Path(shutil.copytree(GOLDEN / "olmoe-plain", tmp_path / "small"))
     (path / "golden.safetensors").unlink()
-    (path / "tokenizer.json").write_text(tokenizer())
+    (path / "tokenizer.json").write_text(characters)
     (tmp_path / "text.txt").write_text("All work and no play makes an expert dull. " * 40)
     return path
 

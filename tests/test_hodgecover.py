@@ -603,15 +603,11 @@ def test_the_cost_of_the_model_readout_counts_its_parts(monkeypatch, tiny, capsy
 
 
 @pytest.mark.parametrize("name", ["qwen2-dense-between", "qwen3-dense-first", "qwen3_5-vision-mtp"])
-def test_the_whole_command_on_the_other_families(tmp_path, capsys, name):
+def test_the_whole_command_on_the_other_families(tmp_path, capsys, characters, name):
     """With a fold, dense layers between, fused experts and a multi-token head; a tokenizer of 96 tokens."""
     source = tmp_path / name
     shutil.copytree(ROOT / "tests" / "golden" / name, source)
-    raw = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-           "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
-           "post_processor": None, "decoder": None,
-           "model": {"type": "WordLevel", "vocab": {chr(32 + i): i for i in range(95)}, "unk_token": " "}}
-    (source / "tokenizer.json").write_text(json.dumps(raw))
+    (source / "tokenizer.json").write_text(characters)
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes an expert dull. " * 40)
     assert run(source, "--keep", 4, "--router", "fold", "--calib", text, "--eval", text, "--tokens", 256,
