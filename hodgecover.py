@@ -42,6 +42,7 @@ SCHEMA_VERSION, CACHE_VERSION = 1, "2"
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 MEMORY = 10**9  # bytes that the barrier sweep may take beside the layer's weights and the head
 BASE_MEMORY = 4e8  # of a process that has imported torch
+RIDGE, SWEEPS = 0.1, 3  # of the refit
 CACHE_BYTES = 1 << 21  # what its innermost step works on: a block of logits that a processor's cache holds
 
 Tick = Callable[[float], None]  # told the share of the work that is done
@@ -88,8 +89,8 @@ RANGES = {"edge_percent": (0, 100), "triangle_percent": (0, 100), "lambda_edge":
 
 
 EXCLUDES = {"keep": ("expert_rate", "plan", "layers"), "expert_rate": ("plan", "layers"), "total_rate": ("nm",),
-            "plan": ("layers", "plan_only", "total_rate", "nm"), "eval": ("plan_only",),
-            "layers": ("plan_only", "eval", "total_rate", "nm"), "estimate": ("plan", "layers")}
+            "plan": ("layers", "plan_only", "total_rate", "nm", "refit"), "plan_only": ("eval", "refit"),
+            "layers": ("plan_only", "eval", "total_rate", "nm", "refit"), "estimate": ("plan", "layers")}
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -558,7 +559,7 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
             bar(None)
             del step  # before the next layer is read
             if cache:
-                write_signals(cache, model.layer_names[index], signals, key)
+                write_entry(cache, model.layer_names[index], signals._asdict(), key)
         yield index, signals
 
 
@@ -618,39 +619,45 @@ def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, 
                                           ("readout", "vocab_sample", "max_triangles", "seed")}
 
 
-def cache_file(cache: Path, layer: str, key: dict[str, str]) -> Path:
-    """Where a layer's signals lie: settings have files of their own, so that a quick run costs no long one's."""
-    return cache / f"{layer}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}.safetensors"
+def cache_file(cache: Path, name: str, key: dict[str, str]) -> Path:
+    """Where an entry lies: settings have files of their own, so that a quick run costs no long one's."""
+    return cache / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}.safetensors"
 
 
 def read_signals(cache: Path, layer: str, key: dict[str, str]) -> Signals | None:
-    """A layer's signals in the cache; None, and a line that says why, where they are damaged or made from another
-    key; None where there are none."""
-    file = cache_file(cache, layer, key)
+    """A layer's signals in the cache, if they are there (`read_entry`)."""
+    tensors = read_entry(cache, layer, key, Signals._fields)
+    return tensors and Signals(**tensors)
+
+
+def read_entry(cache: Path, name: str, key: dict[str, str], fields: Sequence[str]) -> dict[str, torch.Tensor] | None:
+    """The tensors of an entry of the cache; None, and a line that says why, where they are damaged or made from
+    another key; None where there are none."""
+    file = cache_file(cache, name, key)
     if not file.exists():
-        file = max(cache.glob(f"{layer}-*.safetensors"), key=os.path.getmtime, default=None)
+        file = max(cache.glob(f"{name}-*.safetensors"), key=os.path.getmtime, default=None)
     if file is None:
         return None
     try:
         with safetensors.safe_open(file, framework="pt") as f:
-            found, tensors = f.metadata() or {}, {name: f.get_tensor(name).clone() for name in f.keys()}
+            found, tensors = f.metadata() or {}, {field: f.get_tensor(field).clone() for field in f.keys()}
     except (OSError, safetensors.SafetensorError) as err:
         warn(f"{file}: damaged ({err}); measured anew")
         return None
-    other = [name for name in key if found.get(name) != key[name]]
+    other = [part for part in key if found.get(part) != key[part]]
     if other:
         warn(f"{file}: made with other {', '.join(other)}; measured anew")
-    elif tensors.keys() != set(Signals._fields) or found.get("sha256") != digest(tensors):
+    elif tensors.keys() != {*fields} or found.get("sha256") != digest(tensors):
         warn(f"{file}: damaged (its hash differs); measured anew")
     else:
-        return Signals(**tensors)
+        return tensors
     return None
 
 
-def write_signals(cache: Path, layer: str, signals: Signals, key: dict[str, str]) -> None:
+def write_entry(cache: Path, name: str, tensors: dict[str, torch.Tensor], key: dict[str, str]) -> None:
     """Writes a cache file beside and renames it, so that it is whole or absent however the process ends."""
-    file = cache_file(cache, layer, key)
-    tensors = {name: tensor.contiguous() for name, tensor in signals._asdict().items()}
+    file = cache_file(cache, name, key)
+    tensors = {field: tensor.cpu().contiguous() for field, tensor in tensors.items()}
     beside = file.with_name(f".{file.name}.{os.urandom(8).hex()}")
     try:
         beside.write_bytes(safetensors.torch.save(tensors, key | {"sha256": digest(tensors)}))
@@ -661,7 +668,8 @@ def write_signals(cache: Path, layer: str, signals: Signals, key: dict[str, str]
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 of the tensors in the order of their names."""
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    raw = (tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(b"".join(raw)).hexdigest()
 
 
 def make_cache(cache: Path) -> None:
@@ -770,7 +778,8 @@ def fold_file(model: Model, plans: list[dict]) -> bytes:
 
 def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None = None, *, calib: Sequence[Path] = (),
              tokens: int = TOKENS, seq_len: int = SEQ_LEN, settings: Settings = Settings(), plan_only: bool = False,
-             total_rate: float | None = None, nm: tuple[int, int] | None = None, cache: Path | None = None,
+             total_rate: float | None = None, nm: tuple[int, int] | None = None, refit_tokens: int = 0,
+             refit_ridge: float = RIDGE, cache: Path | None = None,
              memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
              say: Callable[[str], None] = print) -> Path:
     """Plans the checkpoint at `path` and writes it with `keep` experts a layer to `out`.
@@ -815,8 +824,80 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     }
     if wanda:
         say(f"with Wanda, {wanda['wanda']['total_rate']:.2%} of all experts' parameters are gone")
-    export(model, plan, out, plan_only, wanda_edits(model, norms, mask) if mask else {})
+    edits = wanda_edits(model, norms, mask) if mask else {}
+    if not refit_tokens:
+        export(model, plan, out, plan_only, edits)
+        return out
+    ids = calibration_ids(model, list(calib), refit_tokens, seq_len, settings.seed)
+    with model_io.new_folder(out) as folder:
+        export(model, plan, folder, edits=edits)
+        survivors = json.dumps([wanda, *(layer["survivors"] for layer in layers)])
+        key = cache_key(model, ids, Settings()) | {"ridge": str(refit_ridge), "survivors": survivors} if cache else {}
+        found = []
+        for error in refit(model, Model(folder, dtype, device), ids, refit_ridge, bool(wanda), cache, key):
+            say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
+            found.append(error)
+        plan["refit"] = {"tokens": ids.numel(), "ridge": refit_ridge, "sweeps": SWEEPS, "layers": found}
+        (folder / model_io.PLAN).write_bytes(as_json(plan))
     return out
+
+
+# ------------------------------------------------------------------------- closed-form recovery (ours, `--refit`)
+
+
+def refit(source: Model, output: Model, ids: torch.Tensor, ridge: float = RIDGE, fixed_zeros: bool = False,
+          cache: Path | None = None, key: dict[str, str] = {}) -> Iterator[dict]:
+    """Refits the down projections of a compressed checkpoint's experts, in its files, layer by layer: the output stream
+    of each layer comes as near to the source's as those can bring it by ridge regression (`mathx.block_ridge`), at the
+    compressed model's own inputs, all layers before it refitted.
+
+    Parameters
+    ----------
+    source, output : models with the same layers; the output's number and choice of experts, their weights and its
+        router are free
+    ids : (B, L), both models' calibration text
+    fixed_zeros : keep the zeros of the down projections
+    cache, key : folder of refitted layers, and all that they depend on
+
+    Yields for each layer its name and its error |y_source - y| / |y_source| `before` and `after`.
+    """
+    streams = source.stream(ids), output.stream(ids)
+    for name in output.layer_names:
+        of_source, step = (next(stream) for stream in streams)
+        if step.gates is not None:
+            target = of_source.y.to(model_io.widened(step.y.dtype))
+            del of_source
+            before, experts = target - step.y, step.layer.experts
+            found = read_entry(cache, f"refit-{name}", key, ["down"]) if cache else None
+            down = found["down"] if found else refit_layer(step, before.clone(), ridge, fixed_zeros).to(experts.down)
+            if cache and not found:
+                make_cache(cache)
+                write_entry(cache, f"refit-{name}", {"down": down}, key)
+            store_down(output, name, down)
+            change = (down.to(step.x.device).double() - experts.down.double()).to(step.x)
+            step.y.add_(model_io.mix_experts(experts._replace(down=change), step.x, step.gates))
+            yield {"name": name, "before": (before.norm() / target.norm()).item(),
+                   "after": ((target - step.y).norm() / target.norm()).item()}
+        of_source = step = None  # before the next layer is read
+
+
+def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float, fixed_zeros: bool) -> torch.Tensor:
+    """The down projections (n, d, f), float64, of one layer that best give the residual (T, d) besides what they give
+    now; the gates and the hidden activations are the layer's own."""
+    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        t = step.gates[:, e].nonzero().squeeze(1)
+        return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
+    return mathx.block_ridge(features, step.layer.experts.down, residual, ridge, SWEEPS, fixed_zeros)
+
+
+def store_down(output: Model, layer: str, down: torch.Tensor) -> None:
+    """Writes a layer's down projections (n, d, f) over those in the checkpoint's files."""
+    fused = f"{layer}.mlp.experts.down_proj"
+    for e, weight in enumerate(down):
+        if fused in output.checkpoint.tensors:
+            output.checkpoint.overwrite(fused, weight, e)
+        else:
+            output.checkpoint.overwrite(f"{layer}.mlp.experts.{e}.down_proj.weight", weight)
 
 
 # ------------------------------------------------------------------- Wanda on the survivors (design 2.14, section 5)
@@ -898,10 +979,15 @@ def check_out(model: Model, out: Path) -> Path:
     return out
 
 
+def as_json(plan: dict) -> bytes:
+    """The content of hodgecover.json."""
+    return (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()
+
+
 def export(model: Model, plan: dict, out: Path, plan_only: bool = False, edits: dict[str, model_io.Edit] = {}) -> None:
     """Writes the checkpoint that a plan says, and the plan, to the folder `out`, with `edits` to the weights of
     survivors; or the plan alone."""
-    files = {model_io.PLAN: (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()}
+    files = {model_io.PLAN: as_json(plan)}
     if plan_only:
         with model_io.new_folder(out) as folder:
             (folder / model_io.PLAN).write_bytes(files[model_io.PLAN])
@@ -1063,6 +1149,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "experts' parameters is gone")
     add("--nm", "N:M", group_of, None, "or keep N of each M consecutive weights of a row of survivors and shared "
         "experts")
+    add("--refit", "TOKENS", int, None, "refit the survivors' down projections on so many calibration tokens")
     add("--cache", "DIR", Path, None, "folder of each layer's barriers, written and read [CKPT-barriers beside CKPT]")
     add("--layers", "A-B", layer_range, None, "only measure these layers, into the cache")
     add("--plan", "FILE", Path, None, "export from this hodgecover.json, without calibration")
@@ -1084,6 +1171,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             check_range(name, getattr(args, name), 0, 1)
     if not args.estimate and all(value is None for value in (args.keep, args.expert_rate, args.plan, args.layers)):
         raise InputError("give one of --keep K, --expert-rate R1, --plan FILE and --layers A-B")
+    if args.refit is not None:
+        check_range("refit", args.refit, 2)
+        if args.router == "fold":
+            raise InputError("--refit goes with --router drop")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
     return args
@@ -1186,8 +1277,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         out = compress(args.checkpoint, args.keep, args.out, calib=args.calib, tokens=args.tokens,
                        seq_len=args.seq_len, settings=settings, plan_only=args.plan_only,
-                       total_rate=args.total_rate, nm=args.nm, cache=cache, memory=args.memory, dtype=dtype,
-                       device=args.device)
+                       total_rate=args.total_rate, nm=args.nm, refit_tokens=args.refit or 0, cache=cache,
+                       memory=args.memory, dtype=dtype, device=args.device)
         router = settings.router
     if args.plan_only:
         print(f"plan: {out / model_io.PLAN}")

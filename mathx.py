@@ -9,6 +9,7 @@ which keeps the dtype it is given.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -484,3 +485,62 @@ def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tenso
     kept = sorted(survivors)
     dropped = sorted(set(range(n)) - set(kept))
     return {v: kept[int(table[v, kept].argmin())] for v in dropped}
+
+
+# ------------------------------------------------------------------------------- closed-form recovery (ours)
+
+
+def block_ridge(features: Callable[[int], tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor,
+                residual: torch.Tensor, ridge: float = 0.1, sweeps: int = 3, fixed_zeros: bool = False) -> torch.Tensor:
+    """Block Gauss-Seidel on min_D sum_t |residual_t - sum_e (D_e - D_e^0) x_te|^2 + sum_e r_e |D_e - D_e^0|^2, one
+    block D_e at a time, with r_e = ridge tr(A_e) / f and A_e = sum_t x_te x_te': no matrix is larger than A_e.
+
+    Parameters
+    ----------
+    features : e -> (rows (R,) of the residual that block e touches, x_e (R, f)); asked again in every sweep
+    start : (n, d, f), D^0
+    residual : (T, d) at D^0; changed in place to that at the result
+    fixed_zeros : entries of D^0 that are 0 stay 0, and the others are the best given that
+
+    Returns D (n, d, f) float64. A block that no row touches stays as it is.
+    """
+    first = start.double()
+    blocks = first.clone()
+    for _ in range(sweeps):
+        for e in range(len(blocks)):
+            rows, x = features(e)
+            if not len(rows):
+                continue
+            x = x.double()
+            gram = x.T @ x
+            weight = ridge * gram.trace() / len(gram)
+            system = gram + weight * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+            wanted = x.T @ residual[rows].double() - weight * (blocks[e] - first[e]).T  # (f, d)
+            step = solve_rows(system, wanted, first[e] != 0) if fixed_zeros else solve_spd(system, wanted).T
+            blocks[e] += step
+            residual[rows] -= (x @ step.T).to(residual)
+    return blocks
+
+
+def solve_spd(system: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """system^-1 wanted for positive (semi)definite systems (..., f, f) and (..., f, d); the least-norm solution, of a
+    pseudoinverse, where Cholesky's factorisation fails."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed.any():
+        return torch.linalg.pinv(system, hermitian=True) @ wanted
+    return torch.cholesky_solve(wanted, factor)
+
+
+def solve_rows(system: torch.Tensor, wanted: torch.Tensor, free: torch.Tensor, entries: int = 1 << 24) -> torch.Tensor:
+    """One system a row, over its free entries alone, the others 0: system (f, f), wanted (f, d), free (d, f) ->
+    (d, f). At most `entries` numbers of systems at a time."""
+    width = max(1, int(free.sum(1).max()))
+    out = torch.zeros(free.shape, dtype=system.dtype, device=system.device)
+    for at in torch.arange(len(free), device=free.device).split(max(1, entries // width**2)):
+        own, index = free[at].to(torch.uint8).sort(dim=1, descending=True, stable=True)  # (r, f): free entries first
+        own, index = own[:, :width].bool(), index[:, :width]
+        part = system[index[:, :, None], index[:, None, :]] * (own[:, :, None] & own[:, None, :])
+        part += torch.diag_embed((~own).to(part))  # a row with fewer free entries: 1 x = 0 for the rest
+        rhs = wanted.T[at[:, None], index] * own
+        out[at[:, None], index] = solve_spd(part, rhs[:, :, None])[:, :, 0]
+    return out

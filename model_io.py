@@ -34,6 +34,7 @@ from tokenizers import Tokenizer
 __version__ = "0.1.0"
 
 WEIGHTS, INDEX, PLAN = "model.safetensors", "model.safetensors.index.json", "hodgecover.json"
+PASS_TOKENS = 4096  # that go through a layer at a time
 FOLD = "hodgecover-fold.st"  # not *.safetensors: loaders that read every such file must not find it
 
 
@@ -279,6 +280,15 @@ class Checkpoint:
             if f.readinto(tensor.flatten().view(torch.uint8).numpy()) != end - start:
                 raise InputError(f"{self.path / file}: ends within {name}")
         return tensor
+
+    def overwrite(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
+        """Puts other values into a stored tensor, or one row of its first dimension, in its file."""
+        file, stored, shape, start, end = self.tensors[name]
+        if row is not None:
+            start += (end - start) // shape[0] * row
+        with open(self.path / file, "r+b") as f:
+            f.seek(start)
+            f.write(tensor.to("cpu", DTYPES[stored]).contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     def fingerprint(self, blocks: int = 64, block_size: int = 1 << 16) -> str:
         """SHA-256 over config.json and, per shard, its size, header and `blocks` evenly spaced blocks.
@@ -742,14 +752,17 @@ class Model:
 
     def stream(self, ids: torch.Tensor) -> Iterator[LayerPass]:
         """Runs ids (B, L) through the decoder layers, then through those of a multi-token prediction head where
-        there is one, yielding each one's LayerPass; one layer in memory."""
+        there is one, yielding each one's LayerPass; one layer in memory. A change of y in place goes on into the next
+        layer."""
         h, norm = self.embed(ids), self.norm(f"{self.prefix}norm.weight")
         for index, name in enumerate(self.layer_names):
             if name.startswith("mtp."):
                 h, norm = self._mtp_input(h, norm, ids), self.norm("mtp.norm.weight")
                 ids = ids[:, 1:]
             layer = self.layer(index)
-            x, gates, y = run_layer(h, layer, self.config)
+            parts = [run_layer(part, layer, self.config) for part in h.split(max(1, PASS_TOKENS // h.shape[1]))]
+            x, gates, y = (None if of[0] is None else torch.cat(of) for of in zip(*parts))
+            del parts
             if not y.isfinite().all():
                 raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
                                  f"in its weights, or an overflow of {self.dtype}")
