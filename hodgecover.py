@@ -488,10 +488,15 @@ def plan_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.
 # ---------------------------------------------------------------------------------------------- the whole model
 
 
-def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Sequences (tokens // seq_len, seq_len) sampled from the user's files, or from Python's documentation."""
+def check_sample(tokens: int, seq_len: int) -> None:
+    """Raises InputError where the tokens of a sample do not make one sequence."""
     if not 2 <= seq_len <= tokens:
         raise InputError(f"--seq-len {seq_len}: must be from 2 to the {tokens} of --tokens")
+
+
+def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Sequences (tokens // seq_len, seq_len) sampled from the user's files, or from Python's documentation."""
+    check_sample(tokens, seq_len)
     documents = model_io.read_documents(files) if files else model_io.python_documentation("calibration")
     ids = model_io.sequences(model.encode(documents), seq_len, tokens // seq_len, seed)
     if ids.numel() < tokens // seq_len * seq_len:
@@ -1168,7 +1173,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                 raise InputError(f"--{name} and --{other} do not go together".replace("_", "-"))
     for name in ("expert_rate", "total_rate"):
         if getattr(args, name) is not None:
-            check_range(name, getattr(args, name), 0, 1)
+            check_range(name, getattr(args, name), 0, 0.99)
+    for field in dataclasses.fields(Settings):
+        if args.plan and getattr(args, field.name, field.default) != field.default:
+            raise InputError(f"--plan and --{field.name} do not go together: the plan is made".replace("_", "-"))
     if not args.estimate and all(value is None for value in (args.keep, args.expert_rate, args.plan, args.layers)):
         raise InputError("give one of --keep K, --expert-rate R1, --plan FILE and --layers A-B")
     if args.refit is not None:
@@ -1232,6 +1240,10 @@ def say_cost(model: Model, args: argparse.Namespace, settings: Settings) -> None
     """--estimate."""
     if args.keep is not None:
         check_keep(model, args.keep, "--keep")
+    check_sample(args.tokens, args.seq_len)
+    if settings.method in NO_BARRIERS:
+        raise InputError(f"--estimate: --method {settings.method} measures no barriers; it costs one pass over the "
+                         "checkpoint")
     cost = estimate(model, settings, args.tokens // args.seq_len * args.seq_len, args.memory)
     output = ""
     if args.keep is not None:
@@ -1262,6 +1274,7 @@ def run(args: argparse.Namespace) -> None:
     refuse_inside(source, cache, "--cache")
     if args.expert_rate is not None:
         args.keep = round((1 - args.expert_rate) * source.config.num_experts)
+        check_keep(source, args.keep, f"--expert-rate {args.expert_rate} keeps")
     if args.estimate:
         return say_cost(source, args, settings)
     if args.layers is not None:

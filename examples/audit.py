@@ -20,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mathx  # noqa: E402
-from hodgecover import (SEQ_LEN, TOKENS, Settings, Signals, calibration_ids, check_keep, choose_dtype,  # noqa: E402
-                        measure_model, plan_from_signals, sparse_layers)
+from hodgecover import (SEQ_LEN, TOKENS, Settings, Signals, calibration_ids, check_keep, check_range,  # noqa: E402
+                        choose_dtype, measure_model, plan_from_signals, sparse_layers)
 from model_io import InputError, Model  # noqa: E402
 
 SUMMARY = ("layer", "harmonic share", "of a constant signal", "over random orders", "E* shared with them, median",
@@ -89,6 +89,8 @@ def main() -> int:
     try:
         model = Model(args.checkpoint, choose_dtype("auto", "lens", "cpu"))
         check_keep(model, args.keep, "--keep")
+        check_range("orders", args.orders, 1)
+        check_range("end-to-end", args.end_to_end, 0)
         settings = Settings(vocab_sample=args.vocab_sample)
         cache = args.cache or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}-barriers")
         ids = calibration_ids(model, args.calib, TOKENS, SEQ_LEN, settings.seed)
@@ -98,7 +100,7 @@ def main() -> int:
         for index, cells in summary.items():
             print(f"| {index} | {' | '.join(cells)} |")
         if args.end_to_end:
-            end_to_end(Model(args.checkpoint), ids[:, :args.end_to_end // len(ids)], settings)
+            end_to_end(Model(args.checkpoint), ids[:, :max(2, args.end_to_end // len(ids))], settings)
     except InputError as err:
         print(f"audit.py: error: {err}", file=sys.stderr)
         return 2

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Baselines that merge experts, or cluster them, on the project's own loaders; each in a few lines, in our words.
+"""Baselines that merge experts, or cluster them, on the project's own loaders: the selection of each paper in a few
+lines, in our words, with K experts in every layer and without what is named as left out.
 
     python examples/merging_baselines.py examples/tiny-olmoe --keep 32 --method hc-smoe --out DIR
 
 mc-smoe (arXiv 2310.01334)  the K most frequent experts stay dominant; every other joins the one whose router logits
-                            over the calibration tokens are nearest in cosine; frequency-weighted means. (Without the
-                            paper's alignment of hidden units before a merge.)
+                            over the calibration tokens are nearest in cosine; frequency-weighted means. Left out: one
+                            threshold of frequency over all layers, the alignment of hidden units before a merge, the
+                            low-rank compression after it
 hc-smoe (arXiv 2410.08589)  average-linkage clusters of the experts' mean outputs; frequency-weighted means
-ream    (arXiv 2604.04356)  the K experts of largest REAP saliency are centroids; the others join, the most salient
-                            first, the centroid most alike in gate profile and output; saliency-weighted means
-stun    (arXiv 2409.06211)  structured stage: average-linkage clusters of the router's rows; of each the expert nearest
-                            the cluster's mean stays, nothing is merged
+ream    (arXiv 2604.04356)  the K experts of largest REAP saliency are centroids; the most salient first, each takes
+                            the experts still free that are most like it in gate profile and mean output, 15 at most;
+                            saliency-weighted means. Left out: alignment, and merging layer after layer
+stun    (arXiv 2409.06211)  structured stage: complete-linkage clusters of the router's rows by Euclidean distance; of
+                            each the expert nearest the cluster's mean weights stays, nothing is merged. Left out: the
+                            routing statistics that the paper can add to the distance, and one threshold over all layers
 
 The output is a plain checkpoint of K experts with the router rows of each group's first member, so that the routing of
-the others is lost; --all-slots instead keeps the router and puts each group's weights into all of its members' slots.
+the others is lost; --all-slots instead keeps the router and puts each group's weights into all of its members' slots,
+as these papers evaluate them.
 """
 import argparse
 import sys
@@ -25,19 +30,19 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model_io  # noqa: E402
-from hodgecover import SEQ_LEN, TOKENS, calibration_ids, check_keep, reap_saliency  # noqa: E402
+from hodgecover import SEQ_LEN, TOKENS, calibration_ids, check_keep, check_out, reap_saliency  # noqa: E402
 
 METHODS = ("mc-smoe", "hc-smoe", "ream", "stun")
 Groups = list[list[int]]  # the first of each is the one that stays
 
 
 def layer_facts(step: model_io.LayerPass) -> dict[str, torch.Tensor]:
-    """What the baselines look at: frequency and saliency (n,), router logits (T, n), gates (T, n), router rows (n, d),
-    and every expert's mean output over all tokens (n, d)."""
+    """What the baselines look at: frequency and saliency (n,), router logits (T, n), router rows (n, d), every
+    expert's mean output over all tokens (n, d), and the inner products of all experts' weights (n, n)."""
     experts, n = step.layer.experts, step.gates.shape[1]
     return {"frequency": (step.gates > 0).sum(0).double(), "saliency": reap_saliency(experts, step.x, step.gates),
-            "logits": (step.x @ step.layer.router.T).double(), "gates": step.gates.double(),
-            "rows": step.layer.router.double(),
+            "logits": (step.x @ step.layer.router.T).double(), "rows": step.layer.router.double(),
+            "weights": sum((rows @ rows.T).double() for rows in (part.flatten(1).float() for part in experts)),
             "outputs": torch.stack([experts(e, step.x).double().mean(0) for e in range(n)])}
 
 
@@ -47,10 +52,11 @@ def cosine(rows: torch.Tensor) -> torch.Tensor:
     return direction @ direction.T
 
 
-def average_linkage(distance: torch.Tensor, clusters: int) -> Groups:
-    """Agglomerative clustering: the two groups of least mean distance join until `clusters` are left; (n, n) -> groups.
+def cluster(distance: torch.Tensor, clusters: int, complete: bool = False) -> Groups:
+    """Agglomerative clustering: the two groups of least mean distance, or least largest one where the linkage is
+    complete, join until `clusters` are left; (n, n) -> groups.
 
-    >>> average_linkage(torch.tensor([[0.0, 1, 5], [1, 0, 4], [5, 4, 0]]), 2)
+    >>> cluster(torch.tensor([[0.0, 1, 5], [1, 0, 4], [5, 4, 0]]), 2)
     [[0, 1], [2]]
     """
     groups = [[e] for e in range(len(distance))]
@@ -58,6 +64,8 @@ def average_linkage(distance: torch.Tensor, clusters: int) -> Groups:
     while len(groups) > clusters:
         i, j = sorted(divmod(int(between.argmin()), len(groups)))
         joined = (len(groups[i]) * between[i] + len(groups[j]) * between[j]) / (len(groups[i]) + len(groups[j]))
+        if complete:
+            joined = torch.maximum(between[i], between[j])
         joined[i] = torch.inf
         between[i], between[:, i] = joined, joined
         groups[i] += groups.pop(j)
@@ -75,19 +83,33 @@ def join_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int) -> Grou
     return list(groups.values())
 
 
+def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: int = 16) -> Groups:
+    """The `keep` experts of largest score (n,), the first first, each with the experts still free that are most like
+    it by likeness (n, n), up to `most` together; any that are left at the end join those most like them."""
+    ranked = score.sort(descending=True, stable=True).indices.tolist()
+    groups, free = {e: [e] for e in ranked[:keep]}, ranked[keep:]
+    for centre, group in groups.items():
+        free.sort(key=lambda e: -likeness[e, centre].item())
+        group += free[:most - 1]
+        del free[:most - 1]
+    for e in free:
+        groups[max(groups, key=lambda centre: likeness[e, centre].item())].append(e)
+    return list(groups.values())
+
+
 def group_experts(facts: dict[str, torch.Tensor], method: str, keep: int) -> tuple[Groups, torch.Tensor]:
     """(groups, weights (n,) of the experts in their group's mean; a weight of 0 merges nothing)."""
     frequency, saliency, outputs = facts["frequency"], facts["saliency"], facts["outputs"]
     if method == "mc-smoe":
         return join_nearest(frequency, cosine(facts["logits"].T), keep), frequency
     if method == "ream":
-        return join_nearest(saliency, cosine(facts["gates"].T) + cosine(outputs), keep), saliency
+        return take_nearest(saliency, cosine(facts["logits"].softmax(1).T) + cosine(outputs), keep), saliency
     if method == "hc-smoe":
-        groups, of = average_linkage(torch.cdist(outputs, outputs), keep), frequency
+        groups, of = cluster(torch.cdist(outputs, outputs), keep), frequency
         return [sorted(group, key=lambda e: -of[e].item()) for group in groups], of
-    rows = facts["rows"]
-    groups = [sorted(group, key=lambda e: (rows[e] - rows[group].mean(0)).norm().item())
-              for group in average_linkage(1 - cosine(rows), keep)]
+    rows, product = facts["rows"], facts["weights"]
+    groups = [sorted(group, key=lambda e: (product[e, e] - 2 * product[e, group].mean()).item())  # |W_e - mean|^2 + c
+              for group in cluster(torch.cdist(rows, rows), keep, complete=True)]
     return groups, torch.zeros(len(rows)).index_fill(0, torch.tensor([group[0] for group in groups]), 1.0)
 
 
@@ -135,6 +157,7 @@ def main() -> int:
     try:
         model = model_io.Model(args.checkpoint)
         check_keep(model, args.keep, "--keep")
+        check_out(model, args.out)
         ids = calibration_ids(model, args.calib, TOKENS, SEQ_LEN, 0)
         facts = {step.name: layer_facts(step) for step in model.stream(ids) if step.gates is not None}
         _, survivors, edits = merge(model.checkpoint, facts, args.method, args.keep, args.all_slots)

@@ -9,30 +9,38 @@ barriers are kept, also the matrix of one --layer's barriers, survivors first, w
 and methods that measure no barriers have their retained mass taken from there.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mathx  # noqa: E402
 from hodgecover import Settings, Signals, plan_from_signals  # noqa: E402
+from model_io import InputError, read_json  # noqa: E402
 
 PARTS = ("gradient", "curl", "harmonic")
 
 
-def cached(folder: Path, layer: dict) -> Signals:
-    """The newest barriers of a layer in the folder."""
-    files = folder.glob(f"{layer['name']}-*.safetensors")
-    return Signals(**load_file(max(files, key=lambda file: file.stat().st_mtime)))
+def cached(folder: Path, plan: dict, layer: dict) -> Signals:
+    """The barriers in the folder that a plan, or one of another method, was made from. Raises InputError where they
+    are not there."""
+    chosen = plan["settings"]
+    wanted = {"dtype": f"torch.{chosen['dtype']}"} | {
+        name.replace("_", " "): str(chosen[name]) for name in ("readout", "vocab_sample", "max_triangles", "seed")}
+    for file in sorted(folder.glob(f"{layer['name']}-*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            found = f.metadata()
+            if wanted.items() <= found.items() and found["calibration text"].endswith(chosen["calibration_sha256"]):
+                return Signals(**{name: f.get_tensor(name) for name in f.keys()})
+    raise InputError(f"{folder}: no barriers of {layer['name']} for the calibration text and settings of the plan")
 
 
 def completed(plan: dict, folder: Path) -> dict:
     """A plan whose method measured no barriers, with what those in the folder say of its survivors."""
     settings = Settings(**{field: plan["settings"][field] for field in Settings.__dataclass_fields__})
-    return plan | {"layers": [plan_from_signals(cached(folder, layer), len(layer["survivors"]), settings,
+    return plan | {"layers": [plan_from_signals(cached(folder, plan, layer), len(layer["survivors"]), settings,
                                                 layer["layer"]) | layer for layer in plan["layers"]]}
 
 
@@ -91,6 +99,34 @@ def draw_barriers(axes, layer: dict, barriers: torch.Tensor) -> None:
     axes.figure.colorbar(image, ax=axes)
 
 
+def draw(args: argparse.Namespace) -> None:
+    """The whole picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    plans = [read_json(path) for path in args.plans]
+    if args.barriers:
+        plans = [plan if "eta" in plan["layers"][0] else completed(plan, args.barriers) for plan in plans]
+    plans = [plan for plan in plans if "eta" in plan["layers"][0]]
+    if not plans:
+        raise InputError("no plan's method measured barriers; say with --barriers where some are")
+    layer = next((layer for layer in plans[0]["layers"] if layer["layer"] == args.layer), None)
+    if layer is None:
+        raise InputError(f"--layer {args.layer}: the plan has none of that number")
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    draw_eta(axes[0, 0], plans[0]["layers"])
+    draw_discordance(axes[0, 1], plans[0]["layers"])
+    draw_retained(axes[1, 0], plans)
+    if args.barriers:
+        draw_barriers(axes[1, 1], layer, cached(args.barriers, plans[0], layer).barriers)
+    else:
+        axes[1, 1].axis("off")
+    figure.savefig(args.out, dpi=70)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", metavar="PLAN", type=Path, nargs="+")
@@ -99,30 +135,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("diagnostics.png"))
     args = parser.parse_args()
     try:
-        import matplotlib
-    except ImportError:
-        print("plot_diagnostics.py: error: needs matplotlib; pip install matplotlib", file=sys.stderr)
+        draw(args)
+    except (InputError, OSError, SafetensorError) as err:
+        print(f"plot_diagnostics.py: error: {err}", file=sys.stderr)
         return 2
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    plans = [json.loads(path.read_text()) for path in args.plans]
-    if args.barriers:
-        plans = [plan if "eta" in plan["layers"][0] else completed(plan, args.barriers) for plan in plans]
-    plans = [plan for plan in plans if "eta" in plan["layers"][0]]
-    if not plans:
-        print("plot_diagnostics.py: error: no plan's method measured barriers; say with --barriers where some are",
-              file=sys.stderr)
+    except (KeyError, IndexError, TypeError) as err:
+        print(f"plot_diagnostics.py: error: not a plan that hodgecover.py wrote ({err!r})", file=sys.stderr)
         return 2
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
-    draw_eta(axes[0, 0], plans[0]["layers"])
-    draw_discordance(axes[0, 1], plans[0]["layers"])
-    draw_retained(axes[1, 0], plans)
-    if args.barriers:
-        layer = next(layer for layer in plans[0]["layers"] if layer["layer"] == args.layer)
-        draw_barriers(axes[1, 1], layer, cached(args.barriers, layer).barriers)
-    else:
-        axes[1, 1].axis("off")
-    figure.savefig(args.out, dpi=70)
     print(args.out)
     return 0
 

@@ -126,9 +126,11 @@ def test_shared_and_fused_experts_are_pruned_too(tmp_path, name):
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--keep", 48, "--total-rate", 0.1], "takes 0.2500 already"), (["--keep", 48, "--total-rate", 1.5], "from 0 to 1"),
+    (["--keep", 48, "--total-rate", 0.1], "takes 0.2500 already"),
+    (["--keep", 48, "--total-rate", 1.5], "from 0 to 0.99"),
     (["--keep", 48, "--total-rate", 0.5, "--nm", "2:4"], "--total-rate and --nm do not go together"),
     (["--keep", 48, "--expert-rate", 0.5], "--keep and --expert-rate do not go together"),
+    (["--expert-rate", 0.95], "--expert-rate 0.95 keeps 3: the model has"),
     (["--keep", 48, "--nm", "4:2"], "N must be below M"), (["--keep", 48, "--nm", "2:7"], "M divide the width"),
     (["--keep", 48, "--nm", "2"], "two numbers such as 2:4"), (["--method", "best", "--keep", 48], "--method"),
     (["--keep", 48, "--order", "random:x"], "must be saliency or index or random:SEED"),
