@@ -839,7 +839,7 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
         survivors = json.dumps([wanda, *(layer["survivors"] for layer in layers)])
         key = cache_key(model, ids, Settings()) | {"ridge": str(refit_ridge), "survivors": survivors} if cache else {}
         found = []
-        for error in refit(model, Model(folder, dtype, device), ids, refit_ridge, bool(wanda), cache, key):
+        for error in refit(model, Model(folder, dtype, device), ids, refit_ridge, SWEEPS, bool(wanda), cache, key):
             say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
             found.append(error)
         plan["refit"] = {"tokens": ids.numel(), "ridge": refit_ridge, "sweeps": SWEEPS, "layers": found}
@@ -850,8 +850,8 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
 # ------------------------------------------------------------------------- closed-form recovery (ours, `--refit`)
 
 
-def refit(source: Model, output: Model, ids: torch.Tensor, ridge: float = RIDGE, fixed_zeros: bool = False,
-          cache: Path | None = None, key: dict[str, str] = {}) -> Iterator[dict]:
+def refit(source: Model, output: Model, ids: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS,
+          fixed_zeros: bool = False, cache: Path | None = None, key: dict[str, str] = {}) -> Iterator[dict]:
     """Refits the down projections of a compressed checkpoint's experts, in its files, layer by layer: the output stream
     of each layer comes as near to the source's as those can bring it by ridge regression (`mathx.block_ridge`), at the
     compressed model's own inputs, all layers before it refitted.
@@ -861,7 +861,7 @@ def refit(source: Model, output: Model, ids: torch.Tensor, ridge: float = RIDGE,
     source, output : models with the same layers; the output's number and choice of experts, their weights and its
         router are free
     ids : (B, L), both models' calibration text
-    fixed_zeros : keep the zeros of the down projections
+    ridge, sweeps, fixed_zeros : of `mathx.block_ridge`; zeros are those that Wanda made
     cache, key : folder of refitted layers, and all that they depend on
 
     Yields for each layer its name and its error |y_source - y| / |y_source| `before` and `after`.
@@ -874,25 +874,30 @@ def refit(source: Model, output: Model, ids: torch.Tensor, ridge: float = RIDGE,
             del of_source
             before, experts = target - step.y, step.layer.experts
             found = read_entry(cache, f"refit-{name}", key, ["down"]) if cache else None
-            down = found["down"] if found else refit_layer(step, before.clone(), ridge, fixed_zeros).to(experts.down)
-            if cache and not found:
-                make_cache(cache)
-                write_entry(cache, f"refit-{name}", {"down": down}, key)
+            if found:
+                down = found["down"].to(step.y.device)
+            else:
+                down = refit_layer(step, before.clone(), ridge, sweeps, fixed_zeros)
+                if cache:
+                    make_cache(cache)
+                    write_entry(cache, f"refit-{name}", {"down": down}, key)
             store_down(output, name, down)
-            change = (down.to(step.x.device).double() - experts.down.double()).to(step.x)
+            change = down.to(step.x) - experts.down.to(step.x)
             step.y.add_(model_io.mix_experts(experts._replace(down=change), step.x, step.gates))
             yield {"name": name, "before": (before.norm() / target.norm()).item(),
                    "after": ((target - step.y).norm() / target.norm()).item()}
         of_source = step = None  # before the next layer is read
 
 
-def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float, fixed_zeros: bool) -> torch.Tensor:
-    """The down projections (n, d, f), float64, of one layer that best give the residual (T, d) besides what they give
-    now; the gates and the hidden activations are the layer's own."""
+def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float, sweeps: int, fixed_zeros: bool
+                ) -> torch.Tensor:
+    """The down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now, in
+    their dtype; the gates and the hidden activations are the layer's own."""
     def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
         t = step.gates[:, e].nonzero().squeeze(1)
         return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
-    return mathx.block_ridge(features, step.layer.experts.down, residual, ridge, SWEEPS, fixed_zeros)
+    down = step.layer.experts.down
+    return mathx.block_ridge(features, down, residual, ridge, sweeps, fixed_zeros).to(down)
 
 
 def store_down(output: Model, layer: str, down: torch.Tensor) -> None:

@@ -502,22 +502,21 @@ def block_ridge(features: Callable[[int], tuple[torch.Tensor, torch.Tensor]], st
     residual : (T, d) at D^0; changed in place to that at the result
     fixed_zeros : entries of D^0 that are 0 stay 0, and the others are the best given that
 
-    Returns D (n, d, f) float64. A block that no row touches stays as it is.
+    Returns D (n, d, f), float32 or wider. A block that no row touches stays as it is.
     """
-    first = start.double()
-    blocks = first.clone()
+    blocks = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
     for _ in range(sweeps):
         for e in range(len(blocks)):
             rows, x = features(e)
             if not len(rows):
                 continue
-            x = x.double()
+            x, first, block = x.double(), start[e].double(), blocks[e].double()
             gram = x.T @ x
             weight = ridge * gram.trace() / len(gram)
             system = gram + weight * torch.eye(len(gram), dtype=x.dtype, device=x.device)
-            wanted = x.T @ residual[rows].double() - weight * (blocks[e] - first[e]).T  # (f, d)
-            step = solve_rows(system, wanted, first[e] != 0) if fixed_zeros else solve_spd(system, wanted).T
-            blocks[e] += step
+            wanted = x.T @ residual[rows].double() - weight * (block - first).T  # (f, d)
+            step = solve_rows(system, wanted, first != 0) if fixed_zeros else solve_spd(system, wanted).T
+            blocks[e] = block + step
             residual[rows] -= (x @ step.T).to(residual)
     return blocks
 
