@@ -38,8 +38,7 @@ VARIANTS = {f"{percent}% critical edges and triangles": dict(edge_percent=percen
 VARIANTS |= {f"both lambdas {weight}": dict(lambda_edge=weight, lambda_triangle=weight)
              for weight in (0.04, 0.2, 5.0, 25.0)}
 VARIANTS |= {"lambda of edges 0": dict(lambda_edge=0.0), "lambda of triangles 0": dict(lambda_triangle=0.0),
-             "2,000 candidate triangles": dict(max_triangles=2000), "order by index": dict(order="index"),
-             "`model` readout": dict(readout="model")}
+             "2,000 candidate triangles": dict(max_triangles=2000), "order by index": dict(order="index")}
 
 Layers = dict[str, Signals]  # by the layer's name
 Scores = dict[int | float, list[tuple[float, float]]]  # (perplexity, KL) of each sample, by column of a table
