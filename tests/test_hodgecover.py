@@ -661,7 +661,7 @@ def test_the_whole_command_on_the_other_families(tmp_path, capsys, characters, n
     (["--keep", "32", "--readout", "model", "--dtype", "bfloat16"], "use --dtype float32"),
     (["--keep", "32", "--calib", "absent.txt"], "absent.txt"),
     (["--keep", "32", "--eval", "absent.txt"], "absent.txt"),
-    (["--keep", "32", "--eval", "x", "--plan-only"], "--eval and --plan-only do"),
+    (["--keep", "32", "--eval", "x", "--plan-only"], "--plan-only and --eval do"),
 ])
 def test_wrong_options_get_one_line(tiny, tmp_path, monkeypatch, capsys, options, says):
     monkeypatch.chdir(tmp_path)
