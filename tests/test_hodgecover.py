@@ -503,7 +503,7 @@ def test_calibration_is_sampled_by_seed_and_a_short_text_is_said(tiny, tmp_path,
 @pytest.mark.parametrize("keep", [8, 64])
 def test_the_least_and_the_most_that_can_be_kept(tiny, tmp_path, keep):
     assert run(tiny, "--keep", keep, "--out", tmp_path / "o", *QUICK, "--dtype", "float64", "--seed", 1,
-               "--cache", tmp_path) == 0
+               "--cache", tiny.with_name("barriers-of-the-extremes")) == 0
     plan = json.loads((tmp_path / "o" / "hodgecover.json").read_text())
     assert [len(layer["survivors"]) for layer in plan["layers"]] == [keep] * 4
     assert (plan["settings"]["dtype"], plan["settings"]["seed"]) == ("float64", 1)

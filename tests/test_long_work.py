@@ -299,7 +299,7 @@ def test_an_estimate_counts_layers_output_and_memory(tiny, monkeypatch, capsys):
 def test_an_estimate_is_near_what_happens(tiny, tmp_path):
     """Within a factor of 4 here, where a layer takes a second beside other tests; within 2 on real shapes (README)."""
     model = Model(tiny)
-    ids = hodgecover.calibration_ids(model, [], 512, 512, 0)
+    ids = hodgecover.calibration_ids(model, [], 256, 256, 0)
     cost = hodgecover.estimate(model, Settings(), ids.numel())
     started = time.perf_counter()
     assert len(list(hodgecover.measure_model(model, ids, Settings(), range(4), tmp_path))) == 4
@@ -314,12 +314,12 @@ def test_an_estimate_is_near_what_happens(tiny, tmp_path):
 def test_experts_stay_as_stored_and_are_multiplied_in_the_dtype(tiny, dtype):
     """To the last bit what the widened weights give, at half of the memory or less."""
     model = Model(tiny, dtype)
-    ids = hodgecover.calibration_ids(model, [], 256, 64, 0)
+    ids = hodgecover.calibration_ids(model, [], 128, 64, 0)
     step = next(model.stream(ids))
     assert {part.dtype for part in step.layer.experts} == {torch.bfloat16} and step.x.dtype == dtype
     readout = partial(hodgecover.lens_barriers, norm=step.norm, unembedding=model.unembedding())
     wide = model_io.Experts(*(part.to(dtype) for part in step.layer.experts))
-    held, plain = (hodgecover.measure_layer(experts, step.x, step.gates, step.y, readout)
+    held, plain = (hodgecover.measure_layer(experts, step.x, step.gates, step.y, readout, Settings(max_triangles=20))
                    for experts in (step.layer.experts, wide))
     assert all(map(torch.equal, held, plain))
 
@@ -341,7 +341,7 @@ def exact(tiny) -> list[hodgecover.Signals]:
 
 def signals_of(tiny: Path, dtype: torch.dtype, vocab_sample: int = 0) -> list[hodgecover.Signals]:
     model, settings = Model(tiny, dtype), Settings(vocab_sample=vocab_sample, max_triangles=50)
-    ids = hodgecover.calibration_ids(model, [], 512, 512, 0)
+    ids = hodgecover.calibration_ids(model, [], 256, 256, 0)
     return [signals for _, signals in hodgecover.measure_model(model, ids, settings, [0, 3])]
 
 
