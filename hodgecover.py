@@ -86,8 +86,6 @@ CHOICES = {"method": METHODS, "readout": ("lens", "model"), "order": ("saliency"
 RANGES = {"edge_percent": (0, 100), "triangle_percent": (0, 100), "lambda_edge": (0, math.inf),
           "lambda_triangle": (0, math.inf), "alpha": (0, math.inf), "max_triangles": (0, math.inf),
           "vocab_sample": (0, math.inf), "thresholds": (2, math.inf), "margin": (0, math.inf), "seed": (0, 2**63 - 1)}
-
-
 EXCLUDES = {"keep": ("expert_rate", "plan", "layers"), "expert_rate": ("plan", "layers"), "total_rate": ("nm",),
             "plan": ("layers", "plan_only", "total_rate", "nm", "refit"), "plan_only": ("eval", "refit"),
             "layers": ("plan_only", "eval", "total_rate", "nm", "refit"), "estimate": ("plan", "layers")}
@@ -784,8 +782,7 @@ def fold_file(model: Model, plans: list[dict]) -> bytes:
 def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None = None, *, calib: Sequence[Path] = (),
              tokens: int = TOKENS, seq_len: int = SEQ_LEN, settings: Settings = Settings(), plan_only: bool = False,
              total_rate: float | None = None, nm: tuple[int, int] | None = None, refit_tokens: int = 0,
-             refit_ridge: float = RIDGE, cache: Path | None = None,
-             memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
+             cache: Path | None = None, memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
              say: Callable[[str], None] = print) -> Path:
     """Plans the checkpoint at `path` and writes it with `keep` experts a layer to `out`.
 
@@ -837,12 +834,12 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     with model_io.new_folder(out) as folder:
         export(model, plan, folder, edits=edits)
         survivors = json.dumps([wanda, *(layer["survivors"] for layer in layers)])
-        key = cache_key(model, ids, Settings()) | {"ridge": str(refit_ridge), "survivors": survivors} if cache else {}
+        key = cache_key(model, ids, Settings()) | {"ridge": str(RIDGE), "survivors": survivors} if cache else {}
         found = []
-        for error in refit(model, Model(folder, dtype, device), ids, refit_ridge, SWEEPS, bool(wanda), cache, key):
+        for error in refit(model, Model(folder, dtype, device), ids, RIDGE, SWEEPS, bool(wanda), cache, key):
             say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
             found.append(error)
-        plan["refit"] = {"tokens": ids.numel(), "ridge": refit_ridge, "sweeps": SWEEPS, "layers": found}
+        plan["refit"] = {"tokens": ids.numel(), "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
         (folder / model_io.PLAN).write_bytes(as_json(plan))
     return out
 

@@ -74,24 +74,14 @@ def cluster(distance: torch.Tensor, clusters: int, complete: bool = False) -> Gr
     return [sorted(group) for group in groups]
 
 
-def join_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int) -> Groups:
-    """The `keep` experts of largest score (n,), each followed by those that are most like it by likeness (n, n)."""
-    ranked = score.sort(descending=True, stable=True).indices.tolist()
-    groups = {e: [e] for e in ranked[:keep]}
-    for e in ranked[keep:]:
-        groups[max(groups, key=lambda centre: likeness[e, centre].item())].append(e)
-    return list(groups.values())
-
-
 def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: int = 16) -> Groups:
     """The `keep` experts of largest score (n,), the first first, each with the experts still free that are most like
     it by likeness (n, n), up to `most` together; any that are left at the end join those most like them."""
     ranked = score.sort(descending=True, stable=True).indices.tolist()
     groups, free = {e: [e] for e in ranked[:keep]}, ranked[keep:]
     for centre, group in groups.items():
-        free.sort(key=lambda e: -likeness[e, centre].item())
-        group += free[:most - 1]
-        del free[:most - 1]
+        group += sorted(free, key=lambda e: -likeness[e, centre].item())[:most - 1]
+        free = [e for e in free if e not in group]
     for e in free:
         groups[max(groups, key=lambda centre: likeness[e, centre].item())].append(e)
     return list(groups.values())
@@ -101,7 +91,7 @@ def group_experts(facts: dict[str, torch.Tensor], method: str, keep: int) -> tup
     """(groups, weights (n,) of the experts in their group's mean; a weight of 0 merges nothing)."""
     frequency, saliency, outputs = facts["frequency"], facts["saliency"], facts["outputs"]
     if method == "mc-smoe":
-        return join_nearest(frequency, cosine(facts["logits"].T), keep), frequency
+        return take_nearest(frequency, cosine(facts["logits"].T), keep, most=1), frequency
     if method == "ream":
         return take_nearest(saliency, cosine(facts["logits"].softmax(1).T) + cosine(outputs), keep), saliency
     if method == "hc-smoe":
