@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +42,9 @@ __version__ = "0.1.0"
 SCHEMA_VERSION, CACHE_VERSION = 1, "2"
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 MEMORY = 10**9  # bytes that the barrier sweep may take beside the layer's weights and the head
+CACHE_BYTES = 1 << 21  # what its innermost step works on: a block of logits that a processor's cache holds
 BASE_MEMORY = 4e8  # of a process that has imported torch
 RIDGE, SWEEPS = 0.1, 3  # of the refit
-CACHE_BYTES = 1 << 21  # what its innermost step works on: a block of logits that a processor's cache holds
 
 Tick = Callable[[float], None]  # told the share of the work that is done
 Readout = Callable[..., torch.Tensor]  # (experts, x, gates, y, simplices, tick=...) -> barriers (M,)
@@ -98,7 +99,7 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
                          + (f"from {low} to {high}" if high < math.inf else f"at least {low}"))
 
 
-# ------------------------------------------------------------------------------------------------- 1 calibrate
+# ---------------------------------------------------------------------------------------------------------- 1 calibrate
 
 
 def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -112,7 +113,7 @@ def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> tor
     return saliency / saliency.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
-# ------------------------------------------------------------------------ 2 barriers (paper section 3.1, A.10)
+# --------------------------------------------------------------------------------- 2 barriers (paper section 3.1, A.10)
 
 
 def merge_weights(simplices: torch.Tensor, frequency: torch.Tensor) -> torch.Tensor:
@@ -336,7 +337,7 @@ def measure_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
     return Signals((gates > 0).sum(0).cpu(), saliency, barriers, candidates, triplets)
 
 
-# ------------------------------------------- 3 to 6: complex, decomposition, cover, redirect (sections 3.2 to 4.1)
+# ------------------------------------------------ 3 to 6: complex, decomposition, cover, redirect (sections 3.2 to 4.1)
 
 
 def in_order(signals: Signals, rank: torch.Tensor) -> Signals:
@@ -483,7 +484,7 @@ def plan_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.
     return plan_from_signals(measure_layer(experts, x, gates, y, readout, settings, tick), keep, settings)
 
 
-# ---------------------------------------------------------------------------------------------- the whole model
+# ------------------------------------------------------------------------------------------------------ the whole model
 
 
 def check_sample(tokens: int, seq_len: int) -> None:
@@ -500,6 +501,14 @@ def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, 
     if ids.numel() < tokens // seq_len * seq_len:
         warn(f"the calibration text has only {ids.numel()} tokens in whole sequences, all used; {tokens} were asked")
     return ids
+
+
+def sparse_layers(model: Model) -> list[int]:
+    """Indices of the layers that have a router. Raises InputError where there is none, or no two experts."""
+    found = [i for i, name in enumerate(model.layer_names) if f"{name}.mlp.gate.weight" in model.checkpoint.tensors]
+    if not found or model.config.num_experts < 2:
+        raise InputError(f"{model.checkpoint.path}: no layer has a router over two experts or more; it is dense")
+    return found
 
 
 def make_readout(model: Model, settings: Settings, ids: torch.Tensor, memory: int = MEMORY
@@ -521,22 +530,13 @@ def make_readout(model: Model, settings: Settings, ids: torch.Tensor, memory: in
                                 later=partial(later, index=step.index, norm=step.norm))
 
 
-def check_cost(model: Model, ids: torch.Tensor, settings: Settings, memory: int) -> None:
-    """Says what the `model` readout will cost. Raises InputError where it does not fit in memory."""
-    cost = estimate(model, settings, ids.numel(), memory)
-    warn(f"--readout model runs every merge through all later layers: {cost.operations:.1e} operations, about "
-         f"{clock(cost.seconds)} on this machine, {cost.memory / 1e9:.1f} GB of memory")
-    if cost.memory > available_memory(model.device):
-        raise InputError(f"--readout model needs {cost.memory / 1e9:.1f} GB of memory, "
-                         f"{available_memory(model.device) / 1e9:.1f} GB are free; use --readout lens")
-
-
-def sparse_layers(model: Model) -> list[int]:
-    """Indices of the layers that have a router. Raises InputError where there is none, or no two experts."""
-    found = [i for i, name in enumerate(model.layer_names) if f"{name}.mlp.gate.weight" in model.checkpoint.tensors]
-    if not found or model.config.num_experts < 2:
-        raise InputError(f"{model.checkpoint.path}: no layer has a router over two experts or more; it is dense")
-    return found
+def run_to(stream: Iterator[LayerPass], index: int) -> LayerPass:
+    """The pass of layer `index`, running the layers before it."""
+    while True:
+        step = next(stream)
+        if step.index == index:
+            return step
+        del step  # before the next layer is read
 
 
 def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int],
@@ -551,8 +551,10 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
     key = cache_key(model, ids, settings) if cache else {}
     stream, readout, bar = model.stream(ids), None, progress_bar()
     for at, index in enumerate(layers):
-        signals = read_signals(cache, model.layer_names[index], key) if cache else None
-        if signals is None:
+        tensors = read_entry(cache, model.layer_names[index], key, Signals._fields) if cache else None
+        if tensors:
+            signals = Signals(**tensors)
+        else:
             if readout is None:
                 if cache:
                     make_cache(cache)
@@ -572,15 +574,6 @@ def measure_saliency(model: Model, ids: torch.Tensor) -> Iterator[tuple[int, Sig
         if step.gates is not None:
             saliency = reap_saliency(step.layer.experts, step.x, step.gates)
             yield step.index, Signals((step.gates > 0).sum(0).cpu(), saliency, **activation_norms(step))
-        del step  # before the next layer is read
-
-
-def run_to(stream: Iterator[LayerPass], index: int) -> LayerPass:
-    """The pass of layer `index`, running the layers before it."""
-    while True:
-        step = next(stream)
-        if step.index == index:
-            return step
         del step  # before the next layer is read
 
 
@@ -609,7 +602,27 @@ def measure_step(step: LayerPass, readout: Readout, settings: Settings, tick: Ti
     return signals._replace(audit=torch.cat([audit(simplices=chosen.to(step.x.device)) for chosen in simplices]))
 
 
-# ------------------------------------------------------------------------------------------ the barriers on disk
+def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings, cache: Path | None = None,
+               memory: int = MEMORY, say: Callable[[str], None] = print) -> tuple[list[dict], dict[str, Signals]]:
+    """The `layers` of hodgecover.json, from calibration on ids (B, L), and by each one's name what it is made from."""
+    layers, found, barriers = [], {}, settings.method not in NO_BARRIERS
+    for index, signals in (measure_model(model, ids, settings, sparse_layers(model), cache, memory) if barriers
+                           else measure_saliency(model, ids)):
+        if barriers and not layers:
+            say(LAYER_HEAD)
+        name = model.layer_names[index]
+        found[name], plan = signals, plan_from_signals(signals, keep, settings, index)
+        if not barriers:
+            rows = model.checkpoint.load(f"{name}.mlp.gate.weight")
+            plan["redirect"] = {str(i): j for i, j in mathx.nearest_rows(rows, plan["survivors"]).items()}
+        layers.append({"layer": index, "name": name} | plan)
+        say(layer_line(layers[-1]))
+    if settings.vocab_sample:
+        say(audit_line([layer["audit"] for layer in layers if "audit" in layer], settings.vocab_sample))
+    return layers, found
+
+
+# ------------------------------------------------------------------------------------------------- the barriers on disk
 
 
 def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
@@ -625,12 +638,6 @@ def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, 
 def cache_file(cache: Path, name: str, key: dict[str, str]) -> Path:
     """Where an entry lies: settings have files of their own, so that a quick run costs no long one's."""
     return cache / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}.safetensors"
-
-
-def read_signals(cache: Path, layer: str, key: dict[str, str]) -> Signals | None:
-    """A layer's signals in the cache, if they are there (`read_entry`)."""
-    tensors = read_entry(cache, layer, key, Signals._fields)
-    return tensors and Signals(**tensors)
 
 
 def read_entry(cache: Path, name: str, key: dict[str, str], fields: Sequence[str]) -> dict[str, torch.Tensor] | None:
@@ -685,7 +692,280 @@ def make_cache(cache: Path) -> None:
         raise InputError(f"{cache}: cannot be written to; name another folder with --cache")
 
 
-# ---------------------------------------------------------------------------------------- what it will cost
+# --------------------------------------------------------------------------- Wanda on the survivors (arXiv 2306.11695)
+
+
+def wanda_parameters(model: Model) -> dict[str, tuple[int, int, bool]]:
+    """(rows, columns, whether of a routed expert) of each weight matrix of routed and shared experts, fused ones
+    counted as n matrices of their rows."""
+    name = re.compile(r".+\.mlp\.(?:(experts)|shared_expert)\..*(?:gate|up|gate_up|down)_proj(?:\.weight)?")
+    found = {key: (name.fullmatch(key), info.shape) for key, info in model.checkpoint.tensors.items()}
+    return {key: (math.prod(shape[:-1]), shape[-1], bool(match[1])) for key, (match, shape) in found.items() if match}
+
+
+def wanda_settings(model: Model, keep: int, total_rate: float | None, nm: tuple[int, int] | None
+                   ) -> tuple[dict, Callable | None]:
+    """(what the plan records, mask(weight, norms) or None where no weight is pruned).
+
+    For a total rate R of the parameters of routed and shared experts, Wanda prunes those that stay at the rate
+    1 - (1 - R) P_before / P_after. Raises InputError for a rate or a group that the matrices do not admit.
+    """
+    if total_rate is None and nm is None:
+        return {}, None
+    share = keep / model.config.num_experts
+    matrices = [(rows * (share if routed else 1), columns, rows * columns)
+                for rows, columns, routed in wanda_parameters(model).values()]
+    before, after = sum(count for *_, count in matrices), sum(rows * columns for rows, columns, _ in matrices)
+    if nm:
+        kept, group = nm
+        if not 0 < kept < group or any(columns % group for _, columns, _ in matrices):
+            raise InputError(f"--nm {kept}:{group}: N must be below M, and M divide the width of every expert's "
+                             "matrices")
+        said, mask = {"nm": f"{kept}:{group}"}, partial(mathx.wanda_mask_nm, kept=kept, group=group)
+        left = sum(rows * columns * kept / group for rows, columns, _ in matrices)
+    else:
+        rate = 1 - (1 - total_rate) * before / after
+        if rate < 0:
+            raise InputError(f"--total-rate {total_rate}: dropping to {keep} experts takes {1 - after / before:.4f} "
+                             "already; it must be at least that")
+        said, mask = {"rate": rate}, partial(mathx.wanda_mask, rate=rate)
+        left = sum(rows * (columns - round(rate * columns)) for rows, columns, _ in matrices)
+    return {"wanda": said | {"total_rate": 1 - left / before}}, mask
+
+
+def wanda_edits(model: Model, norms: dict[str, Signals], mask: Callable) -> dict[str, model_io.Edit]:
+    """What the export does to each matrix of routed and shared experts: entries outside mask(weight, norms) become 0.
+
+    norms: by layer name.
+    """
+    def edit(weight: torch.Tensor, row: int, table: torch.Tensor, expert: int | None) -> torch.Tensor:
+        of = table if table.dim() == 1 else table[row if expert is None else expert]
+        return weight.masked_fill(~mask(weight, of), 0)
+    edits = {}
+    for name in wanda_parameters(model):
+        layer, expert, shared = re.fullmatch(r"(.+)\.mlp\.(?:experts\.(?:(\d+)\.)?|(shared)_expert\.).+", name).groups()
+        kind = ("shared_" if shared else "") + ("hidden" if "down_proj" in name else "inputs")
+        if layer in norms:
+            edits[name] = partial(edit, table=getattr(norms[layer], kind), expert=expert and int(expert))
+    return edits
+
+
+# ------------------------------------------------------------------------------- closed-form recovery (ours, `--refit`)
+
+
+def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS,
+                fixed_zeros: bool = False) -> torch.Tensor:
+    """The down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now, in
+    their dtype (`mathx.block_ridge`); the gates and the hidden activations are the layer's own. The residual is
+    changed in place."""
+    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        t = step.gates[:, e].nonzero().squeeze(1)
+        return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
+    down = step.layer.experts.down
+    return mathx.block_ridge(features, down, residual, ridge, sweeps, fixed_zeros).to(down)
+
+
+def refit(source: Model, output: Model, ids: torch.Tensor,
+          fit: Callable[[LayerPass, torch.Tensor], torch.Tensor] = refit_layer, cache: Path | None = None,
+          key: dict[str, str] = {}) -> Iterator[dict]:
+    """Refits the down projections of a compressed checkpoint's experts, in its files, layer by layer: the output stream
+    of each layer comes as near to the source's as those can bring it by ridge regression, at the compressed model's
+    own inputs, all layers before it refitted.
+
+    Parameters
+    ----------
+    source, output : models with the same layers; the output's number and choice of experts, their weights and its
+        router are free
+    ids : (B, L), both models' calibration text
+    fit : (layer pass of the output, what its stream lacks (T, d)) -> down projections (n, d, f)
+    cache, key : folder of refitted layers, and all that they depend on
+
+    Yields for each layer its name and its error |y_source - y| / |y_source| `before` and `after`.
+    """
+    streams = source.stream(ids), output.stream(ids)
+    for name in output.layer_names:
+        of_source, step = (next(stream) for stream in streams)
+        if step.gates is not None:
+            target = of_source.y.to(model_io.widened(step.y.dtype))
+            del of_source
+            before, experts = target - step.y, step.layer.experts
+            found = read_entry(cache, f"refit-{name}", key, ["down"]) if cache else None
+            if found:
+                down = found["down"].to(step.y.device)
+            else:
+                down = fit(step, before.clone())
+                if cache:
+                    make_cache(cache)
+                    write_entry(cache, f"refit-{name}", {"down": down}, key)
+            store_down(output, name, down)
+            change = down.to(step.x) - experts.down.to(step.x)
+            step.y.add_(model_io.mix_experts(experts._replace(down=change), step.x, step.gates))
+            yield {"name": name, "before": (before.norm() / target.norm()).item(),
+                   "after": ((target - step.y).norm() / target.norm()).item()}
+        of_source = step = None  # before the next layer is read
+
+
+def store_down(output: Model, layer: str, down: torch.Tensor) -> None:
+    """Writes a layer's down projections (n, d, f) over those in the checkpoint's files."""
+    fused = f"{layer}.mlp.experts.down_proj"
+    for e, weight in enumerate(down):
+        if fused in output.checkpoint.tensors:
+            output.checkpoint.overwrite(fused, weight, e)
+        else:
+            output.checkpoint.overwrite(f"{layer}.mlp.experts.{e}.down_proj.weight", weight)
+
+
+# -------------------------------------------------------------------------------------------- the compressed checkpoint
+
+
+def check_keep(model: Model, keep: int, where: str) -> None:
+    """Raises InputError for a dense model, and where K is no number of experts that every layer can keep."""
+    cfg = model.config
+    if sparse_layers(model) and not cfg.top_k <= keep <= cfg.num_experts:
+        raise InputError(f"{where} {keep}: the model has {cfg.num_experts} experts and routes each token to "
+                         f"{cfg.top_k}; K must be from {cfg.top_k} to {cfg.num_experts}")
+
+
+def refuse_inside(model: Model, path: Path, option: str) -> None:
+    """Raises InputError for a path in the checkpoint's folder."""
+    if model.checkpoint.path.resolve() in (path.resolve(), *path.resolve().parents):
+        raise InputError(f"{path}: lies in the checkpoint, which is never written to; name another with {option}")
+
+
+def check_out(model: Model, out: Path) -> Path:
+    """The output folder. Raises InputError where it lies in the checkpoint or cannot become a new folder."""
+    refuse_inside(model, out, "--out")
+    model_io.check_new(out)
+    return out
+
+
+def fold_file(model: Model, plans: list[dict]) -> bytes:
+    """What `--router fold` needs beside the survivors (paper section 4.1: p'_j = sum of p_i over pi(i) = j)."""
+    tensors = {}
+    for plan in plans:
+        router = f"{plan['name']}.mlp.gate.weight"
+        dropped = sorted(map(int, plan["redirect"]))
+        slots = [plan["survivors"].index(plan["redirect"][str(i)]) for i in dropped]
+        tensors[f"{plan['name']}.dropped_rows"] = model.checkpoint.load(router)[dropped]
+        tensors[f"{plan['name']}.slots"] = torch.tensor(slots, dtype=torch.int64)
+    return safetensors.torch.save(tensors)
+
+
+def as_json(plan: dict) -> bytes:
+    """The content of hodgecover.json."""
+    return (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()
+
+
+def export(model: Model, plan: dict, out: Path, plan_only: bool = False, edits: dict[str, model_io.Edit] = {}) -> None:
+    """Writes the checkpoint that a plan says, and the plan, to the folder `out`, with `edits` to the weights of
+    survivors; or the plan alone."""
+    files = {model_io.PLAN: as_json(plan)}
+    if plan_only:
+        with model_io.new_folder(out) as folder:
+            (folder / model_io.PLAN).write_bytes(files[model_io.PLAN])
+        return
+    if plan["settings"]["router"] == "fold":
+        files[model_io.FOLD] = fold_file(model, plan["layers"])
+    survivors = {layer["name"]: layer["survivors"] for layer in plan["layers"]}
+    model_io.write_checkpoint(model.checkpoint, out, survivors, files, edits)
+
+
+def read_plan(model: Model, path: Path) -> dict:
+    """The plan in a hodgecover.json, which may have been edited by hand. Raises InputError where it is not a plan
+    for this checkpoint: another fingerprint, or survivors that the export cannot take."""
+    plan, n = model_io.read_json(path), model.config.num_experts
+    names = [model.layer_names[i] for i in sparse_layers(model)]
+    try:
+        if plan["source"]["fingerprint"] != model.checkpoint.fingerprint():
+            raise InputError(f"{path}: made for {plan['source']['name']}, of other weights or another config.json than "
+                             f"{model.checkpoint.path}")
+        if [layer["name"] for layer in plan["layers"]] != names:
+            raise InputError(f"{path}: its layers must be {', '.join(names)}")
+        if "wanda" in plan["settings"]:
+            raise InputError(f"{path}: made with Wanda, whose activation norms it does not hold; run the command anew")
+        if plan["settings"]["router"] not in CHOICES["router"]:
+            raise InputError(f"{path}: router must be drop or fold")
+        fold = plan["settings"]["router"] == "fold"
+        keep = len(plan["layers"][0]["survivors"])
+        check_keep(model, keep, f"{path}: survivors:")
+        for layer in plan["layers"]:
+            kept, redirect = layer["survivors"], layer["redirect"]
+            if len(kept) != keep or any(type(e) is not int for e in kept) or kept != sorted({*kept} & {*range(n)}):
+                raise InputError(f"{path}: survivors of {layer['name']} must be {keep} ascending numbers below {n}")
+            dropped = {str(e) for e in range(n)} - {str(e) for e in kept}
+            if fold and (redirect.keys() != dropped or not {*redirect.values()} <= {*kept}):
+                raise InputError(f"{path}: redirect of {layer['name']} must send each dropped expert to a survivor")
+    except (KeyError, TypeError, AttributeError, IndexError) as err:
+        raise InputError(f"{path}: not a plan that hodgecover.py wrote ({type(err).__name__}: {err})") from None
+    return plan
+
+
+def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None = None, *, calib: Sequence[Path] = (),
+             tokens: int = TOKENS, seq_len: int = SEQ_LEN, settings: Settings = Settings(), plan_only: bool = False,
+             total_rate: float | None = None, nm: tuple[int, int] | None = None, refit_tokens: int = 0,
+             cache: Path | None = None, memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
+             say: Callable[[str], None] = print) -> Path:
+    """Plans the checkpoint at `path` and writes it with `keep` experts a layer to `out`.
+
+    Parameters are those of the command line (README). `out` defaults to `path`-keep`keep` beside it; without a
+    `cache` folder no barriers are kept.
+
+    Returns the output folder. Raises InputError where something given is wrong; then no output is written.
+    """
+    model = Model(path, dtype, device)
+    cfg = model.config
+    check_keep(model, keep, "--keep")
+    source = Path(os.path.abspath(path))
+    out = check_out(model, Path(out) if out else source.with_name(f"{source.name}-keep{keep}"))
+    wanda, mask = wanda_settings(model, keep, total_rate, nm)
+    ids = calibration_ids(model, list(calib), tokens, seq_len, settings.seed)
+    layers, signals = plan_model(model, ids, keep, settings, cache, memory, say)
+    plan = {
+        "schema_version": SCHEMA_VERSION,
+        "hodgecover_version": __version__,
+        "layers": layers,
+        "settings": {"keep": keep} | dataclasses.asdict(settings) | {
+            "dtype": str(dtype).removeprefix("torch."), "tokens": ids.numel(), "seq_len": seq_len,
+            "calibration": [Path(file).name for file in calib] or "python documentation",
+            "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | wanda,
+        "source": {"name": source.name, "model_type": cfg.model_type, "num_experts": cfg.num_experts,
+                   "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
+    }
+    if wanda:
+        say(f"with Wanda, {wanda['wanda']['total_rate']:.2%} of all experts' parameters are gone")
+    edits = wanda_edits(model, signals, mask) if mask else {}
+    if not refit_tokens:
+        export(model, plan, out, plan_only, edits)
+        return out
+    ids = calibration_ids(model, list(calib), refit_tokens, seq_len, settings.seed)
+    with model_io.new_folder(out) as folder:
+        export(model, plan, folder, edits=edits)
+        survivors = json.dumps([wanda, *(layer["survivors"] for layer in layers)])
+        key = cache_key(model, ids, Settings()) | {"ridge": str(RIDGE), "survivors": survivors} if cache else {}
+        found = []
+        fit = partial(refit_layer, fixed_zeros=bool(wanda))  # which Wanda made
+        for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key):
+            say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
+            found.append(error)
+        plan["refit"] = {"tokens": ids.numel(), "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
+        (folder / model_io.PLAN).write_bytes(as_json(plan))
+    return out
+
+
+def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Perplexities of source and output on ids (B, L), and the mean KL(source || output) in nats a position."""
+    heads = source.unembedding(), output.unembedding()
+    loss, kl = [0.0, 0.0], 0.0
+    for u, v, tokens in zip(source.hidden(ids), output.hidden(ids), ids.to(source.device)):
+        log_p, log_q = ((h @ head.T).double().log_softmax(-1) for h, head in zip((u, v), heads))
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        for i, log in enumerate((log_p, log_q)):
+            loss[i] -= log[:-1].gather(1, tokens[1:, None]).sum().item()
+    predicted = ids[:, 1:].numel()
+    return math.exp(loss[0] / predicted), math.exp(loss[1] / predicted), kl / ids.numel()
+
+
+# ---------------------------------------------------------------------------------------------------- what it will cost
 
 
 class Cost(NamedTuple):
@@ -756,6 +1036,16 @@ def sweep_rate(model: Model, n: int, k: int, d: int, f: int, vocab: int, outcome
     return operations / min(seconds)
 
 
+def check_cost(model: Model, ids: torch.Tensor, settings: Settings, memory: int) -> None:
+    """Says what the `model` readout will cost. Raises InputError where it does not fit in memory."""
+    cost = estimate(model, settings, ids.numel(), memory)
+    warn(f"--readout model runs every merge through all later layers: {cost.operations:.1e} operations, about "
+         f"{timedelta(seconds=round(cost.seconds))} on this machine, {cost.memory / 1e9:.1f} GB of memory")
+    if cost.memory > available_memory(model.device):
+        raise InputError(f"--readout model needs {cost.memory / 1e9:.1f} GB of memory, "
+                         f"{available_memory(model.device) / 1e9:.1f} GB are free; use --readout lens")
+
+
 def available_memory(device: torch.device) -> int:
     """Free bytes of the device that the model lives on."""
     if device.type == "cuda":
@@ -767,288 +1057,7 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fold_file(model: Model, plans: list[dict]) -> bytes:
-    """What `--router fold` needs beside the survivors (paper section 4.1: p'_j = sum of p_i over pi(i) = j)."""
-    tensors = {}
-    for plan in plans:
-        router = f"{plan['name']}.mlp.gate.weight"
-        dropped = sorted(map(int, plan["redirect"]))
-        slots = [plan["survivors"].index(plan["redirect"][str(i)]) for i in dropped]
-        tensors[f"{plan['name']}.dropped_rows"] = model.checkpoint.load(router)[dropped]
-        tensors[f"{plan['name']}.slots"] = torch.tensor(slots, dtype=torch.int64)
-    return safetensors.torch.save(tensors)
-
-
-def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None = None, *, calib: Sequence[Path] = (),
-             tokens: int = TOKENS, seq_len: int = SEQ_LEN, settings: Settings = Settings(), plan_only: bool = False,
-             total_rate: float | None = None, nm: tuple[int, int] | None = None, refit_tokens: int = 0,
-             cache: Path | None = None, memory: int = MEMORY, dtype: torch.dtype = torch.float32, device: str = "cpu",
-             say: Callable[[str], None] = print) -> Path:
-    """Plans the checkpoint at `path` and writes it with `keep` experts a layer to `out`.
-
-    Parameters are those of the command line (README). `out` defaults to `path`-keep`keep` beside it; without a
-    `cache` folder no barriers are kept.
-
-    Returns the output folder. Raises InputError where something given is wrong; then no output is written.
-    """
-    model = Model(path, dtype, device)
-    cfg, sparse = model.config, sparse_layers(model)
-    check_keep(model, keep, "--keep")
-    source = Path(os.path.abspath(path))
-    out = check_out(model, Path(out) if out else source.with_name(f"{source.name}-keep{keep}"))
-    wanda, mask = wanda_settings(model, keep, total_rate, nm)
-    ids = calibration_ids(model, list(calib), tokens, seq_len, settings.seed)
-    layers, norms, barriers = [], {}, settings.method not in NO_BARRIERS
-    for index, signals in (measure_model(model, ids, settings, sparse, cache, memory) if barriers
-                           else measure_saliency(model, ids)):
-        if barriers and not layers:
-            say(LAYER_HEAD)
-        name = model.layer_names[index]
-        norms[name] = signals
-        plan = plan_from_signals(signals, keep, settings, index)
-        if not barriers:
-            rows = model.checkpoint.load(f"{name}.mlp.gate.weight")
-            plan["redirect"] = {str(i): j for i, j in mathx.nearest_rows(rows, plan["survivors"]).items()}
-        layers.append({"layer": index, "name": name} | plan)
-        say(layer_line(layers[-1]))
-    if settings.vocab_sample:
-        say(audit_line([layer["audit"] for layer in layers if "audit" in layer], settings.vocab_sample))
-    plan = {
-        "schema_version": SCHEMA_VERSION,
-        "hodgecover_version": __version__,
-        "layers": layers,
-        "settings": {"keep": keep} | dataclasses.asdict(settings) | {
-            "dtype": str(dtype).removeprefix("torch."), "tokens": ids.numel(), "seq_len": seq_len,
-            "calibration": [Path(file).name for file in calib] or "python documentation",
-            "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | wanda,
-        "source": {"name": source.name, "model_type": cfg.model_type, "num_experts": cfg.num_experts,
-                   "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
-    }
-    if wanda:
-        say(f"with Wanda, {wanda['wanda']['total_rate']:.2%} of all experts' parameters are gone")
-    edits = wanda_edits(model, norms, mask) if mask else {}
-    if not refit_tokens:
-        export(model, plan, out, plan_only, edits)
-        return out
-    ids = calibration_ids(model, list(calib), refit_tokens, seq_len, settings.seed)
-    with model_io.new_folder(out) as folder:
-        export(model, plan, folder, edits=edits)
-        survivors = json.dumps([wanda, *(layer["survivors"] for layer in layers)])
-        key = cache_key(model, ids, Settings()) | {"ridge": str(RIDGE), "survivors": survivors} if cache else {}
-        found = []
-        for error in refit(model, Model(folder, dtype, device), ids, RIDGE, SWEEPS, bool(wanda), cache, key):
-            say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
-            found.append(error)
-        plan["refit"] = {"tokens": ids.numel(), "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
-        (folder / model_io.PLAN).write_bytes(as_json(plan))
-    return out
-
-
-# ------------------------------------------------------------------------- closed-form recovery (ours, `--refit`)
-
-
-def refit(source: Model, output: Model, ids: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS,
-          fixed_zeros: bool = False, cache: Path | None = None, key: dict[str, str] = {}) -> Iterator[dict]:
-    """Refits the down projections of a compressed checkpoint's experts, in its files, layer by layer: the output stream
-    of each layer comes as near to the source's as those can bring it by ridge regression (`mathx.block_ridge`), at the
-    compressed model's own inputs, all layers before it refitted.
-
-    Parameters
-    ----------
-    source, output : models with the same layers; the output's number and choice of experts, their weights and its
-        router are free
-    ids : (B, L), both models' calibration text
-    ridge, sweeps, fixed_zeros : of `mathx.block_ridge`; zeros are those that Wanda made
-    cache, key : folder of refitted layers, and all that they depend on
-
-    Yields for each layer its name and its error |y_source - y| / |y_source| `before` and `after`.
-    """
-    streams = source.stream(ids), output.stream(ids)
-    for name in output.layer_names:
-        of_source, step = (next(stream) for stream in streams)
-        if step.gates is not None:
-            target = of_source.y.to(model_io.widened(step.y.dtype))
-            del of_source
-            before, experts = target - step.y, step.layer.experts
-            found = read_entry(cache, f"refit-{name}", key, ["down"]) if cache else None
-            if found:
-                down = found["down"].to(step.y.device)
-            else:
-                down = refit_layer(step, before.clone(), ridge, sweeps, fixed_zeros)
-                if cache:
-                    make_cache(cache)
-                    write_entry(cache, f"refit-{name}", {"down": down}, key)
-            store_down(output, name, down)
-            change = down.to(step.x) - experts.down.to(step.x)
-            step.y.add_(model_io.mix_experts(experts._replace(down=change), step.x, step.gates))
-            yield {"name": name, "before": (before.norm() / target.norm()).item(),
-                   "after": ((target - step.y).norm() / target.norm()).item()}
-        of_source = step = None  # before the next layer is read
-
-
-def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float, sweeps: int, fixed_zeros: bool
-                ) -> torch.Tensor:
-    """The down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now, in
-    their dtype; the gates and the hidden activations are the layer's own."""
-    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
-        t = step.gates[:, e].nonzero().squeeze(1)
-        return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
-    down = step.layer.experts.down
-    return mathx.block_ridge(features, down, residual, ridge, sweeps, fixed_zeros).to(down)
-
-
-def store_down(output: Model, layer: str, down: torch.Tensor) -> None:
-    """Writes a layer's down projections (n, d, f) over those in the checkpoint's files."""
-    fused = f"{layer}.mlp.experts.down_proj"
-    for e, weight in enumerate(down):
-        if fused in output.checkpoint.tensors:
-            output.checkpoint.overwrite(fused, weight, e)
-        else:
-            output.checkpoint.overwrite(f"{layer}.mlp.experts.{e}.down_proj.weight", weight)
-
-
-# ------------------------------------------------------------------- Wanda on the survivors (design 2.14, section 5)
-
-
-def wanda_parameters(model: Model) -> dict[str, tuple[int, int, bool]]:
-    """(rows, columns, whether of a routed expert) of each weight matrix of routed and shared experts, fused ones
-    counted as n matrices of their rows."""
-    name = re.compile(r".+\.mlp\.(?:(experts)|shared_expert)\..*(?:gate|up|gate_up|down)_proj(?:\.weight)?")
-    found = {key: (name.fullmatch(key), info.shape) for key, info in model.checkpoint.tensors.items()}
-    return {key: (math.prod(shape[:-1]), shape[-1], bool(match[1])) for key, (match, shape) in found.items() if match}
-
-
-def wanda_settings(model: Model, keep: int, total_rate: float | None, nm: tuple[int, int] | None
-                   ) -> tuple[dict, Callable | None]:
-    """(what the plan records, mask(weight, norms) or None where no weight is pruned).
-
-    For a total rate R of the parameters of routed and shared experts, Wanda prunes those that stay at the rate
-    1 - (1 - R) P_before / P_after. Raises InputError for a rate or a group that the matrices do not admit.
-    """
-    if total_rate is None and nm is None:
-        return {}, None
-    share = keep / model.config.num_experts
-    matrices = [(rows * (share if routed else 1), columns, rows * columns)
-                for rows, columns, routed in wanda_parameters(model).values()]
-    before, after = sum(count for *_, count in matrices), sum(rows * columns for rows, columns, _ in matrices)
-    if nm:
-        kept, group = nm
-        if not 0 < kept < group or any(columns % group for _, columns, _ in matrices):
-            raise InputError(f"--nm {kept}:{group}: N must be below M, and M divide the width of every expert's "
-                             "matrices")
-        said, mask = {"nm": f"{kept}:{group}"}, partial(mathx.wanda_mask_nm, kept=kept, group=group)
-        left = sum(rows * columns * kept / group for rows, columns, _ in matrices)
-    else:
-        rate = 1 - (1 - total_rate) * before / after
-        if rate < 0:
-            raise InputError(f"--total-rate {total_rate}: dropping to {keep} experts takes {1 - after / before:.4f} "
-                             "already; it must be at least that")
-        said, mask = {"rate": rate}, partial(mathx.wanda_mask, rate=rate)
-        left = sum(rows * (columns - round(rate * columns)) for rows, columns, _ in matrices)
-    return {"wanda": said | {"total_rate": 1 - left / before}}, mask
-
-
-def wanda_edits(model: Model, norms: dict[str, Signals], mask: Callable) -> dict[str, model_io.Edit]:
-    """What the export does to each matrix of routed and shared experts: entries outside mask(weight, norms) become 0.
-
-    norms: by layer name.
-    """
-    def edit(weight: torch.Tensor, row: int, table: torch.Tensor, expert: int | None) -> torch.Tensor:
-        of = table if table.dim() == 1 else table[row if expert is None else expert]
-        return weight.masked_fill(~mask(weight, of), 0)
-    edits = {}
-    for name in wanda_parameters(model):
-        layer, expert, shared = re.fullmatch(r"(.+)\.mlp\.(?:experts\.(?:(\d+)\.)?|(shared)_expert\.).+", name).groups()
-        kind = ("shared_" if shared else "") + ("hidden" if "down_proj" in name else "inputs")
-        if layer in norms:
-            edits[name] = partial(edit, table=getattr(norms[layer], kind), expert=expert and int(expert))
-    return edits
-
-
-def check_keep(model: Model, keep: int, where: str) -> None:
-    """Raises InputError where K is no number of experts that every layer can keep."""
-    cfg = model.config
-    if not cfg.top_k <= keep <= cfg.num_experts:
-        raise InputError(f"{where} {keep}: the model has {cfg.num_experts} experts and routes each token to "
-                         f"{cfg.top_k}; K must be from {cfg.top_k} to {cfg.num_experts}")
-
-
-def refuse_inside(model: Model, path: Path, option: str) -> None:
-    """Raises InputError for a path in the checkpoint's folder."""
-    if model.checkpoint.path.resolve() in (path.resolve(), *path.resolve().parents):
-        raise InputError(f"{path}: lies in the checkpoint, which is never written to; name another with {option}")
-
-
-def check_out(model: Model, out: Path) -> Path:
-    """The output folder. Raises InputError where it lies in the checkpoint or cannot become a new folder."""
-    refuse_inside(model, out, "--out")
-    model_io.check_new(out)
-    return out
-
-
-def as_json(plan: dict) -> bytes:
-    """The content of hodgecover.json."""
-    return (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()
-
-
-def export(model: Model, plan: dict, out: Path, plan_only: bool = False, edits: dict[str, model_io.Edit] = {}) -> None:
-    """Writes the checkpoint that a plan says, and the plan, to the folder `out`, with `edits` to the weights of
-    survivors; or the plan alone."""
-    files = {model_io.PLAN: as_json(plan)}
-    if plan_only:
-        with model_io.new_folder(out) as folder:
-            (folder / model_io.PLAN).write_bytes(files[model_io.PLAN])
-        return
-    if plan["settings"]["router"] == "fold":
-        files[model_io.FOLD] = fold_file(model, plan["layers"])
-    survivors = {layer["name"]: layer["survivors"] for layer in plan["layers"]}
-    model_io.write_checkpoint(model.checkpoint, out, survivors, files, edits)
-
-
-def read_plan(model: Model, path: Path) -> dict:
-    """The plan in a hodgecover.json, which may have been edited by hand. Raises InputError where it is not a plan
-    for this checkpoint: another fingerprint, or survivors that the export cannot take."""
-    plan, n = model_io.read_json(path), model.config.num_experts
-    names = [model.layer_names[i] for i in sparse_layers(model)]
-    try:
-        if plan["source"]["fingerprint"] != model.checkpoint.fingerprint():
-            raise InputError(f"{path}: made for {plan['source']['name']}, of other weights or another config.json than "
-                             f"{model.checkpoint.path}")
-        if [layer["name"] for layer in plan["layers"]] != names:
-            raise InputError(f"{path}: its layers must be {', '.join(names)}")
-        if "wanda" in plan["settings"]:
-            raise InputError(f"{path}: made with Wanda, whose activation norms it does not hold; run the command anew")
-        if plan["settings"]["router"] not in CHOICES["router"]:
-            raise InputError(f"{path}: router must be drop or fold")
-        fold = plan["settings"]["router"] == "fold"
-        keep = len(plan["layers"][0]["survivors"])
-        check_keep(model, keep, f"{path}: survivors:")
-        for layer in plan["layers"]:
-            kept, redirect = layer["survivors"], layer["redirect"]
-            if len(kept) != keep or any(type(e) is not int for e in kept) or kept != sorted({*kept} & {*range(n)}):
-                raise InputError(f"{path}: survivors of {layer['name']} must be {keep} ascending numbers below {n}")
-            dropped = {str(e) for e in range(n)} - {str(e) for e in kept}
-            if fold and (redirect.keys() != dropped or not {*redirect.values()} <= {*kept}):
-                raise InputError(f"{path}: redirect of {layer['name']} must send each dropped expert to a survivor")
-    except (KeyError, TypeError, AttributeError, IndexError) as err:
-        raise InputError(f"{path}: not a plan that hodgecover.py wrote ({type(err).__name__}: {err})") from None
-    return plan
-
-
-def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, float, float]:
-    """Perplexities of source and output on ids (B, L), and the mean KL(source || output) in nats a position."""
-    heads = source.unembedding(), output.unembedding()
-    loss, kl = [0.0, 0.0], 0.0
-    for u, v, tokens in zip(source.hidden(ids), output.hidden(ids), ids.to(source.device)):
-        log_p, log_q = ((h @ head.T).double().log_softmax(-1) for h, head in zip((u, v), heads))
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        for i, log in enumerate((log_p, log_q)):
-            loss[i] -= log[:-1].gather(1, tokens[1:, None]).sum().item()
-    predicted = ids[:, 1:].numel()
-    return math.exp(loss[0] / predicted), math.exp(loss[1] / predicted), kl / ids.numel()
-
-
-# ------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 LAYER_HEAD = (
@@ -1078,11 +1087,6 @@ def audit_line(audits: list[dict], outcomes: int) -> str:
             f"rank correlation {min((audit['rank_correlation'] for audit in audits), default=1):.4f} at least")
 
 
-def clock(seconds: float) -> str:
-    """h:mm:ss"""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"hodgecover: {message}", file=sys.stderr, flush=True)
@@ -1105,7 +1109,8 @@ def progress_bar() -> Callable[[float | None], None]:
             if terminal:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         elif done > origin and now - shown >= (0.5 if terminal else 30):
-            left = f"{done:4.0%} done, {clock((now - started) * (1 - done) / (done - origin))} left"
+            left = timedelta(seconds=round((now - started) * (1 - done) / (done - origin)))
+            left = f"{done:4.0%} done, {left} left"
             print(f"\r{left}" if terminal else left, end="" if terminal else "\n", file=sys.stderr, flush=True)
             shown = now
     return bar
@@ -1253,8 +1258,8 @@ def say_cost(model: Model, args: argparse.Namespace, settings: Settings) -> None
         kept = model_io.surviving_tensors(model.checkpoint, survivors)
         output = f", {sum(copy.nbytes() for copy in kept.values()) / 1e9:.1f} GB of output"
     print(f"barriers of {len(sparse_layers(model))} layers, {str(model.dtype).removeprefix('torch.')}: "
-          f"{cost.operations:.1e} operations, about {clock(cost.seconds)} on this machine, where a short sweep does "
-          f"{cost.operations / cost.seconds:.1e} a second\n"
+          f"{cost.operations:.1e} operations, about {timedelta(seconds=round(cost.seconds))} on this machine, where a "
+          f"short sweep does {cost.operations / cost.seconds:.1e} a second\n"
           f"reading: {weight_bytes(model) / 1e9:.1f} GB, which comes on top\n"
           f"memory: {cost.memory / 1e9:.1f} GB\n"
           f"disk: {cost.disk / 1e6:.1f} MB of cache{output}")

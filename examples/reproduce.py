@@ -15,6 +15,7 @@ rates that it achieved: whole entries of the tiny checkpoint's short rows do not
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -85,11 +86,13 @@ def pruned(source: model_io.Model, output: Output, rate: float, keep: int) -> Ou
     return output._replace(edits=output.edits | {name: partial(both, name=name) for name in wanda})
 
 
-def score(source: model_io.Model, text: torch.Tensor, output: Output) -> tuple[float, float]:
-    """(perplexity, KL) of the written checkpoint on text (B, L)."""
+def score(source: model_io.Model, text: torch.Tensor, output: Output,
+          finish: Callable[[model_io.Model], object] = lambda model: None) -> tuple[float, float]:
+    """(perplexity, KL) on text (B, L) of the checkpoint, written and then changed by `finish`."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         model_io.write_checkpoint(source.checkpoint, out, output.survivors, output.files, output.edits)
+        finish(model_io.Model(out, router=output.router))
         return evaluate(source, model_io.Model(out, router=output.router), text)[1:]
 
 
@@ -129,13 +132,18 @@ def evenly(text: torch.Tensor, tokens: int) -> torch.Tensor:
     return text[torch.linspace(0, len(text) - 1, min(len(text), tokens // text.shape[1])).long()]
 
 
-def compare_methods(source: model_io.Model, samples: list[torch.Tensor], tokens: int) -> None:
-    """The tables of methods and of hybrids, on held-out text."""
+def held_out(source: model_io.Model, tokens: int) -> torch.Tensor:
+    """The text that the methods are compared on, (B, L)."""
     text = evenly(model_io.sequences(source.encode(model_io.python_documentation("held-out")), 512), tokens)
     print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} held-out tokens", flush=True)
-    sparse = sparse_layers(source)
+    return text
+
+
+def compressors(source: model_io.Model, samples: list[torch.Tensor]) -> Callable[[str, int, int], Output]:
+    """Measures the samples once; (label of a line, sample, experts kept) -> what the checkpoint is written from."""
     layers = [{source.layer_names[index]: signals for index, signals in
-               measure_model(source, ids, Settings(seed=seed), sparse)} for seed, ids in enumerate(samples)]
+               measure_model(source, ids, Settings(seed=seed), sparse_layers(source))}
+              for seed, ids in enumerate(samples)]
     facts = [{step.name: baselines.layer_facts(step) for step in source.stream(ids)} for ids in samples]
 
     def output(label: str, seed: int, keep: int) -> Output:
@@ -143,7 +151,12 @@ def compare_methods(source: model_io.Model, samples: list[torch.Tensor], tokens:
         if name in METHODS:
             return planned(source, layers[seed], Settings(method=name, seed=seed, router=how or "drop"), keep)
         return merged(source, layers[seed], facts[seed], name, bool(how), keep)
+    return output
 
+
+def compare_methods(source: model_io.Model, samples: list[torch.Tensor], tokens: int) -> None:
+    """The tables of methods and of hybrids, on held-out text."""
+    text, output = held_out(source, tokens), compressors(source, samples)
     labels = ["hodgecover", *(name for name in METHODS if name != "hodgecover"), "hodgecover, fold",
               *baselines.METHODS, *(f"{name}, in all slots" for name in baselines.METHODS if name != "stun")]
     found, columns = {}, list(KEPT.values())

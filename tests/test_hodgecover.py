@@ -541,7 +541,7 @@ def test_lines_for_people(tiny, tmp_path, capsys):
     assert settings["calibration"] == ["eval.txt"] and str(tmp_path) not in (out / "hodgecover.json").read_text()
 
 
-def test_a_layers_line_and_the_clock():
+def test_a_layers_line():
     plan = {"layer": 3, "eta": {"gradient": 0.5, "curl": 0.1, "harmonic": 0.4},
             "eta_constant": {"gradient": 0.6, "curl": 0.15, "harmonic": 0.25},
             "additive": {"energy": 0.99, "variance": 0.9}, "betti_1": 1453, "triangles": 500, "discordance": 0.75,
@@ -549,7 +549,6 @@ def test_a_layers_line_and_the_clock():
     assert hodgecover.layer_line(plan).split() == [
         "3", "0.500", "(0.600)", "0.100", "(0.150)", "0.400", "(0.250)", "1.00%", "10.00%", "1453", "500", "75.0%",
         "20", "18", "50.0%"]
-    assert hodgecover.clock(3661) == "1:01:01"
 
 
 def test_progress_tells_the_time_left(monkeypatch, capsys):

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""What `--refit` brings on examples/tiny-olmoe, over several calibration samples.
+
+    python examples/refit_study.py             every method and baseline refitted, alone and with Wanda
+    python examples/refit_study.py --curves    HodgeCover's survivors: tokens, ridge, sweeps, other text, other fits
+    python examples/refit_study.py --samples 2 --tokens 1024    a first look
+
+Tables as `reproduce.py` prints them: held-out perplexity and KL from the source, mean +- standard deviation over the
+samples, and differences sample by sample. A sample is a seed: of the 2,048 tokens that choose the survivors and of the
+text that they are refitted on.
+
+The other fits change the survivors otherwise, by the same regression on the same residual:
+    scale              one factor for each expert's output
+    r directions       a down projection's change reads only the r directions of its inputs of largest energy
+    router rows        one Gauss-Newton step on the router's logits of the tokens as they are routed
+"""
+import argparse
+import ast
+import sys
+import sysconfig
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import mathx  # noqa: E402
+import merging_baselines as baselines  # noqa: E402
+import model_io  # noqa: E402
+import reproduce  # noqa: E402
+from hodgecover import METHODS, RIDGE, SWEEPS, calibration_ids, refit, refit_layer  # noqa: E402
+
+TOKENS = 16384  # to refit on, but where a line says otherwise
+KEPT = {32: "50%", 22: "66%"}  # of the curves
+Finish = Callable[[model_io.Model], object]
+
+
+def finisher(source: model_io.Model, ids: torch.Tensor, *first: Callable, **options) -> Finish:
+    """A refit of a written checkpoint on ids, after what comes first."""
+    def finish(output: model_io.Model) -> None:
+        for change in first:
+            change(source, output, ids)
+        for _ in refit(source, output, ids, **options):
+            pass
+    return finish
+
+
+def experts_as_stored(step: model_io.LayerPass, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens routed to e (R,), their gates (R, 1), its hidden activations (R, f))."""
+    t = step.gates[:, e].nonzero().squeeze(1)
+    return t, step.gates[t, e, None], step.layer.experts.hidden(e, step.x[t])
+
+
+def fit_scale(step: model_io.LayerPass, residual: torch.Tensor) -> torch.Tensor:
+    """The down projections (n, d, f), each times the factor that fits the residual (T, d) best."""
+    down, width = step.layer.experts.down.to(step.x), residual.shape[1]
+
+    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        t, g, hidden = experts_as_stored(step, e)
+        return (t[:, None] * width + torch.arange(width)).flatten(), (g * (hidden @ down[e].T)).reshape(-1, 1)
+    factor = mathx.block_ridge(features, torch.ones(len(down), 1, 1), residual.view(-1, 1), 0.0, 20)
+    return (down * factor).to(step.layer.experts.down)
+
+
+def fit_directions(step: model_io.LayerPass, residual: torch.Tensor, count: int) -> torch.Tensor:
+    """The down projections (n, d, f), changed on the `count` directions of largest energy of what each reads."""
+    down, basis = step.layer.experts.down.to(step.x), []
+    for e in range(len(down)):
+        _, g, hidden = experts_as_stored(step, e)
+        basis.append(torch.linalg.eigh((g * hidden).T @ (g * hidden)).eigenvectors[:, -count:])  # (f, count)
+
+    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        t, g, hidden = experts_as_stored(step, e)
+        return t, g * hidden @ basis[e]
+    change = mathx.block_ridge(features, down.new_zeros(*down.shape[:2], count), residual, RIDGE, SWEEPS)
+    return (down + change @ torch.stack(basis).transpose(1, 2)).to(step.layer.experts.down)
+
+
+def fit_routers(source: model_io.Model, output: model_io.Model, ids: torch.Tensor) -> None:
+    """Changes the router rows of a written checkpoint, layer by layer, by one Gauss-Newton step in which the choice of
+    experts stands still: at a token routed to e, d output / d logit_e = g_e (E_e(x) - sum_i g_i E_i(x)), for gates
+    that are not normalised over the top-k."""
+    assert not output.config.norm_topk_prob
+    for of_source, step in zip(source.stream(ids), output.stream(ids)):
+        experts, router = step.layer.experts, step.layer.router.clone()
+        residual = (of_source.y - step.y).double()
+        mix = model_io.mix_experts(experts, step.x, step.gates)
+        for _ in range(SWEEPS):
+            for e in range(len(router)):
+                t, g, hidden = experts_as_stored(step, e)
+                x, slope = step.x[t].double(), (g * (hidden @ experts.down[e].to(hidden).T - mix[t])).double()
+                gram = (x * slope.square().sum(1, keepdim=True)).T @ x
+                weight = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+                moved = (router[e] - step.layer.router[e]).double()
+                wanted = x.T @ (slope * residual[t]).sum(1) - weight @ moved
+                change = mathx.solve_spd(gram + weight, wanted[:, None]).squeeze(1)
+                router[e] += change.to(router)
+                residual[t] -= slope * (x @ change)[:, None]
+        output.checkpoint.overwrite(f"{step.name}.mlp.gate.weight", router)
+        step.layer.router.copy_(router)
+        step.y.add_(model_io.mix_experts(experts, step.x, model_io.route(step.x, step.layer, output.config)) - mix)
+
+
+def source_code() -> list[str]:
+    """The standard library's own code without the docstrings, comments and strings of its documentation."""
+    found = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                documented = ast.get_docstring(node) is not None
+                node.body = node.body[documented:] or [ast.Pass()]
+        found.append(ast.unparse(tree))
+    return found
+
+
+def licences() -> list[str]:
+    """The licence texts of the packages that lie beside Python's own."""
+    folders = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "/usr/share/common-licenses")
+    files = {path.resolve() for folder in folders for path in Path(folder).rglob("*")
+             if path.name.upper().startswith(("LICEN", "GPL", "LGPL", "GFDL", "MPL", "APACHE", "ARTISTIC", "COPYING"))}
+    texts = {path.read_text("utf-8", errors="ignore") for path in files if path.is_file() and path.suffix != ".py"}
+    return sorted(texts)
+
+
+def compare_methods(source: model_io.Model, samples: list[torch.Tensor], text: torch.Tensor) -> None:
+    """The tables of methods and hybrids, refitted."""
+    output = reproduce.compressors(source, samples)
+    ids = [calibration_ids(source, [], TOKENS, 512, seed) for seed in range(len(samples))]
+    columns, found = list(reproduce.KEPT.values()), {}
+    reproduce.head(f"experts dropped, refitted on {TOKENS:,} tokens", columns)
+    for label in ("hodgecover", *(name for name in METHODS if name != "hodgecover"), *baselines.METHODS):
+        found[label] = {keep: [reproduce.score(source, text, output(label, seed, keep), finisher(source, ids[seed]))
+                               for seed in range(len(samples))] for keep in reproduce.KEPT}
+        reproduce.row(label, found[label])
+    reproduce.differences(found, columns)
+    columns, found = [f"{rate:.0%}" for rate in reproduce.HYBRIDS], {}
+    reproduce.head(f"parameters of the experts gone with Wanda, refitted on {TOKENS:,} tokens", columns)
+    for label in ("hodgecover", "reap", "random", "Wanda alone"):
+        found[label] = {}
+        for rate, keep in reproduce.HYBRIDS.items():
+            keep = source.config.num_experts if label == "Wanda alone" else keep
+            name = "reap" if label == "Wanda alone" else label
+            found[label][rate] = [
+                reproduce.score(source, text, reproduce.pruned(source, output(name, seed, keep), rate, keep),
+                                finisher(source, ids[seed], fit=partial(refit_layer, fixed_zeros=True)))
+                for seed in range(len(samples))]
+        reproduce.row(label, found[label])
+    reproduce.differences(found, columns)
+
+
+def draw_curves(source: model_io.Model, samples: list[torch.Tensor], text: torch.Tensor) -> None:
+    """The table of tokens, ridge, sweeps, other text and other fits, of HodgeCover's survivors."""
+    output = reproduce.compressors(source, samples)
+    texts = {"documentation": model_io.python_documentation("calibration"), "source code": source_code(),
+             "licences": licences(), "with training text": model_io.python_documentation("train")}
+    texts["with training text"] += texts["documentation"]
+    encoded = {name: source.encode(documents) for name, documents in texts.items()}
+
+    def table(title: str, lines: dict[str, Callable[[int], Finish]]) -> None:
+        reproduce.head(title, list(KEPT.values()))
+        for label, finish in lines.items():
+            reproduce.row(label, {keep: [reproduce.score(source, text, output("hodgecover", seed, keep), finish(seed))
+                                         for seed in range(len(samples))] for keep in KEPT})
+
+    def on(text: str, tokens: int, *first: Callable, **options) -> Callable[[int], Finish]:
+        return lambda seed: finisher(source, model_io.sequences(encoded[text], 512, tokens // 512, seed), *first,
+                                     **options)
+    here = partial(on, "documentation", TOKENS)
+    table("tokens", {"not refitted": lambda seed: lambda model: None} | {
+        f"{tokens:,}": on("documentation", tokens) for tokens in (2048, 4096, 8192, 16384, 32768, 65536)} | {
+        f"{tokens:,}, with training text": on("with training text", tokens) for tokens in (65536, 131072)})
+    table("ridge, tokens", {f"{ridge}, {tokens:,}": on("documentation", tokens, fit=partial(refit_layer, ridge=ridge))
+                            for tokens in (2048, 16384, 65536) for ridge in (0.01, 0.03, 0.1, 0.3, 1.0)})
+    table("sweeps", {str(sweeps): here(fit=partial(refit_layer, sweeps=sweeps)) for sweeps in (1, 2, 3, 10)})
+    table("text", {text: on(text, TOKENS) for text in ("documentation", "source code", "licences")})
+    table("fit", {
+        "down projections": here(), "scale": here(fit=fit_scale),
+        "2 directions": here(fit=partial(fit_directions, count=2)),
+        "4 directions": here(fit=partial(fit_directions, count=4)),
+        "8 directions": here(fit=partial(fit_directions, count=8)),
+        "router rows": here(fit_routers, fit=lambda step, residual: step.layer.experts.down),
+        "router rows, then down projections": here(fit_routers)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", action="store_true", help="what the refit depends on, rather than methods")
+    parser.add_argument("--samples", type=int, choices=range(1, 11), default=5, help="calibration samples, 1 to 10 [5]")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the text to evaluate on, 512 or more [16384]")
+    args = parser.parse_args()
+    if args.tokens < 512:
+        parser.error(f"--tokens {args.tokens}: must be at least one sequence of 512")
+    source = model_io.Model(HERE / "tiny-olmoe")
+    samples = [calibration_ids(source, [], 2048, 512, seed) for seed in range(args.samples)]
+    (draw_curves if args.curves else compare_methods)(source, samples, reproduce.held_out(source, args.tokens))
+
+
+if __name__ == "__main__":
+    main()
