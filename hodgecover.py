@@ -44,7 +44,8 @@ TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 MEMORY = 10**9  # bytes that the barrier sweep may take beside the layer's weights and the head
 CACHE_BYTES = 1 << 21  # what its innermost step works on: a block of logits that a processor's cache holds
 BASE_MEMORY = 4e8  # of a process that has imported torch
-RIDGE, SWEEPS = 0.1, 3  # of the refit
+RIDGE, SWEEPS = 0.3, 3  # of the refit
+PIECE = 4096  # rows of its activations that it takes at a time
 
 Tick = Callable[[float], None]  # told the share of the work that is done
 Readout = Callable[..., torch.Tensor]  # (experts, x, gates, y, simplices, tick=...) -> barriers (M,)
@@ -753,21 +754,46 @@ def wanda_edits(model: Model, norms: dict[str, Signals], mask: Callable) -> dict
 # ------------------------------------------------------------------------------- closed-form recovery (ours, `--refit`)
 
 
+def add_outputs(stream: torch.Tensor, step: LayerPass, down: torch.Tensor) -> None:
+    """Adds to a stream (T, d) what the layer's experts give through other down projections (n, d, f)."""
+    experts = step.layer.experts._replace(down=down.to(step.x))
+    for rows in torch.arange(len(stream), device=stream.device).split(PIECE):
+        stream[rows] += model_io.mix_experts(experts, step.x[rows], step.gates[rows]).to(stream)
+
+
+def fit_scale(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
+    """The factors (n,) float64 of the experts' outputs that best give the residual (T, d) besides what they give now,
+    by least squares."""
+    n, d = step.gates.shape[1], residual.shape[1]
+    gram, wanted = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for t in torch.arange(len(residual), device=residual.device).split(PIECE // 8):
+        outputs = residual.new_zeros(n, len(t), d)
+        for e in range(n):
+            hit = step.gates[t, e].nonzero().squeeze(1)
+            outputs[e, hit] = (step.gates[t[hit], e, None] * step.layer.experts(e, step.x[t[hit]])).to(residual)
+        gram += (outputs.flatten(1) @ outputs.flatten(1).T).double().cpu()
+        wanted += (outputs.flatten(1) @ residual[t].flatten()).double().cpu()
+    return 1 + torch.linalg.pinv(gram, hermitian=True) @ wanted
+
+
 def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS,
                 fixed_zeros: bool = False) -> torch.Tensor:
     """The down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now, in
-    their dtype (`mathx.block_ridge`); the gates and the hidden activations are the layer's own. The residual is
-    changed in place."""
-    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
-        t = step.gates[:, e].nonzero().squeeze(1)
-        return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
-    down = step.layer.experts.down
-    return mathx.block_ridge(features, down, residual, ridge, sweeps, fixed_zeros).to(down)
+    their dtype: a factor for each expert, then ridge regression about that (`mathx.block_ridge`). The gates and the
+    hidden activations are the layer's own. The residual is changed in place."""
+    experts = step.layer.experts
+    down, factor = experts.down.to(residual), fit_scale(step, residual).to(residual)[:, None, None]
+    add_outputs(residual, step, down * (1 - factor))
+
+    def features(e: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        routed = step.gates[:, e].nonzero().squeeze(1)
+        return [(t, step.gates[t, e, None] * experts.hidden(e, step.x[t])) for t in routed.split(PIECE)]
+    return mathx.block_ridge(features, down * factor, residual, ridge, sweeps, fixed_zeros).to(experts.down)
 
 
 def refit(source: Model, output: Model, ids: torch.Tensor,
           fit: Callable[[LayerPass, torch.Tensor], torch.Tensor] = refit_layer, cache: Path | None = None,
-          key: dict[str, str] = {}) -> Iterator[dict]:
+          key: dict[str, str] = {}, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[dict]:
     """Refits the down projections of a compressed checkpoint's experts, in its files, layer by layer: the output stream
     of each layer comes as near to the source's as those can bring it by ridge regression, at the compressed model's
     own inputs, all layers before it refitted.
@@ -779,40 +805,33 @@ def refit(source: Model, output: Model, ids: torch.Tensor,
     ids : (B, L), both models' calibration text
     fit : (layer pass of the output, what its stream lacks (T, d)) -> down projections (n, d, f)
     cache, key : folder of refitted layers, and all that they depend on
+    empty : makes the four tensors (T, d) that are held at once (`model_io.scratch`)
 
     Yields for each layer its name and its error |y_source - y| / |y_source| `before` and `after`.
     """
-    streams = source.stream(ids), output.stream(ids)
+    def length(rows: torch.Tensor) -> float:
+        return math.sqrt(sum(part.double().square().sum().item() for part in rows.split(PIECE)))
+    streams = source.stream(ids, empty), output.stream(ids, empty)
     for name in output.layer_names:
-        of_source, step = (next(stream) for stream in streams)
+        target, step = next(streams[0]).y, next(streams[1])
         if step.gates is not None:
-            target = of_source.y.to(model_io.widened(step.y.dtype))
-            del of_source
-            before, experts = target - step.y, step.layer.experts
+            residual = empty(*target.shape, dtype=model_io.widened(target.dtype), device=target.device)
+            residual.copy_(target).sub_(step.y)
+            before, old = length(residual), step.layer.experts.down
             found = read_entry(cache, f"refit-{name}", key, ["down"]) if cache else None
             if found:
                 down = found["down"].to(step.y.device)
             else:
-                down = fit(step, before.clone())
+                down = fit(step, residual)
                 if cache:
                     make_cache(cache)
                     write_entry(cache, f"refit-{name}", {"down": down}, key)
-            store_down(output, name, down)
-            change = down.to(step.x) - experts.down.to(step.x)
-            step.y.add_(model_io.mix_experts(experts._replace(down=change), step.x, step.gates))
-            yield {"name": name, "before": (before.norm() / target.norm()).item(),
-                   "after": ((target - step.y).norm() / target.norm()).item()}
-        of_source = step = None  # before the next layer is read
-
-
-def store_down(output: Model, layer: str, down: torch.Tensor) -> None:
-    """Writes a layer's down projections (n, d, f) over those in the checkpoint's files."""
-    fused = f"{layer}.mlp.experts.down_proj"
-    for e, weight in enumerate(down):
-        if fused in output.checkpoint.tensors:
-            output.checkpoint.overwrite(fused, weight, e)
-        else:
-            output.checkpoint.overwrite(f"{layer}.mlp.experts.{e}.down_proj.weight", weight)
+            output.store_down(name, down)
+            add_outputs(step.y, step, down.to(step.x) - old.to(step.x))
+            residual.copy_(target).sub_(step.y)
+            yield {"name": name, "before": before / length(target), "after": length(residual) / length(target)}
+            del residual, old
+        target = step = None  # before the next layer is read
 
 
 # -------------------------------------------------------------------------------------------- the compressed checkpoint
@@ -944,7 +963,9 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
         key = cache_key(model, ids, Settings()) | {"ridge": str(RIDGE), "survivors": survivors} if cache else {}
         found = []
         fit = partial(refit_layer, fixed_zeros=bool(wanda))  # which Wanda made
-        for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key):
+        large = device == "cpu" and 4 * ids.numel() * cfg.hidden_size * 4 > memory  # four streams of float32
+        empty = model_io.scratch(folder) if large else torch.empty
+        for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key, empty):
             say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
             found.append(error)
         plan["refit"] = {"tokens": ids.numel(), "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}

@@ -490,14 +490,14 @@ def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tenso
 # ------------------------------------------------------------------------------- closed-form recovery (ours)
 
 
-def block_ridge(features: Callable[[int], tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor,
+def block_ridge(features: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]]], start: torch.Tensor,
                 residual: torch.Tensor, ridge: float = 0.1, sweeps: int = 3, fixed_zeros: bool = False) -> torch.Tensor:
     """Block Gauss-Seidel on min_D sum_t |residual_t - sum_e (D_e - D_e^0) x_te|^2 + sum_e r_e |D_e - D_e^0|^2, one
     block D_e at a time, with r_e = ridge tr(A_e) / f and A_e = sum_t x_te x_te': no matrix is larger than A_e.
 
     Parameters
     ----------
-    features : e -> (rows (R,) of the residual that block e touches, x_e (R, f)); asked again in every sweep
+    features : e -> pieces (rows (R,) of the residual that block e touches, x_e (R, f)); asked again in every sweep
     start : (n, d, f), D^0
     residual : (T, d) at D^0; changed in place to that at the result
     fixed_zeros : entries of D^0 that are 0 stay 0, and the others are the best given that
@@ -507,17 +507,21 @@ def block_ridge(features: Callable[[int], tuple[torch.Tensor, torch.Tensor]], st
     blocks = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
     for _ in range(sweeps):
         for e in range(len(blocks)):
-            rows, x = features(e)
-            if not len(rows):
-                continue
-            x, first, block = x.double(), start[e].double(), blocks[e].double()
-            gram = x.T @ x
+            pieces, first, block = features(e), start[e].double(), blocks[e].double()
+            gram, wanted = first.new_zeros(first.shape[1], first.shape[1]), torch.zeros_like(first.T)
+            for rows, x in pieces:
+                x = x.double()
+                gram.addmm_(x.T, x)
+                wanted.addmm_(x.T, residual[rows].double())
             weight = ridge * gram.trace() / len(gram)
-            system = gram + weight * torch.eye(len(gram), dtype=x.dtype, device=x.device)
-            wanted = x.T @ residual[rows].double() - weight * (block - first).T  # (f, d)
+            if not gram.any():
+                continue
+            system = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            wanted -= weight * (block - first).T  # (f, d)
             step = solve_rows(system, wanted, first != 0) if fixed_zeros else solve_spd(system, wanted).T
             blocks[e] = block + step
-            residual[rows] -= (x @ step.T).to(residual)
+            for rows, x in pieces:
+                residual[rows] -= (x.double() @ step.T).to(residual)
     return blocks
 
 

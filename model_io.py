@@ -633,6 +633,19 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: 
         raise InputError(f"{path}: {more[0]} is one more than the experts that config.json asks for")
 
 
+def scratch(folder: Path) -> Callable[..., torch.Tensor]:
+    """A `torch.empty` whose tensors are files in `folder`, mapped: they take memory as far as there is some to spare.
+    The files have no name, and go with the tensors."""
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = math.prod(shape)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            for start in range(0, size * dtype.itemsize, 1 << 24):  # a full disk is an error now, a crash later
+                file.write(bytes(min(1 << 24, size * dtype.itemsize - start)))
+            file.flush()
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+    return empty
+
+
 class LayerPass(NamedTuple):
     """What one layer saw and made.
 
@@ -736,6 +749,15 @@ class Model:
                 slot.copy_(part)
         return experts
 
+    def store_down(self, layer: str, down: torch.Tensor) -> None:
+        """Writes the down projections (n, d, f) of a layer, by its name, over those in the checkpoint's files."""
+        fused = f"{layer}.mlp.experts.down_proj"
+        for e, weight in enumerate(down):
+            if fused in self.checkpoint.tensors:
+                self.checkpoint.overwrite(fused, weight, e)
+            else:
+                self.checkpoint.overwrite(f"{layer}.mlp.experts.{e}.down_proj.weight", weight)
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of ids (B, L): the residual stream before the first layer, (B, L, d)."""
         rows, at = ids.cpu().unique(return_inverse=True)
@@ -750,25 +772,31 @@ class Model:
         """The head W_U, (V, d)."""
         return self._tensor(self._head)
 
-    def stream(self, ids: torch.Tensor) -> Iterator[LayerPass]:
+    def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Runs ids (B, L) through the decoder layers, then through those of a multi-token prediction head where
         there is one, yielding each one's LayerPass; one layer in memory. A change of y in place goes on into the next
-        layer."""
+        layer. `empty` makes the tensors x and y (`scratch`)."""
         h, norm = self.embed(ids), self.norm(f"{self.prefix}norm.weight")
         for index, name in enumerate(self.layer_names):
             if name.startswith("mtp."):
                 h, norm = self._mtp_input(h, norm, ids), self.norm("mtp.norm.weight")
                 ids = ids[:, 1:]
-            layer = self.layer(index)
-            parts = [run_layer(part, layer, self.config) for part in h.split(max(1, PASS_TOKENS // h.shape[1]))]
-            x, gates, y = (None if of[0] is None else torch.cat(of) for of in zip(*parts))
-            del parts
-            if not y.isfinite().all():
+            steps = [self._run(index, h, norm, empty)]
+            h = steps[0].y.view_as(h)
+            yield steps.pop()  # its caller alone holds the layer, and drops it before asking for the next
+
+    def _run(self, index: int, h: torch.Tensor, norm: Callable, empty: Callable[..., torch.Tensor]) -> LayerPass:
+        """The pass of h (B, L, d) through layer `index`, some thousands of tokens at a time."""
+        name, layer, gates, stop = self.layer_names[index], self.layer(index), [], 0
+        x, y = (empty(h[:, :, 0].numel(), h.shape[2], dtype=h.dtype, device=h.device) for _ in range(2))
+        for part in h.split(max(1, PASS_TOKENS // h.shape[1])):
+            start, stop = stop, stop + part[:, :, 0].numel()
+            x[start:stop], chosen, y[start:stop] = run_layer(part, layer, self.config)
+            gates.append(chosen)
+            if not y[start:stop].isfinite().all():
                 raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
                                  f"in its weights, or an overflow of {self.dtype}")
-            yield LayerPass(index, name, layer, x, gates, y, norm)
-            h = y.view_as(h)
-            del layer, x, gates, y  # before the next layer is read; callers do the same with what they got
+        return LayerPass(index, name, layer, x, None if layer.router is None else torch.cat(gates), y, norm)
 
     def _mtp_input(self, h: torch.Tensor, norm: Callable, ids: torch.Tensor) -> torch.Tensor:
         """What a layer of the multi-token prediction head reads at position t, (B, L - 1, d): the embedding of

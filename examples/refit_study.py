@@ -10,8 +10,10 @@ samples, and differences sample by sample. A sample is a seed: of the 2,048 toke
 text that they are refitted on.
 
 The other fits change the survivors otherwise, by the same regression on the same residual:
-    scale              one factor for each expert's output
-    r directions       a down projection's change reads only the r directions of its inputs of largest energy
+    factors            one for each expert's output, which the refit begins with
+    r directions       the factors, and a change that reads only the r directions of largest energy of an expert's
+                       hidden activations
+    unscaled           the down projections without the factors
     router rows        one Gauss-Newton step on the router's logits of the tokens as they are routed
 """
 import argparse
@@ -31,7 +33,8 @@ import mathx  # noqa: E402
 import merging_baselines as baselines  # noqa: E402
 import model_io  # noqa: E402
 import reproduce  # noqa: E402
-from hodgecover import METHODS, RIDGE, SWEEPS, calibration_ids, refit, refit_layer  # noqa: E402
+from hodgecover import (METHODS, RIDGE, SWEEPS, add_outputs, calibration_ids, fit_scale, refit,  # noqa: E402
+                        refit_layer)
 
 TOKENS = 16384  # to refit on, but where a line says otherwise
 KEPT = {32: "50%", 22: "66%"}  # of the curves
@@ -48,35 +51,29 @@ def finisher(source: model_io.Model, ids: torch.Tensor, *first: Callable, **opti
     return finish
 
 
-def experts_as_stored(step: model_io.LayerPass, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tokens routed to e (R,), their gates (R, 1), its hidden activations (R, f))."""
+def read_by(step: model_io.LayerPass, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens routed to e (R,), what its down projection reads times the gate (R, f))."""
     t = step.gates[:, e].nonzero().squeeze(1)
-    return t, step.gates[t, e, None], step.layer.experts.hidden(e, step.x[t])
+    return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
 
 
-def fit_scale(step: model_io.LayerPass, residual: torch.Tensor) -> torch.Tensor:
-    """The down projections (n, d, f), each times the factor that fits the residual (T, d) best."""
-    down, width = step.layer.experts.down.to(step.x), residual.shape[1]
-
-    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
-        t, g, hidden = experts_as_stored(step, e)
-        return (t[:, None] * width + torch.arange(width)).flatten(), (g * (hidden @ down[e].T)).reshape(-1, 1)
-    factor = mathx.block_ridge(features, torch.ones(len(down), 1, 1), residual.view(-1, 1), 0.0, 20)
-    return (down * factor).to(step.layer.experts.down)
+def fit_unscaled(step: model_io.LayerPass, residual: torch.Tensor) -> torch.Tensor:
+    """`refit_layer` about the down projections (n, d, f) as they are, without a factor for each expert."""
+    down = step.layer.experts.down
+    return mathx.block_ridge(lambda e: [read_by(step, e)], down, residual, RIDGE, SWEEPS).to(down)
 
 
 def fit_directions(step: model_io.LayerPass, residual: torch.Tensor, count: int) -> torch.Tensor:
-    """The down projections (n, d, f), changed on the `count` directions of largest energy of what each reads."""
-    down, basis = step.layer.experts.down.to(step.x), []
-    for e in range(len(down)):
-        _, g, hidden = experts_as_stored(step, e)
-        basis.append(torch.linalg.eigh((g * hidden).T @ (g * hidden)).eigenvectors[:, -count:])  # (f, count)
-
-    def features(e: int) -> tuple[torch.Tensor, torch.Tensor]:
-        t, g, hidden = experts_as_stored(step, e)
-        return t, g * hidden @ basis[e]
-    change = mathx.block_ridge(features, down.new_zeros(*down.shape[:2], count), residual, RIDGE, SWEEPS)
-    return (down + change @ torch.stack(basis).transpose(1, 2)).to(step.layer.experts.down)
+    """The down projections (n, d, f), scaled, and changed on the `count` directions of largest energy of what each
+    reads."""
+    experts, factor = step.layer.experts, fit_scale(step, residual).to(residual)[:, None, None]
+    down = experts.down.to(residual) * factor
+    add_outputs(residual, step, down / factor - down)
+    read = [read_by(step, e) for e in range(len(down))]
+    basis = torch.stack([torch.linalg.eigh(x.T @ x).eigenvectors[:, -count:] for _, x in read])  # (n, f, count)
+    change = mathx.block_ridge(lambda e: [(read[e][0], read[e][1] @ basis[e])],
+                               down.new_zeros(*down.shape[:2], count), residual, RIDGE, SWEEPS)
+    return (down + change @ basis.transpose(1, 2)).to(experts.down)
 
 
 def fit_routers(source: model_io.Model, output: model_io.Model, ids: torch.Tensor) -> None:
@@ -90,8 +87,9 @@ def fit_routers(source: model_io.Model, output: model_io.Model, ids: torch.Tenso
         mix = model_io.mix_experts(experts, step.x, step.gates)
         for _ in range(SWEEPS):
             for e in range(len(router)):
-                t, g, hidden = experts_as_stored(step, e)
-                x, slope = step.x[t].double(), (g * (hidden @ experts.down[e].to(hidden).T - mix[t])).double()
+                t, hidden = read_by(step, e)
+                x, g = step.x[t].double(), step.gates[t, e, None]
+                slope = (hidden @ experts.down[e].to(hidden).T - g * mix[t]).double()
                 gram = (x * slope.square().sum(1, keepdim=True)).T @ x
                 weight = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
                 moved = (router[e] - step.layer.router[e]).double()
@@ -178,12 +176,11 @@ def draw_curves(source: model_io.Model, samples: list[torch.Tensor], text: torch
     table("sweeps", {str(sweeps): here(fit=partial(refit_layer, sweeps=sweeps)) for sweeps in (1, 2, 3, 10)})
     table("text", {text: on(text, TOKENS) for text in ("documentation", "source code", "licences")})
     table("fit", {
-        "down projections": here(), "scale": here(fit=fit_scale),
-        "2 directions": here(fit=partial(fit_directions, count=2)),
-        "4 directions": here(fit=partial(fit_directions, count=4)),
-        "8 directions": here(fit=partial(fit_directions, count=8)),
-        "router rows": here(fit_routers, fit=lambda step, residual: step.layer.experts.down),
-        "router rows, then down projections": here(fit_routers)})
+        "factors and down projections (--refit)": here(), "factors": here(fit=partial(refit_layer, sweeps=0))} | {
+        f"factors and {count} directions of 16": here(fit=partial(fit_directions, count=count)) for count in (2, 4, 8)
+    } | {"down projections, unscaled": here(fit=fit_unscaled),
+         "router rows": here(fit_routers, fit=lambda step, residual: step.layer.experts.down),
+         "router rows, then factors and down projections": here(fit_routers)})
 
 
 def main() -> None:

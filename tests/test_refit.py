@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Closed-form recovery: the block solver against the joint one, and the command."""
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,8 @@ def problem(seed: int, n: int = 3, d: int = 4, f: int = 5, tokens: int = 40, top
     rows = [x[:, e].any(1).nonzero().squeeze(1) for e in range(n)]
     start = torch.randn(n, d, f, generator=g, dtype=torch.float64)
     residual = torch.randn(tokens, d, generator=g, dtype=torch.float64)
-    return (lambda e: (rows[e], x[rows[e], e])), start, residual, x.flatten(1)
+    pieces = [[(t, x[t, e]) for t in of.split(7)] for e, of in enumerate(rows)]
+    return pieces.__getitem__, start, residual, x.flatten(1)
 
 
 def objective(step: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, ridge: float) -> float:
@@ -95,10 +97,45 @@ def test_planted_down_projections_are_recovered_and_a_large_ridge_changes_nothin
 
 def test_an_expert_without_tokens_stays_and_one_with_few_leans_on_the_ridge():
     features, start, residual, x = problem(3)
-    few = (torch.tensor([7]), x.view(40, 3, 5)[7:8, 1])
-    none = (torch.empty(0, dtype=torch.int64), torch.empty(0, 5, dtype=torch.float64))
+    few = [(torch.tensor([7]), x.view(40, 3, 5)[7:8, 1])]
+    none = [(torch.empty(0, dtype=torch.int64), torch.empty(0, 5, dtype=torch.float64))]
     found = mathx.block_ridge(lambda e: (features(0), few, none)[e], start, residual.clone(), 0.0, 2)
     assert torch.equal(found[2], start[2]) and found.isfinite().all()
+
+
+def layer_pass(seed: int, dtype: torch.dtype = torch.float64) -> model_io.LayerPass:
+    """The pass of a layer with random weights: 5 experts, the last without a token, each token to 2."""
+    g = torch.Generator().manual_seed(seed)
+    experts = model_io.Experts(*(torch.randn(5, *shape, generator=g).to(dtype) for shape in ((3, 6), (3, 6), (6, 3))))
+    x, gates = torch.randn(700, 6, generator=g).to(dtype), torch.rand(700, 5, generator=g).to(dtype)
+    gates[:, 4] = 0
+    gates = torch.zeros_like(gates).scatter(1, gates.topk(2).indices, gates.topk(2).values)
+    return model_io.LayerPass(0, "", model_io.Layer(experts, None, {}), x, gates, x, torch.nn.Identity())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_factors_are_the_least_squares_solution_and_a_large_ridge_leaves_them_alone(seed):
+    step, residual = layer_pass(seed), torch.randn(700, 6, generator=torch.Generator().manual_seed(9)).double()
+    outputs = torch.stack([step.gates[:, e, None] * step.layer.experts(e, step.x) for e in range(4)])
+    best = torch.linalg.lstsq(outputs.flatten(1).T, residual.flatten()).solution
+    expected = torch.cat((1 + best, torch.ones(1, dtype=torch.float64)))  # no token: as it is
+    torch.testing.assert_close(hodgecover.fit_scale(step, residual), expected)
+    left = residual.clone()
+    down = hodgecover.refit_layer(step, left, ridge=1e12)
+    torch.testing.assert_close(down, step.layer.experts.down * expected[:, None, None])
+    torch.testing.assert_close(left, residual - torch.einsum("e,etd->td", best, outputs))
+
+
+def test_a_planted_scaling_comes_back():
+    """A residual that is what wrong factors lack: no ridge bends that."""
+    step, factor = layer_pass(3), torch.tensor([0.5, 1.0, 2.0, -1.0, 1.0]).double()
+    residual = torch.zeros_like(step.x)
+    hodgecover.add_outputs(residual, step, step.layer.experts.down * (factor - 1)[:, None, None])
+    assert torch.equal(residual[:9], model_io.mix_experts(step.layer.experts._replace(
+        down=step.layer.experts.down * (factor - 1)[:, None, None]), step.x[:9], step.gates[:9]))
+    expected = step.layer.experts.down * factor[:, None, None]
+    for sweeps in (1, 3):
+        torch.testing.assert_close(hodgecover.refit_layer(step, residual.clone(), 0.1, sweeps), expected)
 
 
 @pytest.mark.parametrize("path", sorted(p for p in GOLDEN.iterdir() if p.is_dir()), ids=lambda path: path.name)
@@ -116,7 +153,7 @@ def test_every_family_comes_nearer_to_the_source_and_all_experts_back_to_it(path
     spoilt = Model(tmp_path / "all", torch.float64)
     for name in names:
         down = spoilt.layer(spoilt.layer_names.index(name)).experts.down
-        hodgecover.store_down(spoilt, name, down * 1.1 + 0.01)
+        spoilt.store_down(name, down * 1.1 + 0.01)
     nearly_free = partial(hodgecover.refit_layer, ridge=1e-9, sweeps=200)
     for error in hodgecover.refit(model, Model(tmp_path / "all", torch.float64), ids, nearly_free):
         assert error["after"] < 1e-4 * error["before"]
@@ -144,6 +181,32 @@ def test_the_command_refits_says_so_and_goes_on(tiny, tmp_path, monkeypatch, cap
     with pytest.raises(AssertionError, match="solved again"):  # another choice of survivors is another problem
         run(*work, "--method", "frequency", "--out", tmp_path / "other")
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "out", "plain", "again"}
+
+
+def test_activations_beyond_the_memory_lie_on_disk_and_change_nothing(tiny, tmp_path, monkeypatch):
+    made = []
+
+    def scratch(folder: Path):
+        made.append(folder)
+        return real(folder)
+    real = model_io.scratch
+    monkeypatch.setattr(model_io, "scratch", scratch)
+    work = [tiny, "--keep", 32, "--method", "reap", "--refit", 8192, "--seq-len", 512, "--tokens", 1024]
+    for memory, files in (("1GB", 0), ("10MB", 1)):
+        assert run(*work, "--memory", memory, "--out", tmp_path / memory) == 0
+        assert len(made) == files
+    for file in (tmp_path / "1GB").iterdir():
+        assert (tmp_path / "10MB" / file.name).read_bytes() == file.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"1GB", "10MB"}
+
+
+def test_scratch_tensors_are_files_that_go_with_them(tmp_path):
+    empty, before = model_io.scratch(tmp_path), set(os.listdir("/dev/fd"))
+    made = empty(3, 5, dtype=torch.bfloat16, device=torch.device("cpu"))
+    made.fill_(2)
+    assert made.shape == (3, 5) and made.sum() == 30 and not list(tmp_path.iterdir())
+    del made
+    assert set(os.listdir("/dev/fd")) == before
 
 
 def test_pruned_entries_stay_pruned(tiny, tmp_path):
