@@ -97,7 +97,7 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
     """Raises InputError for an option that is no finite number from low to high."""
     if not low <= value <= high or value == math.inf:
         raise InputError(f"--{name.replace('_', '-')} {value}: must be "
-                         + (f"from {low} to {high}" if high < math.inf else f"at least {low}"))
+                         + (f"from {low} to {high}" if high < math.inf else f"a finite number, at least {low}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- 1 calibrate
@@ -488,10 +488,10 @@ def plan_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: torch.
 # ------------------------------------------------------------------------------------------------------ the whole model
 
 
-def check_sample(tokens: int, seq_len: int) -> None:
-    """Raises InputError where the tokens of a sample do not make one sequence."""
+def check_sample(tokens: int, seq_len: int, option: str = "--tokens") -> None:
+    """Raises InputError where the tokens of a sample, given by that option, do not make one sequence."""
     if not 2 <= seq_len <= tokens:
-        raise InputError(f"--seq-len {seq_len}: must be from 2 to the {tokens} of --tokens")
+        raise InputError(f"--seq-len {seq_len}: must be from 2 to the {tokens} of {option}")
 
 
 def calibration_ids(model: Model, files: list[Path], tokens: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -557,9 +557,9 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
             signals = Signals(**tensors)
         else:
             if readout is None:
+                readout = make_readout(model, settings, ids, memory)
                 if cache:
                     make_cache(cache)
-                readout = make_readout(model, settings, ids, memory)
             step = run_to(stream, index)
             signals = measure_step(step, readout(step), settings, lambda done: bar((at + done) / len(layers)))
             bar(None)
@@ -645,8 +645,9 @@ def read_entry(cache: Path, name: str, key: dict[str, str], fields: Sequence[str
     """The tensors of an entry of the cache; None, and a line that says why, where they are damaged or made from
     another key; None where there are none."""
     file = cache_file(cache, name, key)
-    if not file.exists():
-        file = max(cache.glob(f"{name}-*.safetensors"), key=os.path.getmtime, default=None)
+    if not file.is_file():
+        others = (path for path in cache.glob(f"{name}-*.safetensors") if path.is_file())
+        file = max(others, key=os.path.getmtime, default=None)
     if file is None:
         return None
     try:
@@ -823,6 +824,9 @@ def refit(source: Model, output: Model, ids: torch.Tensor,
                 down = found["down"].to(step.y.device)
             else:
                 down = fit(step, residual)
+                if not down.isfinite().all():
+                    raise InputError(f"{output.checkpoint.path.name}: {name}: its down projections, refitted, overflow "
+                                     f"{down.dtype}; leave out --refit")
                 if cache:
                     make_cache(cache)
                     write_entry(cache, f"refit-{name}", {"down": down}, key)
@@ -851,9 +855,12 @@ def refuse_inside(model: Model, path: Path, option: str) -> None:
         raise InputError(f"{path}: lies in the checkpoint, which is never written to; name another with {option}")
 
 
-def check_out(model: Model, out: Path) -> Path:
-    """The output folder. Raises InputError where it lies in the checkpoint or cannot become a new folder."""
+def check_out(model: Model, out: Path, cache: Path | None = None) -> Path:
+    """The output folder. Raises InputError where it lies in the checkpoint or around the cache, or cannot become a new
+    folder."""
     refuse_inside(model, out, "--out")
+    if cache and out.resolve() in (cache.resolve(), *cache.resolve().parents):
+        raise InputError(f"{out}: would hold the cache {cache}; name another with --out")
     model_io.check_new(out)
     return out
 
@@ -900,8 +907,12 @@ def read_plan(model: Model, path: Path) -> dict:
                              f"{model.checkpoint.path}")
         if [layer["name"] for layer in plan["layers"]] != names:
             raise InputError(f"{path}: its layers must be {', '.join(names)}")
-        if "wanda" in plan["settings"]:
-            raise InputError(f"{path}: made with Wanda, whose activation norms it does not hold; run the command anew")
+        if "wanda" in plan["settings"] or "refit" in plan:
+            raise InputError(f"{path}: made with Wanda or --refit, whose activations it does not hold; run the command "
+                             "anew")
+        if plan["schema_version"] != SCHEMA_VERSION:
+            raise InputError(f"{path}: schema_version {plan['schema_version']!r}; it must be {SCHEMA_VERSION}")
+        as_json(plan)
         if plan["settings"]["router"] not in CHOICES["router"]:
             raise InputError(f"{path}: router must be drop or fold")
         fold = plan["settings"]["router"] == "fold"
@@ -914,7 +925,9 @@ def read_plan(model: Model, path: Path) -> dict:
             dropped = {str(e) for e in range(n)} - {str(e) for e in kept}
             if fold and (redirect.keys() != dropped or not {*redirect.values()} <= {*kept}):
                 raise InputError(f"{path}: redirect of {layer['name']} must send each dropped expert to a survivor")
-    except (KeyError, TypeError, AttributeError, IndexError) as err:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as err:
         raise InputError(f"{path}: not a plan that hodgecover.py wrote ({type(err).__name__}: {err})") from None
     return plan
 
@@ -935,7 +948,9 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     cfg = model.config
     check_keep(model, keep, "--keep")
     source = Path(os.path.abspath(path))
-    out = check_out(model, Path(out) if out else source.with_name(f"{source.name}-keep{keep}"))
+    out = check_out(model, Path(os.path.abspath(out)) if out else source.with_name(f"{source.name}-keep{keep}"), cache)
+    if refit_tokens:
+        check_sample(refit_tokens, seq_len, "--refit")
     wanda, mask = wanda_settings(model, keep, total_rate, nm)
     ids = calibration_ids(model, list(calib), tokens, seq_len, settings.seed)
     layers, signals = plan_model(model, ids, keep, settings, cache, memory, say)
@@ -960,10 +975,10 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     with model_io.new_folder(out) as folder:
         export(model, plan, folder, edits=edits)
         survivors = json.dumps([wanda, *(layer["survivors"] for layer in layers)])
-        key = cache_key(model, ids, Settings()) | {"ridge": str(RIDGE), "survivors": survivors} if cache else {}
+        key = cache_key(model, ids, Settings()) | {"refit": f"{RIDGE}, {SWEEPS}", "survivors": survivors}
         found = []
         fit = partial(refit_layer, fixed_zeros=bool(wanda))  # which Wanda made
-        large = device == "cpu" and 4 * ids.numel() * cfg.hidden_size * 4 > memory  # four streams of float32
+        large = device == "cpu" and activation_bytes(model, ids.numel()) > memory
         empty = model_io.scratch(folder) if large else torch.empty
         for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key, empty):
             say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
@@ -983,7 +998,8 @@ def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, fl
         for i, log in enumerate((log_p, log_q)):
             loss[i] -= log[:-1].gather(1, tokens[1:, None]).sum().item()
     predicted = ids[:, 1:].numel()
-    return math.exp(loss[0] / predicted), math.exp(loss[1] / predicted), kl / ids.numel()
+    first, second = (torch.tensor(loss) / predicted).exp().tolist()  # infinity where math.exp would raise
+    return first, second, kl / ids.numel()
 
 
 # ---------------------------------------------------------------------------------------------------- what it will cost
@@ -998,20 +1014,25 @@ class Cost(NamedTuple):
     disk: float
 
 
+def layer_sizes(model: Model) -> tuple[list[float], float]:
+    """(bytes of each layer in memory, parameters of all of them that one token meets)."""
+    cfg, held, active = model.config, [], 0.0
+    for layer in model.layer_names:
+        held.append(0.0)
+        for name, info in model.checkpoint.tensors.items():
+            if name.startswith(f"{layer}."):
+                expert, size = ".experts." in name, math.prod(info.shape)
+                held[-1] += size * (2 if expert and info.dtype == "BF16" else model.dtype.itemsize)
+                active += size * cfg.top_k / cfg.num_experts if expert else size
+    return held, active
+
+
 def estimate(model: Model, settings: Settings, tokens: int, memory: int = MEMORY) -> Cost:
     """What measuring all layers costs, before it is done: counted operations over the rate at which a short sweep of
     a made-up layer of the same shape does them. Reading the checkpoint is not counted."""
-    cfg, sparse = model.config, sparse_layers(model)
-    n, k, d, vocab, depth = cfg.num_experts, cfg.top_k, cfg.hidden_size, cfg.vocab_size, len(model.layer_names)
-    size = {name: math.prod(info.shape) for name, info in model.checkpoint.tensors.items()}
-    item, experts = model.dtype.itemsize, [name for name in size if ".experts." in name]
-    held = {name: item * size[name] for name in size} | {
-        name: 2 * size[name] for name in experts if model.checkpoint.tensors[name].dtype == "BF16"}  # bytes in memory
-    of_layer = [[name for name in size if name.startswith(f"{layer}.")] for layer in model.layer_names]
-    layers = [sum(held[name] for name in names) for names in of_layer]
-    stored = sum(size[name] for name in experts)
-    active = sum(size[name] for names in of_layer for name in names) - stored * (1 - k / n)  # that a token meets
-    f = stored // (3 * n * d * len(sparse))
+    cfg, sparse, (held, active) = model.config, sparse_layers(model), layer_sizes(model)
+    n, k, d, f = cfg.num_experts, cfg.top_k, cfg.hidden_size, cfg.expert_width
+    vocab, item, depth = cfg.vocab_size, model.dtype.itemsize, len(held)
     merges, triangles = math.comb(n, 2), min(settings.max_triangles, math.comb(n, 3))
     outcomes = min(settings.vocab_sample or vocab, vocab)
     rate = sweep_rate(model, n, k, d, f, vocab, outcomes)
@@ -1019,13 +1040,45 @@ def estimate(model: Model, settings: Settings, tokens: int, memory: int = MEMORY
         sweep = (sweep_operations(n, k, d, f, vocab, outcomes, 2, merges)
                  + sweep_operations(n, k, d, f, vocab, outcomes, 3, triangles))
         operations = tokens * (len(sparse) * sweep + 2 * active)
-        peak = max(layers) + item * (vocab * d + 16 * tokens * d) + memory
+        peak = max(held) + item * (vocab * d + 16 * tokens * d) + memory
     else:
         later = sum((depth - 1 - i) / depth for i in sparse)
         operations = 2 * tokens * (merges + triangles) * (later * active + len(sparse) * vocab * d)
-        peak = sum(layers) + max(layers) + item * (vocab * d + tokens * (4 * n * f + 100 * d)) + 16 * 256 * vocab
+        peak = sum(held) + max(held) + item * (vocab * d + tokens * (4 * n * f + 100 * d)) + 16 * 256 * vocab
     disk = len(sparse) * (8 * (merges + 4 * triangles + 2 * n) + 4 * n * (d + f))
     return Cost(operations, operations / rate, BASE_MEMORY + peak, disk)
+
+
+def estimate_refit(model: Model, keep: int, tokens: int, memory: int = MEMORY) -> Cost:
+    """What `refit` costs, as `estimate` says of the barriers; its rate is that of two made-up experts."""
+    cfg, sparse, (held, active) = model.config, sparse_layers(model), layer_sizes(model)
+    k, d, f = cfg.top_k, cfg.hidden_size, cfg.expert_width
+    operations = len(sparse) * refit_operations(tokens, keep, k, d, f) + 4 * tokens * active
+    rows = min(PIECE, max(1, tokens * k // keep))
+
+    def filled(*shape: int) -> torch.Tensor:
+        return torch.full(shape, 0.01, dtype=model.dtype, device=model.device)
+    layer = model_io.Layer(Experts(filled(2, f, d), filled(2, f, d), filled(2, d, f)), None, {})
+    step = LayerPass(0, "", layer, filled(rows, d), filled(rows, 2), filled(rows, d), torch.nn.Identity())
+    started = time.perf_counter()
+    refit_layer(step, filled(rows, d).to(model_io.widened(model.dtype)))
+    rate = refit_operations(rows, 2, 2, d, f) / (time.perf_counter() - started)
+    own = 3 * 4 * keep * d * f  # the down projections in float32: before, scaled, refitted
+    peak = max(held) * (1 + keep / cfg.num_experts) + own + min(memory, activation_bytes(model, tokens))
+    return Cost(operations, operations / rate, BASE_MEMORY + peak, len(sparse) * 2 * keep * d * f)
+
+
+def refit_operations(tokens: int, keep: int, k: int, d: int, f: int) -> float:
+    """Operations of `refit_layer` and of applying its result: three passes through the chosen experts and the factors'
+    normal matrix; then in each sweep hidden activations, normal matrices, both products with the residual, a solve."""
+    rows = tokens * k
+    once = 3 * 6 * rows * d * f + 2 * tokens * keep**2 * d
+    return once + SWEEPS * (rows * (8 * d * f + 2 * f * f) + keep * (f**3 / 3 + 2 * f * f * d))
+
+
+def activation_bytes(model: Model, tokens: int) -> int:
+    """What the four streams (T, d) of a refit take."""
+    return 4 * tokens * model.config.hidden_size * model_io.widened(model.dtype).itemsize
 
 
 def sweep_operations(n: int, k: int, d: int, f: int, vocab: int, outcomes: int, members: int, count: int) -> float:
@@ -1109,7 +1162,8 @@ def audit_line(audits: list[dict], outcomes: int) -> str:
 
 
 def warn(message: str) -> None:
-    """One line on stderr."""
+    """One line on stderr, whatever a stranger's names have in them."""
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     print(f"hodgecover: {message}", file=sys.stderr, flush=True)
 
 
@@ -1197,20 +1251,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, others in EXCLUDES.items():
         for other in others:
-            if all(getattr(args, option) not in (None, False) for option in (name, other)):
+            if all(getattr(args, option) is not None and getattr(args, option) is not False
+                   for option in (name, other)):
                 raise InputError(f"--{name} and --{other} do not go together".replace("_", "-"))
-    for name in ("expert_rate", "total_rate"):
+    for name, (low, high) in {"expert_rate": (0, 0.99), "total_rate": (0, 0.99), "tokens": (2, 10**9),
+                              "seq_len": (2, 10**9), "refit": (2, 10**9)}.items():
         if getattr(args, name) is not None:
-            check_range(name, getattr(args, name), 0, 0.99)
+            check_range(name, getattr(args, name), low, high)
     for field in dataclasses.fields(Settings):
         if args.plan and getattr(args, field.name, field.default) != field.default:
             raise InputError(f"--plan and --{field.name} do not go together: the plan is made".replace("_", "-"))
     if not args.estimate and all(value is None for value in (args.keep, args.expert_rate, args.plan, args.layers)):
         raise InputError("give one of --keep K, --expert-rate R1, --plan FILE and --layers A-B")
-    if args.refit is not None:
-        check_range("refit", args.refit, 2)
-        if args.router == "fold":
-            raise InputError("--refit goes with --router drop")
+    if args.refit and args.router == "fold":
+        raise InputError("--refit goes with --router drop")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device cpu")
     return args
@@ -1226,7 +1280,7 @@ def group_of(text: str) -> tuple[int, int]:
 
 def byte_count(text: str) -> int:
     """1GB, 500MB or a number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(|MB|GB)", text)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)(|MB|GB)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text}: must be a size such as 1GB or 500MB")
     size = int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]])
@@ -1255,6 +1309,8 @@ def choose_dtype(name: str, readout: str, device: str) -> torch.dtype:
 
 def measure_only(model: Model, args: argparse.Namespace, settings: Settings, cache: Path) -> None:
     """--layers: puts the barriers of these layers into the cache."""
+    if settings.method in NO_BARRIERS:
+        raise InputError(f"--layers measures barriers, which --method {settings.method} does without")
     layers = [index for index in sparse_layers(model) if index in args.layers]
     if args.layers[-1] >= len(model.layer_names) or not layers:
         raise InputError(f"--layers {args.layers[0]}-{args.layers[-1]}: the model has layers 0 to "
@@ -1269,21 +1325,26 @@ def say_cost(model: Model, args: argparse.Namespace, settings: Settings) -> None
     if args.keep is not None:
         check_keep(model, args.keep, "--keep")
     check_sample(args.tokens, args.seq_len)
-    if settings.method in NO_BARRIERS:
+    if settings.method in NO_BARRIERS and not args.refit:
         raise InputError(f"--estimate: --method {settings.method} measures no barriers; it costs one pass over the "
                          "checkpoint")
-    cost = estimate(model, settings, args.tokens // args.seq_len * args.seq_len, args.memory)
-    output = ""
+    if args.refit and args.keep is None:
+        raise InputError("--estimate of --refit needs --keep K")
+
+    def say(what: str, cost: Cost, short: str) -> None:
+        print(f"{what} of {len(sparse_layers(model))} layers, {str(model.dtype).removeprefix('torch.')}: "
+              f"{cost.operations:.1e} operations, about {timedelta(seconds=round(cost.seconds))} on this machine, "
+              f"where a short {short} does {cost.operations / cost.seconds:.1e} a second\n"
+              f"  memory: {cost.memory / 1e9:.1f} GB\n  disk: {cost.disk / 1e6:.1f} MB of cache")
+    if settings.method not in NO_BARRIERS:
+        say("barriers", estimate(model, settings, args.tokens // args.seq_len * args.seq_len, args.memory), "sweep")
+    if args.refit:
+        say("refit", estimate_refit(model, args.keep, args.refit, args.memory), "one")
+    print(f"reading: {weight_bytes(model) / 1e9:.1f} GB, which comes on top")
     if args.keep is not None:
         survivors = {model.layer_names[i]: list(range(args.keep)) for i in sparse_layers(model)}
         kept = model_io.surviving_tensors(model.checkpoint, survivors)
-        output = f", {sum(copy.nbytes() for copy in kept.values()) / 1e9:.1f} GB of output"
-    print(f"barriers of {len(sparse_layers(model))} layers, {str(model.dtype).removeprefix('torch.')}: "
-          f"{cost.operations:.1e} operations, about {timedelta(seconds=round(cost.seconds))} on this machine, where a "
-          f"short sweep does {cost.operations / cost.seconds:.1e} a second\n"
-          f"reading: {weight_bytes(model) / 1e9:.1f} GB, which comes on top\n"
-          f"memory: {cost.memory / 1e9:.1f} GB\n"
-          f"disk: {cost.disk / 1e6:.1f} MB of cache{output}")
+        print(f"output: {sum(copy.nbytes() for copy in kept.values()) / 1e9:.1f} GB")
 
 
 def weight_bytes(model: Model) -> int:
@@ -1309,10 +1370,11 @@ def run(args: argparse.Namespace) -> None:
         return measure_only(source, args, settings, cache)
     if args.eval:
         held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
+        source.unembedding()  # refused now rather than after the work
     if args.plan:
         plan = read_plan(source, args.plan)
         keep = len(plan["layers"][0]["survivors"])
-        out = check_out(source, args.out or at.with_name(f"{at.name}-keep{keep}"))
+        out = check_out(source, Path(os.path.abspath(args.out or at.with_name(f"{at.name}-keep{keep}"))))
         export(source, plan, out)
         router = plan["settings"]["router"]
     else:
@@ -1342,8 +1404,8 @@ def main(argv: list[str] | None = None) -> int:
         warn(f"error: {err}")
         return 2
     except OSError as err:  # a disk that is full, a folder that vanished
-        warn(f"error: {err.filename or 'writing'}: {err.strerror or err}; nothing was written but layers that are "
-             "done, from which the same command goes on")
+        warn(f"error: {err.filename or 'writing'}: {err.strerror or err}; the output is whole or absent, and the same "
+             "command goes on from the layers that are done")
         return 2
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(err):
@@ -1357,4 +1419,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks
     sys.exit(main())

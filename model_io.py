@@ -249,9 +249,10 @@ class Checkpoint:
     def _shards(self) -> list[str]:
         if not (self.path / INDEX).is_file():
             raise InputError(f"{self.path}: no weights; expected {WEIGHTS} or {INDEX}")
-        weight_map = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{self.path / INDEX}: no weight_map")
+        index = read_json(self.path / INDEX)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata") or {}, dict):
+            raise InputError(f"{self.path / INDEX}: no weight_map, or metadata that is no object")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
             if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
@@ -617,20 +618,27 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: 
         if layer and layer[1] in stored:
             stored[layer[1]].add(layer[2])
     for layer, names in stored.items():
+        router = tensors.get(f"{layer}.mlp.gate.weight")
+        if router and router.shape != [cfg.num_experts, d]:  # before a stranger's number of experts is counted up to
+            raise InputError(f"{path}: {layer}.mlp.gate.weight has shape {router.shape}; by config.json it must be "
+                             f"{[cfg.num_experts, d]}")
         shapes = layer_shapes(cfg, names)
-        shapes |= {name: shapes[weight][:1] for name in names if name.endswith(".bias")
-                   and (weight := f"{name.removesuffix('bias')}weight") in shapes}
+        biases = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()
+                  if not name.startswith("mlp.")}
+        shapes |= {name: shape for name, shape in biases.items() if name in names}
         expected |= {f"{layer}.{name}": shape for name, shape in shapes.items()}
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{path}: the weights have no tensor {name!r}")
+        if None in shape:
+            raise InputError(f"{path}: config.json does not say how wide {name} is")
         if tensors[name].shape != shape:
             raise InputError(f"{path}: {name} has shape {tensors[name].shape}; by config.json it must be {shape}")
         if tensors[name].dtype not in DTYPES:
             raise InputError(f"{path}: {name} is stored as {tensors[name].dtype}; supported: {', '.join(DTYPES)}")
-    more = [name for name in tensors if ".mlp.experts." in name and name not in expected]
-    if more:
-        raise InputError(f"{path}: {more[0]} is one more than the experts that config.json asks for")
+    more = [f"{layer}.{name}" for layer, names in stored.items() for name in names if name.startswith("mlp.")]
+    for name in sorted({*more} - expected.keys()):
+        raise InputError(f"{path}: {name} is none of the tensors that config.json asks for")
 
 
 def scratch(folder: Path) -> Callable[..., torch.Tensor]:
@@ -765,12 +773,19 @@ class Model:
         return table[at].to(self.device, self.dtype)
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The norm with the weight `name`, as a function of the residual stream."""
-        return partial(rms_norm, weight=self._tensor(name), eps=self.config.rms_norm_eps)
+        """The norm with the weight `name`, as a function of the residual stream. Raises InputError where the weight
+        is not finite."""
+        weight = self._tensor(name)
+        if not weight.isfinite().all():
+            raise InputError(f"{self.checkpoint.path}: {name} has NaN or infinity in it")
+        return partial(rms_norm, weight=weight, eps=self.config.rms_norm_eps)
 
     def unembedding(self) -> torch.Tensor:
-        """The head W_U, (V, d)."""
-        return self._tensor(self._head)
+        """The head W_U, (V, d). Raises InputError where it is not finite."""
+        head = self._tensor(self._head)
+        if not all(rows.isfinite().all() for rows in head.split(PASS_TOKENS)):
+            raise InputError(f"{self.checkpoint.path}: {self._head} has NaN or infinity in it")
+        return head
 
     def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Runs ids (B, L) through the decoder layers, then through those of a multi-token prediction head where
@@ -835,13 +850,15 @@ class Model:
         path = self.checkpoint.path / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as err:  # the library raises plain Exception
-            raise InputError(f"{path}: not a readable tokenizer ({err})") from None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            encodings = tokenizer.encode_batch(list(documents), add_special_tokens=False)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as err:  # the library raises plain Exception, and panics that are none
+            raise InputError(f"{path}: not a tokenizer that works ({err})") from None
         end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
-        ids = [i for encoding in tokenizer.encode_batch(list(documents), add_special_tokens=False)
-               for i in encoding.ids + end]
+        ids = [i for encoding in encodings for i in encoding.ids + end]
         if ids and max(ids) >= self.config.vocab_size:
             raise InputError(f"{path}: token id {max(ids)} is beyond the vocabulary of {self.config.vocab_size}")
         return torch.tensor(ids, dtype=torch.int64)
@@ -855,14 +872,14 @@ def read_documents(paths: Iterable[str | os.PathLike]) -> list[str]:
     documents = []
     for path in map(Path, paths):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except OSError as err:
             raise InputError(f"{path}: cannot be read ({err.strerror})") from None
         except ValueError:
             raise InputError(f"{path}: not UTF-8 text") from None
         if not text.strip():
             raise InputError(f"{path}: no text in it")
-        if path.suffix in (".jsonl", ".json"):
+        if path.suffix.lower() in (".jsonl", ".json"):
             lines = enumerate(text.split("\n"), 1)
             documents += [json_text(line, f"{path}, line {number}") for number, line in lines if line.strip()]
         else:
@@ -918,8 +935,10 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
 
     The incomplete last one is left out. Raises InputError where there is not one.
     """
-    if not 2 <= seq_len <= len(ids):
-        raise InputError(f"--seq-len {seq_len}: must be from 2 to the {len(ids)} tokens of the text")
+    if seq_len < 2:
+        raise InputError(f"--seq-len {seq_len}: must be at least 2")
+    if len(ids) < seq_len:
+        raise InputError(f"the text has {len(ids)} tokens, too few for one sequence of --seq-len {seq_len}; give more")
     whole = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     if count is None:
         return whole
@@ -974,9 +993,9 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
 
 def with_num_experts(config: dict, count: int) -> dict:
     """The object of config.json with another number of experts, where it stands: at the top or in `text_config`."""
-    if config.get("text_config"):
-        return config | {"text_config": with_num_experts(config["text_config"], count)}
-    return config | dict.fromkeys(expert_count_keys(config), count)
+    text = config.get("text_config") or config
+    changed = text | dict.fromkeys(expert_count_keys(text), count)
+    return changed if text is config else config | {"text_config": changed}
 
 
 Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as stored, the row's number) -> changed
@@ -1062,6 +1081,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises InputError where `out` exists and is not an empty folder, or cannot be made.
     """
     check_new(out)
+    above = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -1072,15 +1092,23 @@ def new_folder(out: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         staging.chmod(0o777 & ~umask)  # mkdtemp's is private
-        staging.replace(out)
+        try:
+            staging.replace(out)
+        except OSError as err:  # another run was first
+            raise InputError(f"{out}: cannot be made ({err.strerror}); name another with --out") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in above:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def check_new(out: Path) -> None:
     """Raises InputError where `out` cannot become a new folder: it exists and is not an empty one, or no folder
     can be made where it should lie."""
     try:
+        if not str(out).isprintable() or len(os.fsencode(out.name)) > 240:  # of 255, for the hidden folder beside
+            raise InputError(f"{out}: not a name that every program can read; name another with --out")
         if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(f"{out}: exists and is not an empty folder; name another with --out, or remove it")
         above = next(parent for parent in out.absolute().parents if parent.exists())

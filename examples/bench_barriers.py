@@ -4,6 +4,7 @@
     python examples/bench_barriers.py                      OLMoE-1B-7B's shape, 64 tokens; under 4 minutes
     python examples/bench_barriers.py --peak 8             sharply peaked next-token distributions
     python examples/bench_barriers.py --scaling            the exponent in the number of experts
+    python examples/bench_barriers.py --refit 16384        the refit of half of the experts on so many tokens instead
 
 The plain way, in float32: merge the weights, run the layer on every token, two log-softmaxes over the vocabulary; a
 sample of simplices is timed and scaled. The reference for the errors is the same in float64. The rate of the bare
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mathx  # noqa: E402
-from hodgecover import choose_dtype, lens_barriers, touched  # noqa: E402
-from model_io import Experts, rms_norm  # noqa: E402
+from hodgecover import choose_dtype, lens_barriers, refit_layer, refit_operations, touched  # noqa: E402
+from model_io import Experts, Layer, LayerPass, rms_norm  # noqa: E402
 
 
 def random_layer(n: int, k: int, d: int, f: int, vocab: int, tokens: int, peak: float, dtype: torch.dtype) -> dict:
@@ -160,6 +161,23 @@ def scaling(args: argparse.Namespace, dtype: torch.dtype) -> None:
               f"{slope(sizes, times):.2f}")
 
 
+def time_refit(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """The refit of one layer, and the rates of its operations and of a bare float64 product."""
+    keep = args.experts // 2
+    layer = random_layer(keep, args.top_k, args.hidden, args.width, args.vocab, args.refit, args.peak, dtype)
+    x, y, held = layer["x"], layer["y"], Layer(layer["experts"], None, {})
+    step = LayerPass(0, "", held, x, layer["gates"], y, torch.nn.Identity())
+    count = refit_operations(args.refit, keep, args.top_k, args.hidden, args.width)
+    residual = y.float()
+    before = residual.norm()
+    spent = seconds(refit_layer, step, residual)
+    a = torch.randn(args.width, 4096, dtype=torch.float64)
+    product = 2 * 4096 * args.width**2 / min(seconds(torch.mm, a, a.T) for _ in range(3))
+    print(f"{keep} experts of {args.experts}, {args.refit:,} tokens, {dtype}, {torch.get_num_threads()} threads: "
+          f"{count:.2e} operations in {spent:.1f} s, {count / spent:.1e} a second; a float64 product does "
+          f"{product:.1e}; residual {residual.norm() / before:.4f} of what it was")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, tokens=64, sample=4).items():
@@ -168,8 +186,9 @@ def main() -> None:
                         "trained model's entropy]")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--refit", type=int, metavar="TOKENS")
     args = parser.parse_args()
-    (scaling if args.scaling else compare)(args, choose_dtype(args.dtype, "lens", "cpu"))
+    (scaling if args.scaling else time_refit if args.refit else compare)(args, choose_dtype(args.dtype, "lens", "cpu"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = ["--keep", "32", "--tokens", "256", "--seq-len", "128", "--max-triangles", "50", "--dtype", "float32"]
+OPTIONS = ["--keep", "32", "--tokens", "256", "--seq-len", "128", "--max-triangles", "50", "--dtype", "float32",
+           "--refit", "4096"]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     random.seed(args.seed)
-    kills = [0, 0, 0]  # before the first layer was done, between layers, after the last
+    kills = [0, 0, 0, 0]  # with no layer's barriers done, with some, with all, with refitted layers
     with tempfile.TemporaryDirectory() as folder:
         source = Path(shutil.copytree(ROOT / "examples" / "tiny-olmoe", Path(folder) / "source"))
         before, started = contents(source), time.perf_counter()
@@ -57,16 +58,17 @@ def main() -> None:
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
-                done = len(list((work / "cache").glob("model.*")))
-                kills[0 if not done else 1 if done < 4 else 2] += 1
+                done, refitted = (len(list((work / "cache").glob(f"{kind}model.*"))) for kind in ("", "refit-"))
+                kills[3 if refitted else 2 if done == 4 else 1 if done else 0] += 1
                 patience *= 1.1
                 if (work / "out").exists():  # it was finished as the signal came
                     break
             assert contents(work / "out") == expected, f"run {run}: another output"
             assert contents(source) == before, f"run {run}: the source has changed"
             print(f"run {run}: the same output; so far {sum(kills)} kills", flush=True)
-    print(f"{args.runs} runs, {sum(kills)} kills: {kills[0]} before the first layer was done, {kills[1]} between "
-          f"layers, {kills[2]} after the last; every output the same as undisturbed")
+    print(f"{args.runs} runs, {sum(kills)} kills: {kills[0]} before the first layer's barriers were done, {kills[1]} "
+          f"between layers, {kills[2]} after the last, {kills[3]} among refitted layers or later; every output the "
+          "same as undisturbed")
 
 
 if __name__ == "__main__":

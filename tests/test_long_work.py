@@ -295,7 +295,7 @@ def test_an_estimate_counts_layers_output_and_memory(tiny, monkeypatch, capsys):
     assert run(tiny, "--keep", 32, "--estimate", "--dtype", "float32") == 0
     said = capsys.readouterr().out
     assert f"{cost.operations:.1e} operations" in said and str(timedelta(seconds=round(cost.seconds))) in said
-    assert "0.0 GB of output" in said and not tiny.with_name("tiny-olmoe-keep32").exists()
+    assert "output: 0.0 GB" in said and not tiny.with_name("tiny-olmoe-keep32").exists()
 
 
 def test_an_estimate_is_near_what_happens(tiny, tmp_path):

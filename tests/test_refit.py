@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -207,6 +208,23 @@ def test_scratch_tensors_are_files_that_go_with_them(tmp_path):
     assert made.shape == (3, 5) and made.sum() == 30 and not list(tmp_path.iterdir())
     del made
     assert set(os.listdir("/dev/fd")) == before
+
+
+def test_the_estimate_is_near_what_happens(tiny, tmp_path, capsys):
+    """Within a factor of 4 for small matrices beside other tests."""
+    model, ids = Model(tiny), torch.randint(0, 2048, (16, 256), generator=torch.Generator().manual_seed(0))
+    survivors = {name: list(range(32)) for name in model.layer_names}
+    model_io.write_checkpoint(model.checkpoint, tmp_path / "out", survivors, {})
+    cost = hodgecover.estimate_refit(model, 32, ids.numel())
+    active = 4 * (4 * 96 * 96 + 64 * 96 + 4 * 96 + 8 * 3 * 96 * 16)
+    assert cost.operations == 4 * hodgecover.refit_operations(4096, 32, 8, 96, 16) + 4 * 4096 * active
+    started = time.perf_counter()
+    assert len(list(hodgecover.refit(model, Model(tmp_path / "out"), ids, cache=tmp_path))) == 4
+    assert 1 / 4 < cost.seconds / (time.perf_counter() - started) < 4
+    assert cost.disk == pytest.approx(sum(file.stat().st_size for file in tmp_path.glob("refit-*")), rel=0.01)
+    assert run(tiny, "--keep", 32, "--estimate", "--method", "reap", "--refit", 4096, "--dtype", "float32") == 0
+    said = capsys.readouterr().out
+    assert f"refit of 4 layers, float32: {cost.operations:.1e} operations" in said and "barriers" not in said
 
 
 def test_pruned_entries_stay_pruned(tiny, tmp_path):
