@@ -1108,7 +1108,7 @@ def check_new(out: Path) -> None:
     can be made where it should lie."""
     try:
         if not str(out).isprintable() or len(os.fsencode(out.name)) > 240:  # of 255, for the hidden folder beside
-            raise InputError(f"{out}: not a name that every program can read; name another with --out")
+            raise InputError(f"{out}: a name that is too long or not printable; name another with --out")
         if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(f"{out}: exists and is not an empty folder; name another with --out, or remove it")
         above = next(parent for parent in out.absolute().parents if parent.exists())

@@ -678,7 +678,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tiny, tmp_path, mon
     (tmp_path / "link").symlink_to("elsewhere")
     for out, says in ((tmp_path, "not an empty folder"), (tmp_path / "notes.txt", "not an empty folder"),
                       (tmp_path / "notes.txt" / "out", "cannot be made"), (tmp_path / "link", "not an empty folder"),
-                      (tmp_path / ("x" * 300), "cannot be made"), (tiny / "out", "lies in the checkpoint")):
+                      (tmp_path / ("x" * 300), "too long or not printable"), (tiny / "out", "lies in the checkpoint")):
         assert run(tiny, "--keep", 32, "--out", out) == 2
         said = capsys.readouterr()
         assert says in said.err and said.err.count("\n") == 1

@@ -150,4 +150,4 @@ def test_a_plan_with_pruned_weights_is_not_exported_without_their_norms(tiny, tm
     plan = ["--keep", 48, "--method", "reap", "--total-rate", 0.5, "--plan-only", "--out", tmp_path / "plan"]
     assert run(tiny, *plan, *QUICK) == 0
     assert run(tiny, "--plan", tmp_path / "plan" / "hodgecover.json", "--out", tmp_path / "out") == 2
-    assert "activation norms" in capsys.readouterr().err
+    assert "made with Wanda" in capsys.readouterr().err

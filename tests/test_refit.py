@@ -237,7 +237,7 @@ def test_pruned_entries_stay_pruned(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--refit", 1], "--refit 1: must be at least 2"), (["--refit", 100], "must be from 2 to the 100"),
+    (["--refit", 1], "--refit 1: must be from 2"), (["--refit", 100], "must be from 2 to the 100"),
     (["--refit", 1024, "--plan-only"], "do not go together"), (["--refit", 1024, "--router", "fold"], "--router drop"),
 ])
 def test_wrong_choices_get_one_line(tiny, tmp_path, capsys, options, says):
