@@ -83,6 +83,7 @@ class Settings:
 METHODS = ("hodgecover", "random", "frequency", "reap", "greedy-barrier", "triplet-penalty", "triplet-hypergraph",
            "hodge-no-triangle", "additive-residual")
 NO_BARRIERS = ("random", "frequency", "reap")
+BY_SCORE = (*NO_BARRIERS, "greedy-barrier")
 CHOICES = {"method": METHODS, "readout": ("lens", "model"), "order": ("saliency", "index", "random:SEED"),
            "router": ("drop", "fold")}
 RANGES = {"edge_percent": (0, 100), "triangle_percent": (0, 100), "lambda_edge": (0, math.inf),
@@ -404,7 +405,7 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
     if not 1 <= keep <= n or n < 2:
         raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
     order, found = None, {}
-    if settings.method in ("random", "frequency", "reap", "greedy-barrier"):
+    if settings.method in BY_SCORE:
         score = score_experts(signals, settings.method, settings.seed + layer)
         order = score.sort(descending=True, stable=True).indices.tolist()
     if len(signals.barriers):
@@ -855,9 +856,11 @@ def refuse_inside(model: Model, path: Path, option: str) -> None:
         raise InputError(f"{path}: lies in the checkpoint, which is never written to; name another with {option}")
 
 
-def check_out(model: Model, out: Path, cache: Path | None = None) -> Path:
-    """The output folder. Raises InputError where it lies in the checkpoint or around the cache, or cannot become a new
-    folder."""
+def check_out(model: Model, out: str | os.PathLike | None, keep: int, cache: Path | None = None) -> Path:
+    """The output folder; CKPT-keepK beside the checkpoint where none is given. Raises InputError where it lies in the
+    checkpoint or around the cache, or cannot become a new folder."""
+    source = Path(os.path.abspath(model.checkpoint.path))
+    out = Path(os.path.abspath(out)) if out else source.with_name(f"{source.name}-keep{keep}")
     refuse_inside(model, out, "--out")
     if cache and out.resolve() in (cache.resolve(), *cache.resolve().parents):
         raise InputError(f"{out}: would hold the cache {cache}; name another with --out")
@@ -947,8 +950,7 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     model = Model(path, dtype, device)
     cfg = model.config
     check_keep(model, keep, "--keep")
-    source = Path(os.path.abspath(path))
-    out = check_out(model, Path(os.path.abspath(out)) if out else source.with_name(f"{source.name}-keep{keep}"), cache)
+    out = check_out(model, out, keep, cache)
     if refit_tokens:
         check_sample(refit_tokens, seq_len, "--refit")
     wanda, mask = wanda_settings(model, keep, total_rate, nm)
@@ -962,8 +964,8 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
             "dtype": str(dtype).removeprefix("torch."), "tokens": ids.numel(), "seq_len": seq_len,
             "calibration": [Path(file).name for file in calib] or "python documentation",
             "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | wanda,
-        "source": {"name": source.name, "model_type": cfg.model_type, "num_experts": cfg.num_experts,
-                   "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
+        "source": {"name": Path(os.path.abspath(path)).name, "model_type": cfg.model_type,
+                   "num_experts": cfg.num_experts, "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
     }
     if wanda:
         say(f"with Wanda, {wanda['wanda']['total_rate']:.2%} of all experts' parameters are gone")
@@ -1373,8 +1375,7 @@ def run(args: argparse.Namespace) -> None:
         source.unembedding()  # refused now rather than after the work
     if args.plan:
         plan = read_plan(source, args.plan)
-        keep = len(plan["layers"][0]["survivors"])
-        out = check_out(source, Path(os.path.abspath(args.out or at.with_name(f"{at.name}-keep{keep}"))))
+        out = check_out(source, args.out, len(plan["layers"][0]["survivors"]))
         export(source, plan, out)
         router = plan["settings"]["router"]
     else:

@@ -510,9 +510,8 @@ def block_ridge(features: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]
             pieces, first, block = features(e), start[e].double(), blocks[e].double()
             gram, wanted = first.new_zeros(first.shape[1], first.shape[1]), torch.zeros_like(first.T)
             for rows, x in pieces:
-                x = x.double()
-                gram.addmm_(x.T, x)
-                wanted.addmm_(x.T, residual[rows].double())
+                gram.addmm_(x.double().T, x.double())
+                wanted += x.T.to(residual) @ residual[rows]
             weight = ridge * gram.trace() / len(gram)
             if not gram.any():
                 continue
@@ -521,7 +520,7 @@ def block_ridge(features: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]
             step = solve_rows(system, wanted, first != 0) if fixed_zeros else solve_spd(system, wanted).T
             blocks[e] = block + step
             for rows, x in pieces:
-                residual[rows] -= (x.double() @ step.T).to(residual)
+                residual[rows] -= x.to(residual) @ step.T.to(residual)
     return blocks
 
 

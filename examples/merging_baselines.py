@@ -147,7 +147,7 @@ def main() -> int:
     try:
         model = model_io.Model(args.checkpoint)
         check_keep(model, args.keep, "--keep")
-        check_out(model, args.out)
+        check_out(model, args.out, args.keep)
         ids = calibration_ids(model, args.calib, TOKENS, SEQ_LEN, 0)
         facts = {step.name: layer_facts(step) for step in model.stream(ids) if step.gates is not None}
         _, survivors, edits = merge(model.checkpoint, facts, args.method, args.keep, args.all_slots)

@@ -172,7 +172,7 @@ def draw_curves(source: model_io.Model, samples: list[torch.Tensor], text: torch
         f"{tokens:,}": on("documentation", tokens) for tokens in (2048, 4096, 8192, 16384, 32768, 65536)} | {
         f"{tokens:,}, with training text": on("with training text", tokens) for tokens in (65536, 131072)})
     table("ridge, tokens", {f"{ridge}, {tokens:,}": on("documentation", tokens, fit=partial(refit_layer, ridge=ridge))
-                            for tokens in (2048, 16384, 65536) for ridge in (0.01, 0.03, 0.1, 0.3, 1.0)})
+                            for tokens in (2048, 16384, 65536) for ridge in (0.03, 0.3, 3.0)})
     table("sweeps", {str(sweeps): here(fit=partial(refit_layer, sweeps=sweeps)) for sweeps in (1, 2, 3, 10)})
     table("text", {text: on(text, TOKENS) for text in ("documentation", "source code", "licences")})
     table("fit", {

@@ -246,7 +246,7 @@ OPTIONS = {
     "endless memory": (["--memory", "9" * 400], "must be a size such as 1GB"),
     "an infinite weight": (["--alpha", "inf"], "a finite number, at least 0"),
     "barriers that nobody reads": (["--layers", 0, "--method", "reap"], "which --method reap does without"),
-    "an output of two lines": (["--out", "a\nb"], "a\\nb: too long or not printable"),
+    "an output of two lines": (["--out", "a\nb"], "a\\nb: a name that is too long or not printable"),
     "an output that is no text": (["--out", "\udcff"], "too long or not printable"),
     "an output too long a name": (["--out", "x" * 250], "too long or not printable"),
     "an output around the cache": (["--out", "here", "--cache", "here/cache"], "here: would hold the cache"),
