@@ -25,7 +25,7 @@ from hodgecover import (SEQ_LEN, TOKENS, Settings, Signals, calibration_ids, che
 from model_io import InputError, Model  # noqa: E402
 
 SUMMARY = ("layer", "harmonic share", "of a constant signal", "over random orders", "E* shared with them, median",
-           "survivors shared with them", "energy the additive model leaves", "variance", "covered at",
+           "survivors shared with them", "energy the additive model leaves", "variance", "E* and T* covered at",
            "survivors that are top by saliency")
 
 
