@@ -335,7 +335,7 @@ def measure_layer(experts: Experts, x: torch.Tensor, gates: torch.Tensor, y: tor
     if not torch.cat((saliency, barriers, triplets)).isfinite().all():
         raise InputError("a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an "
                          f"expert, or an overflow of {x.dtype}")
-    barriers = barriers[mathx.edge_index(n, *pairs.unbind(1)).argsort()]
+    barriers = barriers[mathx.edge_index(n, *pairs.unbind(1)).argsort()]  # from saliency order to that of edges(n)
     return Signals((gates > 0).sum(0).cpu(), saliency, barriers, candidates, triplets)
 
 
@@ -418,7 +418,10 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
 
 def plan_from_barriers(signals: Signals, keep: int, settings: Settings, order: list[int] | None
                        ) -> tuple[list[int], dict]:
-    """The order of the picks, by a cover or a veto unless it is given, and all that the plan says of the barriers."""
+    """The order of the picks, by a cover or a veto unless it is given, and all that the plan says of the barriers.
+
+    Vertices of the complex are ranks, from `in_order` on; what goes in and comes out are experts.
+    """
     n, rank = len(signals.frequency), expert_order(signals, settings.order)
     ranked = in_order(signals, rank)
     b, edges = ranked.barriers, mathx.edges(n)
@@ -742,6 +745,7 @@ def wanda_edits(model: Model, norms: dict[str, Signals], mask: Callable) -> dict
     norms: by layer name.
     """
     def edit(weight: torch.Tensor, row: int, table: torch.Tensor, expert: int | None) -> torch.Tensor:
+        """A shared expert's table is one row; an expert's own is `expert`, or `row` where experts are stored fused."""
         of = table if table.dim() == 1 else table[row if expert is None else expert]
         return weight.masked_fill(~mask(weight, of), 0)
     edits = {}
@@ -768,13 +772,13 @@ def fit_scale(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
     by least squares."""
     n, d = step.gates.shape[1], residual.shape[1]
     gram, wanted = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    for t in torch.arange(len(residual), device=residual.device).split(PIECE // 8):
-        outputs = residual.new_zeros(n, len(t), d)
+    for t in torch.arange(len(residual), device=residual.device).split(PIECE // 16):
+        outputs = residual.new_zeros(n, len(t), d, dtype=torch.float64)
         for e in range(n):
             hit = step.gates[t, e].nonzero().squeeze(1)
-            outputs[e, hit] = (step.gates[t[hit], e, None] * step.layer.experts(e, step.x[t[hit]])).to(residual)
-        gram += (outputs.flatten(1) @ outputs.flatten(1).T).double().cpu()
-        wanted += (outputs.flatten(1) @ residual[t].flatten()).double().cpu()
+            outputs[e, hit] = (step.gates[t[hit], e, None] * step.layer.experts(e, step.x[t[hit]])).double()
+        gram += (outputs.flatten(1) @ outputs.flatten(1).T).cpu()
+        wanted += (outputs.flatten(1) @ residual[t].flatten().double()).cpu()
     return 1 + torch.linalg.pinv(gram, hermitian=True) @ wanted
 
 
@@ -826,8 +830,8 @@ def refit(source: Model, output: Model, ids: torch.Tensor,
             else:
                 down = fit(step, residual)
                 if not down.isfinite().all():
-                    raise InputError(f"{output.checkpoint.path.name}: {name}: its down projections, refitted, overflow "
-                                     f"{down.dtype}; leave out --refit")
+                    raise InputError(f"{source.checkpoint.path}: {name}: down projections that overflow {down.dtype} "
+                                     "as they are refitted; leave out --refit")
                 if cache:
                     make_cache(cache)
                     write_entry(cache, f"refit-{name}", {"down": down}, key)

@@ -510,7 +510,7 @@ def block_ridge(features: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]
             pieces, first, block = features(e), start[e].double(), blocks[e].double()
             gram, wanted = first.new_zeros(first.shape[1], first.shape[1]), torch.zeros_like(first.T)
             for rows, x in pieces:
-                gram.addmm_(x.double().T, x.double())
+                gram += x.double().T @ x.double()
                 wanted += x.T.to(residual) @ residual[rows]
             weight = ridge * gram.trace() / len(gram)
             if not gram.any():

@@ -272,11 +272,6 @@ def test_logits_beyond_all_measure_give_an_infinite_perplexity(small, capsys):
     assert "perplexity: inf" in capsys.readouterr().out
 
 
-def test_a_refit_that_overflows_is_refused(small, capsys):
-    one(f"{LAYER}mlp.experts.3.down_proj.weight", lambda t: t * 1e37)(small)
-    assert "overflow" in refused(capsys, small, "--method", "reap", "--refit", 200, late=True)
-
-
 @pytest.mark.parametrize("change, says", [
     ({"refit": {}}, "made with Wanda or --refit"), ({"schema_version": 99}, "schema_version 99; it must be 1"),
     ({"more": float("nan")}, "not a plan that hodgecover.py wrote")])

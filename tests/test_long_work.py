@@ -309,6 +309,13 @@ def test_an_estimate_is_near_what_happens(tiny, tmp_path):
     assert sum(map(len, contents(tmp_path).values())) == pytest.approx(cost.disk, rel=0.1)
 
 
+def test_a_folder_that_fails_leaves_no_parents_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError), model_io.new_folder(tmp_path / "there" / "a" / "b" / "out"):
+        raise OSError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 # --------------------------------------------------------------------------------------------------- precision
 
 

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from model_io import Model
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = ["--tokens", "128", "--seq-len", "64", "--max-triangles", "20", "--dtype", "float32"]
@@ -160,6 +161,14 @@ def test_every_family_comes_nearer_to_the_source_and_all_experts_back_to_it(path
         assert error["after"] < 1e-4 * error["before"]
 
 
+def test_down_projections_that_overflow_are_refused(tmp_path):
+    model = Model(GOLDEN / "olmoe-plain")
+    ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+    model_io.write_checkpoint(model.checkpoint, tmp_path / "out", {n: [0, 2, 3, 5] for n in model.layer_names}, {})
+    with pytest.raises(model_io.InputError, match="model.layers.0: down projections that overflow torch.float32"):
+        next(hodgecover.refit(model, Model(tmp_path / "out"), ids, lambda step, _: step.layer.experts.down * torch.inf))
+
+
 def test_the_command_refits_says_so_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
     work = [tiny, "--keep", 32, "--method", "reap", "--refit", 1024, "--cache", tmp_path / "cache", *QUICK]
     assert run(*work, "--out", tmp_path / "out") == 0
@@ -208,6 +217,16 @@ def test_scratch_tensors_are_files_that_go_with_them(tmp_path):
     assert made.shape == (3, 5) and made.sum() == 30 and not list(tmp_path.iterdir())
     del made
     assert set(os.listdir("/dev/fd")) == before
+
+
+def test_operations_are_those_that_torch_counts():
+    """But for the solves, which it does not count."""
+    step, (n, f, d) = layer_pass(0), (5, 3, 6)
+    with FlopCounterMode(display=False) as counter:
+        hodgecover.add_outputs(step.x.clone(), step, hodgecover.refit_layer(step, step.x.clone()))
+    solves = hodgecover.SWEEPS * n * (f**3 / 3 + 2 * f * f * d)
+    expected = hodgecover.refit_operations(len(step.x), n, 2, d, f) - solves
+    assert counter.get_total_flops() == pytest.approx(expected)
 
 
 def test_the_estimate_is_near_what_happens(tiny, tmp_path, capsys):
