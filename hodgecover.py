@@ -980,18 +980,25 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
     ids = calibration_ids(model, list(calib), refit_tokens, seq_len, settings.seed)
     with model_io.new_folder(out) as folder:
         export(model, plan, folder, edits=edits)
-        survivors = json.dumps([wanda, *(layer["survivors"] for layer in layers)])
-        key = cache_key(model, ids, Settings()) | {"refit": f"{RIDGE}, {SWEEPS}", "survivors": survivors}
-        found = []
-        fit = partial(refit_layer, fixed_zeros=bool(wanda))  # which Wanda made
-        large = device == "cpu" and activation_bytes(model, ids.numel()) > memory
-        empty = model_io.scratch(folder) if large else torch.empty
-        for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key, empty):
-            say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
-            found.append(error)
-        plan["refit"] = {"tokens": ids.numel(), "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
+        plan["refit"] = refit_export(model, plan, folder, ids, cache, memory, say)
         (folder / model_io.PLAN).write_bytes(as_json(plan))
     return out
+
+
+def refit_export(model: Model, plan: dict, folder: Path, ids: torch.Tensor, cache: Path | None, memory: int,
+                 say: Callable[[str], None]) -> dict:
+    """Refits the checkpoint that was exported to a folder; returns what the plan says of it."""
+    settings, dtype, device = plan["settings"], model.dtype, model.device
+    pruned = [settings["wanda"], settings["calibration_sha256"]] if "wanda" in settings else []
+    made = json.dumps([pruned, *(layer["survivors"] for layer in plan["layers"])])
+    key = cache_key(model, ids, Settings()) | {"refit": f"{RIDGE}, {SWEEPS}", "survivors": made} if cache else {}
+    large = device.type == "cpu" and activation_bytes(model, ids.numel()) > memory
+    empty, found = model_io.scratch(folder) if large else torch.empty, []
+    fit = partial(refit_layer, fixed_zeros=bool(pruned))
+    for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key, empty):
+        say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
+        found.append(error)
+    return {"tokens": ids.numel(), "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
 
 
 def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, float, float]:

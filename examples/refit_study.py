@@ -3,6 +3,7 @@
 
     python examples/refit_study.py             every method and baseline refitted, alone and with Wanda
     python examples/refit_study.py --curves    HodgeCover's survivors: tokens, ridge, sweeps, other text, other fits
+    python examples/refit_study.py --where     whether redirect, harmonic part or saliency foretell what it changes
     python examples/refit_study.py --samples 2 --tokens 1024    a first look
 
 Tables as `reproduce.py` prints them: held-out perplexity and KL from the source, mean +- standard deviation over the
@@ -20,9 +21,11 @@ import argparse
 import ast
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 
@@ -33,8 +36,9 @@ import mathx  # noqa: E402
 import merging_baselines as baselines  # noqa: E402
 import model_io  # noqa: E402
 import reproduce  # noqa: E402
-from hodgecover import (METHODS, RIDGE, SWEEPS, add_outputs, calibration_ids, fit_scale, refit,  # noqa: E402
-                        refit_layer)
+from hodgecover import (METHODS, RIDGE, SWEEPS, Settings, Signals, add_outputs, calibration_ids,  # noqa: E402
+                        curate_triangles, expert_order, fit_scale, in_order, measure_model, plan_from_signals, refit,
+                        refit_layer, sparse_layers)
 
 TOKENS = 16384  # to refit on, but where a line says otherwise
 KEPT = {32: "50%", 22: "66%"}  # of the curves
@@ -183,9 +187,53 @@ def draw_curves(source: model_io.Model, samples: list[torch.Tensor], text: torch
          "router rows, then factors and down projections": here(fit_routers)})
 
 
+def foretold(signals: Signals, keep: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """A layer's survivors, and what might foretell how far each is moved: (K,) numbers by name."""
+    plan, rank = plan_from_signals(signals, keep), expert_order(signals, "saliency")
+    ranked, n = in_order(signals, rank), len(rank)
+    triangles = ranked.candidates[curate_triangles(ranked, Settings())[0]]
+    harmonic = mathx.hodge_decompose(ranked.barriers, *mathx.boundary_matrices(n, triangles)).harmonic
+    i, j = rank[mathx.edges(n)].unbind(1)
+    kept, dropped = plan["survivors"], sorted(map(int, plan["redirect"]))
+
+    def to_dropped(edges: torch.Tensor) -> torch.Tensor:
+        whole = torch.zeros(n, n, dtype=torch.float64)
+        whole[i, j] = whole[j, i] = edges
+        return whole[kept][:, dropped].sum(1)
+    redirected = torch.zeros(n, dtype=torch.float64)
+    for source, target in plan["redirect"].items():
+        redirected[target] += signals.frequency[int(source)]
+    return kept, {
+        "tokens of the experts redirected to it": redirected[kept], "its own tokens": signals.frequency[kept],
+        "its saliency": signals.saliency[kept], "barriers to dropped experts": to_dropped(ranked.barriers),
+        "abs(b_harm) to dropped experts": to_dropped(harmonic.abs())}
+
+
+def look(source: model_io.Model, samples: list[torch.Tensor], keep: int = 32) -> None:
+    """Prints rank correlations over the survivors of a layer, mean +- standard deviation over layers and samples."""
+    found = {}
+    for seed, ids in enumerate(samples):
+        layers = {source.layer_names[index]: foretold(signals, keep) for index, signals in
+                  measure_model(source, ids, Settings(seed=seed), sparse_layers(source))}
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            model_io.write_checkpoint(source.checkpoint, out, {name: kept for name, (kept, _) in layers.items()}, {})
+            output = model_io.Model(out)
+            before = [output.layer(index).experts.down.float() for index in range(len(layers))]
+            finisher(source, calibration_ids(source, [], TOKENS, 512, seed))(output)
+            for index, (start, (_, signs)) in enumerate(zip(before, layers.values())):
+                moved = (output.layer(index).experts.down - start).flatten(1).norm(dim=1) / start.flatten(1).norm(dim=1)
+                for name, values in signs.items():
+                    found.setdefault(name, []).append(mathx.spearman(values, moved))
+    print(f"| {keep} survivors | rank correlation with the change of their down projections |\n|---|---|")
+    for name, values in found.items():
+        print(f"| {name} | {mean(values):+.2f} ± {stdev(values):.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", action="store_true", help="what the refit depends on, rather than methods")
+    parser.add_argument("--where", action="store_true", help="what foretells the change of a survivor instead")
     parser.add_argument("--samples", type=int, choices=range(1, 11), default=5, help="calibration samples, 1 to 10 [5]")
     parser.add_argument("--tokens", type=int, default=16384, help="of the text to evaluate on, 512 or more [16384]")
     args = parser.parse_args()
@@ -193,6 +241,8 @@ def main() -> None:
         parser.error(f"--tokens {args.tokens}: must be at least one sequence of 512")
     source = model_io.Model(HERE / "tiny-olmoe")
     samples = [calibration_ids(source, [], 2048, 512, seed) for seed in range(args.samples)]
+    if args.where:
+        return look(source, samples)
     (draw_curves if args.curves else compare_methods)(source, samples, reproduce.held_out(source, args.tokens))
 
 

@@ -247,12 +247,15 @@ def test_the_estimate_is_near_what_happens(tiny, tmp_path, capsys):
 
 
 def test_pruned_entries_stay_pruned(tiny, tmp_path):
-    work = [tiny, "--keep", 48, "--method", "reap", "--total-rate", 0.6, "--cache", tmp_path / "cache", *QUICK]
-    assert run(*work, "--out", tmp_path / "plain") == 0
-    assert run(*work, "--refit", 1024, "--out", tmp_path / "out") == 0
-    plain, refitted = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
-    for name in plain:
-        assert (refitted[name][plain[name] == 0] == 0).all()
+    """Also where another calibration sample has pruned others, and a layer refitted after that is in the cache."""
+    for tokens in (128, 192):
+        work = [tiny, "--keep", 64, "--method", "reap", "--total-rate", 0.6, "--cache", tmp_path / "cache", *QUICK,
+                "--tokens", tokens]
+        assert run(*work, "--out", tmp_path / f"plain{tokens}") == 0
+        assert run(*work, "--refit", 1024, "--out", tmp_path / f"out{tokens}") == 0
+        plain, refitted = (load_file(tmp_path / f"{name}{tokens}" / "model.safetensors") for name in ("plain", "out"))
+        for name in plain:
+            assert (refitted[name][plain[name] == 0] == 0).all()
 
 
 @pytest.mark.parametrize("options, says", [
