@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to say of an interrupt while torch is imported
 
 import safetensors.torch
 import torch
@@ -1431,5 +1435,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks
     sys.exit(main())

@@ -309,6 +309,15 @@ def test_an_estimate_is_near_what_happens(tiny, tmp_path):
     assert sum(map(len, contents(tmp_path).values())) == pytest.approx(cost.disk, rel=0.1)
 
 
+def test_an_interrupt_while_packages_are_imported_is_no_traceback(tmp_path):
+    (tmp_path / "safetensors.py").write_text("import time; print('imported', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, hodgecover.__file__, "x", "--keep", "32"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == b"imported\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"" and process.returncode == -signal.SIGINT
+
+
 def test_a_folder_that_fails_leaves_no_parents_behind(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(OSError), model_io.new_folder(tmp_path / "there" / "a" / "b" / "out"):
