@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -897,6 +897,7 @@ def json_text(line: str, where: str) -> str:
         raise InputError(f'{where}: expected a JSON object with a "text" field that is a string') from None
 
 
+@cache
 def python_documentation(part: str) -> list[str]:
     """English that every Python carries: the language reference in pydoc and the standard library's docstrings.
 
