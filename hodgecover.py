@@ -660,11 +660,12 @@ def read_entry(cache: Path, name: str, key: dict[str, str], fields: Sequence[str
         return None
     try:
         with safetensors.safe_open(file, framework="pt") as f:
-            found, tensors = f.metadata() or {}, {field: f.get_tensor(field).clone() for field in f.keys()}
+            found = f.metadata() or {}
+            other = [part for part in key if found.get(part) != key[part]]
+            tensors = {} if other else {field: f.get_tensor(field).clone() for field in f.keys()}
     except (OSError, safetensors.SafetensorError) as err:
         warn(f"{file}: damaged ({err}); measured anew")
         return None
-    other = [part for part in key if found.get(part) != key[part]]
     if other:
         warn(f"{file}: made with other {', '.join(other)}; measured anew")
     elif tensors.keys() != {*fields} or found.get("sha256") != digest(tensors):
@@ -767,8 +768,8 @@ def wanda_edits(model: Model, norms: dict[str, Signals], mask: Callable) -> dict
 def add_outputs(stream: torch.Tensor, step: LayerPass, down: torch.Tensor) -> None:
     """Adds to a stream (T, d) what the layer's experts give through other down projections (n, d, f)."""
     experts = step.layer.experts._replace(down=down.to(step.x))
-    for rows in torch.arange(len(stream), device=stream.device).split(PIECE):
-        stream[rows] += model_io.mix_experts(experts, step.x[rows], step.gates[rows]).to(stream)
+    for rows, x, gates in zip(stream.split(PIECE), step.x.split(PIECE), step.gates.split(PIECE)):
+        rows += model_io.mix_experts(experts, x, gates).to(rows)
 
 
 def fit_scale(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
@@ -791,14 +792,14 @@ def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float = RIDGE, s
     """The down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now, in
     their dtype: a factor for each expert, then ridge regression about that (`mathx.block_ridge`). The gates and the
     hidden activations are the layer's own. The residual is changed in place."""
-    experts = step.layer.experts
-    down, factor = experts.down.to(residual), fit_scale(step, residual).to(residual)[:, None, None]
-    add_outputs(residual, step, down * (1 - factor))
+    experts, factor = step.layer.experts, fit_scale(step, residual).to(residual)[:, None, None]
+    add_outputs(residual, step, experts.down.to(residual) * (1 - factor))
+    start = experts.down.to(residual) * factor
 
     def features(e: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         routed = step.gates[:, e].nonzero().squeeze(1)
         return [(t, step.gates[t, e, None] * experts.hidden(e, step.x[t])) for t in routed.split(PIECE)]
-    return mathx.block_ridge(features, down * factor, residual, ridge, sweeps, fixed_zeros).to(experts.down)
+    return mathx.block_ridge(features, start, residual, ridge, sweeps, fixed_zeros).to(experts.down)
 
 
 def refit(source: Model, output: Model, ids: torch.Tensor,
@@ -829,21 +830,14 @@ def refit(source: Model, output: Model, ids: torch.Tensor,
             residual.copy_(target).sub_(step.y)
             before, old = length(residual), step.layer.experts.down
             found = read_entry(cache, f"refit-{name}", key, ["down"]) if cache else None
-            if found:
-                down = found["down"].to(step.y.device)
-            else:
-                down = fit(step, residual)
-                if not down.isfinite().all():
-                    raise InputError(f"{source.checkpoint.path}: {name}: down projections that overflow {down.dtype} "
-                                     "as they are refitted; leave out --refit")
-                if cache:
-                    make_cache(cache)
-                    write_entry(cache, f"refit-{name}", {"down": down}, key)
-            output.store_down(name, down)
+            down = output.store_down(name, found["down"] if found else fit(step, residual))
+            if cache and not found:
+                make_cache(cache)
+                write_entry(cache, f"refit-{name}", {"down": down}, key)
             add_outputs(step.y, step, down.to(step.x) - old.to(step.x))
             residual.copy_(target).sub_(step.y)
             yield {"name": name, "before": before / length(target), "after": length(residual) / length(target)}
-            del residual, old
+            del residual, old, down, found
         target = step = None  # before the next layer is read
 
 
@@ -1002,7 +996,8 @@ def refit_export(model: Model, plan: dict, folder: Path, ids: torch.Tensor, cach
     for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key, empty):
         say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
         found.append(error)
-    return {"tokens": ids.numel(), "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
+    return {"tokens": ids.numel(), "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+            "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
 
 
 def evaluate(source: Model, output: Model, ids: torch.Tensor) -> tuple[float, float, float]:
@@ -1080,9 +1075,11 @@ def estimate_refit(model: Model, keep: int, tokens: int, memory: int = MEMORY) -
     started = time.perf_counter()
     refit_layer(step, filled(rows, d).to(model_io.widened(model.dtype)))
     rate = refit_operations(rows, 2, 2, d, f) / (time.perf_counter() - started)
-    own = 3 * 4 * keep * d * f  # the down projections in float32: before, scaled, refitted
+    own = 3 * model_io.widened(model.dtype).itemsize * keep * d * f  # down projections: change, scaled, refitted
     peak = max(held) * (1 + keep / cfg.num_experts) + own + min(memory, activation_bytes(model, tokens))
-    return Cost(operations, operations / rate, BASE_MEMORY + peak, len(sparse) * 2 * keep * d * f)
+    stored = sum(math.prod(info.shape) * model_io.DTYPES[info.dtype].itemsize
+                 for name, info in model.checkpoint.tensors.items() if ".experts." in name and "down_proj" in name)
+    return Cost(operations, operations / rate, BASE_MEMORY + peak, stored * keep / cfg.num_experts)
 
 
 def refit_operations(tokens: int, keep: int, k: int, d: int, f: int) -> float:
@@ -1345,8 +1342,10 @@ def say_cost(model: Model, args: argparse.Namespace, settings: Settings) -> None
     if settings.method in NO_BARRIERS and not args.refit:
         raise InputError(f"--estimate: --method {settings.method} measures no barriers; it costs one pass over the "
                          "checkpoint")
-    if args.refit and args.keep is None:
-        raise InputError("--estimate of --refit needs --keep K")
+    if args.refit:
+        check_sample(args.refit, args.seq_len, "--refit")
+        if args.keep is None:
+            raise InputError("--estimate of --refit needs --keep K")
 
     def say(what: str, cost: Cost, short: str) -> None:
         print(f"{what} of {len(sparse_layers(model))} layers, {str(model.dtype).removeprefix('torch.')}: "
@@ -1356,7 +1355,8 @@ def say_cost(model: Model, args: argparse.Namespace, settings: Settings) -> None
     if settings.method not in NO_BARRIERS:
         say("barriers", estimate(model, settings, args.tokens // args.seq_len * args.seq_len, args.memory), "sweep")
     if args.refit:
-        say("refit", estimate_refit(model, args.keep, args.refit, args.memory), "one")
+        tokens = args.refit // args.seq_len * args.seq_len
+        say("refit", estimate_refit(model, args.keep, tokens, args.memory), "one")
     print(f"reading: {weight_bytes(model) / 1e9:.1f} GB, which comes on top")
     if args.keep is not None:
         survivors = {model.layer_names[i]: list(range(args.keep)) for i in sparse_layers(model)}

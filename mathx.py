@@ -491,7 +491,7 @@ def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tenso
 
 
 def block_ridge(features: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]]], start: torch.Tensor,
-                residual: torch.Tensor, ridge: float = 0.1, sweeps: int = 3, fixed_zeros: bool = False) -> torch.Tensor:
+                residual: torch.Tensor, ridge: float, sweeps: int, fixed_zeros: bool = False) -> torch.Tensor:
     """Block Gauss-Seidel on min_D sum_t |residual_t - sum_e (D_e - D_e^0) x_te|^2 + sum_e r_e |D_e - D_e^0|^2, one
     block D_e at a time, with r_e = ridge tr(A_e) / f and A_e = sum_t x_te x_te': no matrix is larger than A_e.
 

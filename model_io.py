@@ -757,14 +757,17 @@ class Model:
                 slot.copy_(part)
         return experts
 
-    def store_down(self, layer: str, down: torch.Tensor) -> None:
-        """Writes the down projections (n, d, f) of a layer, by its name, over those in the checkpoint's files."""
-        fused = f"{layer}.mlp.experts.down_proj"
-        for e, weight in enumerate(down):
-            if fused in self.checkpoint.tensors:
-                self.checkpoint.overwrite(fused, weight, e)
-            else:
-                self.checkpoint.overwrite(f"{layer}.mlp.experts.{e}.down_proj.weight", weight)
+    def store_down(self, layer: str, down: torch.Tensor) -> torch.Tensor:
+        """Writes the down projections (n, d, f) of a layer, by its name, over those in the checkpoint's files; returns
+        them as stored. Raises InputError where they overflow that type."""
+        tensors, fused = self.checkpoint.tensors, f"{layer}.mlp.experts.down_proj"
+        names = [fused if fused in tensors else f"{layer}.mlp.experts.{e}.down_proj.weight" for e in range(len(down))]
+        stored = down.to(DTYPES[tensors[names[0]].dtype])
+        if not stored.isfinite().all():
+            raise InputError(f"{self.checkpoint.path.name}: {names[0]}: new weights overflow {stored.dtype}")
+        for e, (name, weight) in enumerate(zip(names, stored)):
+            self.checkpoint.overwrite(name, weight, e if name == fused else None)
+        return stored
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of ids (B, L): the residual stream before the first layer, (B, L, d)."""
@@ -1108,7 +1111,7 @@ def check_new(out: Path) -> None:
     """Raises InputError where `out` cannot become a new folder: it exists and is not an empty one, or no folder
     can be made where it should lie."""
     try:
-        if not str(out).isprintable() or len(os.fsencode(out.name)) > 240:  # of 255, for the hidden folder beside
+        if not str(out).isprintable() or len(os.fsencode(out.name)) > 220:  # of 255, for hidden folders beside
             raise InputError(f"{out}: a name that is too long or not printable; name another with --out")
         if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(f"{out}: exists and is not an empty folder; name another with --out, or remove it")

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from model_io import Model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,12 +162,24 @@ def test_every_family_comes_nearer_to_the_source_and_all_experts_back_to_it(path
         assert error["after"] < 1e-4 * error["before"]
 
 
-def test_down_projections_that_overflow_are_refused(tmp_path):
-    model = Model(GOLDEN / "olmoe-plain")
-    ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_what_is_stored_is_what_goes_on_and_is_cached(tmp_path, dtype):
+    """Rounded to the type of the file, whatever the dtype of the products; refused where it overflows that."""
+    source = Path(shutil.copytree(GOLDEN / "olmoe-plain", tmp_path / "source"))
+    weights = load_file(source / "model.safetensors")
+    save_file({name: weight.to(dtype) for name, weight in weights.items()}, source / "model.safetensors")
+    model, ids = Model(source), torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
     model_io.write_checkpoint(model.checkpoint, tmp_path / "out", {n: [0, 2, 3, 5] for n in model.layer_names}, {})
-    with pytest.raises(model_io.InputError, match="model.layers.0: down projections that overflow torch.float32"):
-        next(hodgecover.refit(model, Model(tmp_path / "out"), ids, lambda step, _: step.layer.experts.down * torch.inf))
+    *_, last = hodgecover.refit(model, Model(tmp_path / "out"), ids, cache=tmp_path)
+    *_, target = model.stream(ids)
+    *_, step = Model(tmp_path / "out").stream(ids)
+    assert last["after"] == pytest.approx(((target.y - step.y).norm() / target.y.norm()).item(), rel=1e-4)
+    cached = {load_file(file)["down"].dtype for file in tmp_path.glob("refit-*")}
+    assert cached == {dtype}
+    large = hodgecover.refit(model, Model(tmp_path / "out"), ids,
+                             lambda step, _: step.layer.experts.down * (1e10 if dtype == torch.float16 else torch.inf))
+    with pytest.raises(model_io.InputError, match=f"new weights overflow {dtype}"):
+        next(large)
 
 
 def test_the_command_refits_says_so_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
@@ -261,7 +273,9 @@ def test_pruned_entries_stay_pruned(tiny, tmp_path):
 
 @pytest.mark.parametrize("options, says", [
     (["--refit", 1], "--refit 1: must be from 2"), (["--refit", 100], "must be from 2 to the 100"),
-    (["--refit", 1024, "--plan-only"], "do not go together"), (["--refit", 1024, "--router", "fold"], "--router drop"),
+    (["--refit", 100, "--estimate"], "2 to the 100 of --refit"),
+    (["--refit", 1024, "--plan-only"], "do not go together"),
+    (["--refit", 1024, "--router", "fold"], "--router drop"),
 ])
 def test_wrong_choices_get_one_line(tiny, tmp_path, capsys, options, says):
     assert run(tiny, "--keep", 48, "--method", "reap", "--out", tmp_path / "out", "--seq-len", 128, *options) == 2
