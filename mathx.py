@@ -512,9 +512,9 @@ def block_ridge(features: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]
             for rows, x in pieces:
                 gram += x.double().T @ x.double()
                 wanted += x.T.to(residual) @ residual[rows]
-            weight = ridge * gram.trace() / len(gram)
             if not gram.any():
                 continue
+            weight = ridge * gram.trace() / len(gram)
             system = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             wanted -= weight * (block - first).T  # (f, d)
             step = solve_rows(system, wanted, first != 0) if fixed_zeros else solve_spd(system, wanted).T

@@ -764,7 +764,7 @@ class Model:
         names = [fused if fused in tensors else f"{layer}.mlp.experts.{e}.down_proj.weight" for e in range(len(down))]
         stored = down.to(DTYPES[tensors[names[0]].dtype])
         if not stored.isfinite().all():
-            raise InputError(f"{self.checkpoint.path.name}: {names[0]}: new weights overflow {stored.dtype}")
+            raise InputError(f"{names[0]}: its new weights overflow {stored.dtype}")
         for e, (name, weight) in enumerate(zip(names, stored)):
             self.checkpoint.overwrite(name, weight, e if name == fused else None)
         return stored

@@ -17,7 +17,6 @@ The other fits change the survivors otherwise, by the same regression on the sam
     unscaled           the down projections without the factors
     router rows        one Gauss-Newton step on the router's logits of the tokens as they are routed
 """
-import argparse
 import ast
 import sys
 import sysconfig
@@ -231,14 +230,8 @@ def look(source: model_io.Model, samples: list[torch.Tensor], keep: int = 32) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", action="store_true", help="what the refit depends on, rather than methods")
-    parser.add_argument("--where", action="store_true", help="what foretells the change of a survivor instead")
-    parser.add_argument("--samples", type=int, choices=range(1, 11), default=5, help="calibration samples, 1 to 10 [5]")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the text to evaluate on, 512 or more [16384]")
-    args = parser.parse_args()
-    if args.tokens < 512:
-        parser.error(f"--tokens {args.tokens}: must be at least one sequence of 512")
+    args = reproduce.parse(__doc__, curves="what the refit depends on, rather than methods",
+                           where="what foretells the change of a survivor instead")
     source = model_io.Model(HERE / "tiny-olmoe")
     samples = [calibration_ids(source, [], 2048, 512, seed) for seed in range(args.samples)]
     if args.where:

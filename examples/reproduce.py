@@ -204,14 +204,21 @@ def compare_settings(source: model_io.Model, samples: list[torch.Tensor], tokens
     differences(found, list(KEPT.values()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", action="store_true", help="compare settings rather than methods")
+def parse(description: str, **flags: str) -> argparse.Namespace:
+    """The command line: --samples, --tokens, and flags with their help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--samples", type=int, choices=range(1, 11), default=5, help="calibration samples, 1 to 10 [5]")
     parser.add_argument("--tokens", type=int, default=16384, help="of the text to evaluate on, 512 or more [16384]")
     args = parser.parse_args()
     if args.tokens < 512:
         parser.error(f"--tokens {args.tokens}: must be at least one sequence of 512")
+    return args
+
+
+def main() -> None:
+    args = parse(__doc__, settings="compare settings rather than methods")
     source = model_io.Model(HERE / "tiny-olmoe")
     samples = [calibration_ids(source, [], 2048, 512, seed) for seed in range(args.samples)]
     (compare_settings if args.settings else compare_methods)(source, samples, args.tokens)

@@ -178,7 +178,7 @@ def test_what_is_stored_is_what_goes_on_and_is_cached(tmp_path, dtype):
     assert cached == {dtype}
     large = hodgecover.refit(model, Model(tmp_path / "out"), ids,
                              lambda step, _: step.layer.experts.down * (1e10 if dtype == torch.float16 else torch.inf))
-    with pytest.raises(model_io.InputError, match=f"new weights overflow {dtype}"):
+    with pytest.raises(model_io.InputError, match=f"down_proj.weight: its new weights overflow {dtype}"):
         next(large)
 
 
