@@ -520,6 +520,11 @@ def sparse_layers(model: Model) -> list[int]:
     return found
 
 
+def text_hash(ids: torch.Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+
 def make_readout(model: Model, settings: Settings, ids: torch.Tensor, memory: int = MEMORY
                  ) -> Callable[[LayerPass], Readout]:
     """layer pass -> barrier function of that layer. For `model` this loads every layer; see `check_cost`."""
@@ -639,7 +644,7 @@ def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, 
     checkpoint = model.checkpoint
     modified = [(checkpoint.path / file).stat().st_mtime_ns for file in checkpoint.metadata]
     return {"format": CACHE_VERSION, "weights": f"{checkpoint.fingerprint()} of {modified}",
-            "calibration text": f"{[*ids.shape]} {hashlib.sha256(ids.numpy().tobytes()).hexdigest()}",
+            "calibration text": f"{[*ids.shape]} {text_hash(ids)}",
             "dtype": str(model.dtype)} | {name.replace("_", " "): str(getattr(settings, name)) for name in
                                           ("readout", "vocab_sample", "max_triangles", "seed")}
 
@@ -787,19 +792,21 @@ def fit_scale(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
     return 1 + torch.linalg.pinv(gram, hermitian=True) @ wanted
 
 
+def gated_hidden(step: LayerPass, e: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pieces (tokens routed to expert e (R,), what its down projection reads times their gates (R, f))."""
+    routed = step.gates[:, e].nonzero().squeeze(1)
+    return [(t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])) for t in routed.split(PIECE)]
+
+
 def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS,
                 fixed_zeros: bool = False) -> torch.Tensor:
     """The down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now, in
     their dtype: a factor for each expert, then ridge regression about that (`mathx.block_ridge`). The gates and the
     hidden activations are the layer's own. The residual is changed in place."""
-    experts, factor = step.layer.experts, fit_scale(step, residual).to(residual)[:, None, None]
-    add_outputs(residual, step, experts.down.to(residual) * (1 - factor))
-    start = experts.down.to(residual) * factor
-
-    def features(e: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        routed = step.gates[:, e].nonzero().squeeze(1)
-        return [(t, step.gates[t, e, None] * experts.hidden(e, step.x[t])) for t in routed.split(PIECE)]
-    return mathx.block_ridge(features, start, residual, ridge, sweeps, fixed_zeros).to(experts.down)
+    down, factor = step.layer.experts.down, fit_scale(step, residual).to(residual)[:, None, None]
+    add_outputs(residual, step, down.to(residual) * (1 - factor))
+    start = down.to(residual) * factor
+    return mathx.block_ridge(partial(gated_hidden, step), start, residual, ridge, sweeps, fixed_zeros).to(down)
 
 
 def refit(source: Model, output: Model, ids: torch.Tensor,
@@ -965,7 +972,7 @@ def compress(path: str | os.PathLike, keep: int, out: str | os.PathLike | None =
         "settings": {"keep": keep} | dataclasses.asdict(settings) | {
             "dtype": str(dtype).removeprefix("torch."), "tokens": ids.numel(), "seq_len": seq_len,
             "calibration": [Path(file).name for file in calib] or "python documentation",
-            "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | wanda,
+            "calibration_sha256": text_hash(ids)} | wanda,
         "source": {"name": Path(os.path.abspath(path)).name, "model_type": cfg.model_type,
                    "num_experts": cfg.num_experts, "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()},
     }
@@ -996,7 +1003,7 @@ def refit_export(model: Model, plan: dict, folder: Path, ids: torch.Tensor, cach
     for error in refit(model, Model(folder, dtype, device), ids, fit, cache, key, empty):
         say(f"{error['name']} refitted: output error {error['before']:.4f} -> {error['after']:.4f}")
         found.append(error)
-    return {"tokens": ids.numel(), "calibration_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+    return {"tokens": ids.numel(), "calibration_sha256": text_hash(ids),
             "ridge": RIDGE, "sweeps": SWEEPS, "layers": found}
 
 
@@ -1067,9 +1074,7 @@ def estimate_refit(model: Model, keep: int, tokens: int, memory: int = MEMORY) -
     k, d, f = cfg.top_k, cfg.hidden_size, cfg.expert_width
     operations = len(sparse) * refit_operations(tokens, keep, k, d, f) + 4 * tokens * active
     rows = min(PIECE, max(1, tokens * k // keep))
-
-    def filled(*shape: int) -> torch.Tensor:
-        return torch.full(shape, 0.01, dtype=model.dtype, device=model.device)
+    filled = partial(made_up, model)
     layer = model_io.Layer(Experts(filled(2, f, d), filled(2, f, d), filled(2, d, f)), None, {})
     step = LayerPass(0, "", layer, filled(rows, d), filled(rows, 2), filled(rows, d), torch.nn.Identity())
     started = time.perf_counter()
@@ -1077,8 +1082,8 @@ def estimate_refit(model: Model, keep: int, tokens: int, memory: int = MEMORY) -
     rate = refit_operations(rows, 2, 2, d, f) / (time.perf_counter() - started)
     own = 3 * model_io.widened(model.dtype).itemsize * keep * d * f  # down projections: change, scaled, refitted
     peak = max(held) * (1 + keep / cfg.num_experts) + own + min(memory, activation_bytes(model, tokens))
-    stored = sum(math.prod(info.shape) * model_io.DTYPES[info.dtype].itemsize
-                 for name, info in model.checkpoint.tensors.items() if ".experts." in name and "down_proj" in name)
+    stored = sum(info.end - info.start for name, info in model.checkpoint.tensors.items()
+                 if ".experts." in name and "down_proj" in name)
     return Cost(operations, operations / rate, BASE_MEMORY + peak, stored * keep / cfg.num_experts)
 
 
@@ -1095,6 +1100,11 @@ def activation_bytes(model: Model, tokens: int) -> int:
     return 4 * tokens * model.config.hidden_size * model_io.widened(model.dtype).itemsize
 
 
+def made_up(model: Model, *shape: int) -> torch.Tensor:
+    """A tensor to time products with."""
+    return torch.full(shape, 0.01, dtype=model.dtype, device=model.device)
+
+
 def sweep_operations(n: int, k: int, d: int, f: int, vocab: int, outcomes: int, members: int, count: int) -> float:
     """Operations a token in the products of the barriers of `count` simplices of `members` experts: the readout and
     the down projections of those that touch it, its own readout and pre-activations. Uniform routing."""
@@ -1104,8 +1114,7 @@ def sweep_operations(n: int, k: int, d: int, f: int, vocab: int, outcomes: int, 
 
 def sweep_rate(model: Model, n: int, k: int, d: int, f: int, vocab: int, outcomes: int) -> float:
     """Operations a second of a short sweep over pairs, as many a token as the real one has, of some 2 k experts."""
-    def filled(*shape: int) -> torch.Tensor:
-        return torch.full(shape, 0.01, dtype=model.dtype, device=model.device)
+    filled = partial(made_up, model)
     few, pairs = min(n, 2 * k), math.comb(n, 2)
     wanted = sweep_operations(n, k, d, f, vocab, outcomes, 2, pairs)
     tokens = int(min(max(1.2e12 / wanted, 1), 64))
@@ -1263,10 +1272,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="of the products; auto: bfloat16 where the processor multiplies it, else float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [%(default)s]")
     args = parser.parse_args(argv)
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
     for name, others in EXCLUDES.items():
         for other in others:
-            if all(getattr(args, option) is not None and getattr(args, option) is not False
-                   for option in (name, other)):
+            if {name, other} <= given:
                 raise InputError(f"--{name} and --{other} do not go together".replace("_", "-"))
     for name, (low, high) in {"expert_rate": (0, 0.99), "total_rate": (0, 0.99), "tokens": (2, 10**9),
                               "seq_len": (2, 10**9), "refit": (2, 10**9)}.items():

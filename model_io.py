@@ -901,7 +901,7 @@ def json_text(line: str, where: str) -> str:
 
 
 @cache
-def python_documentation(part: str) -> list[str]:
+def python_documentation(part: str) -> tuple[str, ...]:
     """English that every Python carries: the language reference in pydoc and the standard library's docstrings.
 
     A document is one reference topic or one module. A hash of its name puts it into a `part` ("train" 80%,
@@ -921,7 +921,7 @@ def python_documentation(part: str) -> list[str]:
         place = hashlib.sha256(name.encode()).hexdigest()
         if part == ("calibration", "held-out", *["train"] * 8)[int(place, 16) % 10]:
             chosen[place] = docstrings(source) if isinstance(source, Path) else source
-    return [chosen[place] for place in sorted(chosen) if chosen[place]]
+    return tuple(chosen[place] for place in sorted(chosen) if chosen[place])
 
 
 def docstrings(path: Path) -> str:

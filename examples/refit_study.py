@@ -36,8 +36,8 @@ import merging_baselines as baselines  # noqa: E402
 import model_io  # noqa: E402
 import reproduce  # noqa: E402
 from hodgecover import (METHODS, RIDGE, SWEEPS, Settings, Signals, add_outputs, calibration_ids,  # noqa: E402
-                        curate_triangles, expert_order, fit_scale, in_order, measure_model, plan_from_signals, refit,
-                        refit_layer, sparse_layers)
+                        curate_triangles, expert_order, fit_scale, gated_hidden, in_order, measure_model,
+                        plan_from_signals, refit, refit_layer, sparse_layers)
 
 TOKENS = 16384  # to refit on, but where a line says otherwise
 KEPT = {32: "50%", 22: "66%"}  # of the curves
@@ -54,29 +54,22 @@ def finisher(source: model_io.Model, ids: torch.Tensor, *first: Callable, **opti
     return finish
 
 
-def read_by(step: model_io.LayerPass, e: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens routed to e (R,), what its down projection reads times the gate (R, f))."""
-    t = step.gates[:, e].nonzero().squeeze(1)
-    return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
-
-
 def fit_unscaled(step: model_io.LayerPass, residual: torch.Tensor) -> torch.Tensor:
     """`refit_layer` about the down projections (n, d, f) as they are, without a factor for each expert."""
     down = step.layer.experts.down
-    return mathx.block_ridge(lambda e: [read_by(step, e)], down, residual, RIDGE, SWEEPS).to(down)
+    return mathx.block_ridge(partial(gated_hidden, step), down, residual, RIDGE, SWEEPS).to(down)
 
 
 def fit_directions(step: model_io.LayerPass, residual: torch.Tensor, count: int) -> torch.Tensor:
     """The down projections (n, d, f), scaled, and changed on the `count` directions of largest energy of what each
     reads."""
-    experts, factor = step.layer.experts, fit_scale(step, residual).to(residual)[:, None, None]
-    down = experts.down.to(residual) * factor
-    add_outputs(residual, step, down / factor - down)
-    read = [read_by(step, e) for e in range(len(down))]
-    basis = torch.stack([torch.linalg.eigh(x.T @ x).eigenvectors[:, -count:] for _, x in read])  # (n, f, count)
-    change = mathx.block_ridge(lambda e: [(read[e][0], read[e][1] @ basis[e])],
-                               down.new_zeros(*down.shape[:2], count), residual, RIDGE, SWEEPS)
-    return (down + change @ basis.transpose(1, 2)).to(experts.down)
+    down, factor = step.layer.experts.down, fit_scale(step, residual).to(residual)[:, None, None]
+    add_outputs(residual, step, down.to(residual) * (1 - factor))
+    grams = [sum(x.T @ x for _, x in gated_hidden(step, e)) for e in range(len(down))]
+    basis = torch.linalg.eigh(torch.stack(grams)).eigenvectors[:, :, -count:]  # (n, f, count)
+    change = mathx.block_ridge(lambda e: [(t, x @ basis[e]) for t, x in gated_hidden(step, e)],
+                               residual.new_zeros(*down.shape[:2], count), residual, RIDGE, SWEEPS)
+    return (down.to(residual) * factor + change @ basis.transpose(1, 2)).to(down)
 
 
 def fit_routers(source: model_io.Model, output: model_io.Model, ids: torch.Tensor) -> None:
@@ -90,7 +83,7 @@ def fit_routers(source: model_io.Model, output: model_io.Model, ids: torch.Tenso
         mix = model_io.mix_experts(experts, step.x, step.gates)
         for _ in range(SWEEPS):
             for e in range(len(router)):
-                t, hidden = read_by(step, e)
+                t, hidden = (torch.cat(of) for of in zip(*gated_hidden(step, e)))
                 x, g = step.x[t].double(), step.gates[t, e, None]
                 slope = (hidden @ experts.down[e].to(hidden).T - g * mix[t]).double()
                 gram = (x * slope.square().sum(1, keepdim=True)).T @ x
@@ -157,8 +150,8 @@ def draw_curves(source: model_io.Model, samples: list[torch.Tensor], text: torch
     """The table of tokens, ridge, sweeps, other text and other fits, of HodgeCover's survivors."""
     output = reproduce.compressors(source, samples)
     texts = {"documentation": model_io.python_documentation("calibration"), "source code": source_code(),
-             "licences": licences(), "with training text": model_io.python_documentation("train")}
-    texts["with training text"] += texts["documentation"]
+             "licences": licences()}
+    texts["with training text"] = model_io.python_documentation("train") + texts["documentation"]
     encoded = {name: source.encode(documents) for name, documents in texts.items()}
 
     def table(title: str, lines: dict[str, Callable[[int], Finish]]) -> None:
