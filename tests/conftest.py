@@ -6,12 +6,57 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
+torch.set_num_threads(1)  # the tensors here are small: more threads cost time, most of all on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"
+
+GOLDEN = sorted(path for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir())
+PROSE = "All work and no play makes an expert dull. " * 40
+QUICK = ["--tokens", "64", "--seq-len", "32", "--dtype", "float32"]  # a small calibration, the same on any machine
+
+
+def run(command, *argv: object) -> int:
+    """The exit status of a command, a module with a `main`, on these arguments."""
+    return command.main([str(argument) for argument in argv])
+
+
+def refuse(*_, **__):
+    """To patch in for work that must not be done."""
+    raise AssertionError("done again")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def record(folder: Path) -> dict:
+    """The last entry of an output's history."""
+    return json.loads((folder / "hodgecover.json").read_text())["history"][-1]
+
+
+def assert_refused(capsys, status: int, says: str) -> None:
+    """A command ended with status 2, one line on stderr that says this, and nothing on stdout."""
+    said = capsys.readouterr()
+    assert (status, said.err.count("\n"), said.out) == (2, 1, ""), said
+    assert says in said.err, said.err
+
+
+def with_tokenizer(source: Path, folder: Path) -> Path:
+    """A copy of a golden checkpoint with a tokenizer of the 95 printable characters, a token each."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("golden.safetensors"))
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+        "post_processor": None, "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {chr(32 + i): i for i in range(95)}, "unk_token": " "}}))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +66,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def characters() -> str:
-    """A tokenizer.json with one token for each of the 95 printable characters."""
-    return json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
-        "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {chr(32 + i): i for i in range(95)}, "unk_token": " "}})
+def small(tmp_path) -> Path:
+    """A random OLMoE of 2 layers of 8 experts, top-3, d 32, f 16, V 96, with `text.txt` beside it to calibrate on."""
+    (tmp_path / "text.txt").write_text(PROSE)
+    return with_tokenizer(ROOT / "tests" / "golden" / "olmoe-plain", tmp_path / "small")
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+def family(request, tmp_path) -> Path:
+    """Each golden checkpoint in turn, as `small` is."""
+    (tmp_path / "text.txt").write_text(PROSE)
+    return with_tokenizer(request.param, tmp_path / request.param.name)

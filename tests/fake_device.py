@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""A pretend accelerator: device "fake", whose tensors are CPU tensors in a wrapper. No GPU is needed to see that no
+operation mixes devices.
+
+Under the mode `Accelerator` every operation unwraps its tensors, computes on the CPU and wraps what it returns. It
+raises MixedDevices for an operation that is handed both wrapped tensors and bare ones of one dimension or more, as a
+GPU would; an index may stay on the CPU, and so may either side of a copy.
+"""
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+aten = torch.ops.aten
+DEVICE = "fake:0"
+MAY_MIX = {aten.index.Tensor, aten.index_put_.default, aten.copy_.default, aten._to_copy.default}
+
+_setup_privateuseone_for_python_backend("fake")
+
+
+class MixedDevices(AssertionError):
+    """An operation was handed tensors of two devices."""
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that says that it lies on the device; `held` is where it does."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=held.dtype,
+                                                   storage_offset=held.storage_offset(), device=DEVICE)
+
+    def __init__(self, held: torch.Tensor):
+        self.held = held
+
+    def tolist(self):
+        return self.held.tolist()
+
+    def __repr__(self):
+        return f"Wrapped({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise MixedDevices(f"{func} outside of the mode")
+
+
+class Accelerator(TorchDispatchMode):
+    """Makes the device; `operations` counts what ran on it, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        wrapped = {id(value.held): value for value in given if isinstance(value, Wrapped)}
+        bare = [value for value in given if not isinstance(value, Wrapped) and value.dim()]
+        if wrapped and bare and func not in MAY_MIX:
+            raise MixedDevices(f"{func}: {[tuple(value.shape) for value in bare]} on the CPU, "
+                               f"{[tuple(value.shape) for value in wrapped.values()]} on the device")
+        on_device = bool(wrapped)
+        if func is aten.copy_.default:
+            on_device = isinstance(args[0], Wrapped)
+        if kwargs.get("device") is not None:
+            on_device = torch.device(kwargs["device"]).type == "fake"
+            kwargs["device"] = torch.device("cpu")
+        if on_device:
+            self.operations[str(func)] = self.operations.get(str(func), 0) + 1
+        args, kwargs = pytree.tree_map_only(Wrapped, lambda value: value.held, (args, kwargs))
+        found = func(*args, **kwargs)
+
+        def wrap(value: torch.Tensor) -> torch.Tensor:
+            return wrapped.get(id(value)) if id(value) in wrapped else Wrapped(value)
+        return pytree.tree_map_only(torch.Tensor, wrap, found) if on_device else found

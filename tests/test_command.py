@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: MIT
+"""`hodgecover.py` from end to end: what it writes and says, its cache, interrupted and shared work, faults."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import hodgecover
+import model_io
+import pytest
+import torch
+from conftest import PROSE, QUICK, ROOT, assert_refused, contents, record, refuse, run, with_tokenizer
+from hodgecover import Settings
+from model_io import InputError, Model
+from safetensors.torch import load_file, save_file
+
+SCRIPT = Path(hodgecover.__file__)
+
+
+def compress(path: Path, *options: object) -> int:
+    """The command on a checkpoint beside text.txt; output and cache lie beside it; later options win."""
+    chosen = [] if "--layers" in options else ["--keep", 4, "--out", path.parent / "out"]
+    return run(hodgecover, path, *chosen, "--calib", path.parent / "text.txt", *QUICK, *options)
+
+
+def process(path: Path, *options: object, **more) -> subprocess.Popen:
+    """The same in a process of its own."""
+    chosen = [] if "--layers" in options else ["--keep", 4, "--out", path.parent / "out"]
+    command = [sys.executable, SCRIPT, path, *chosen, "--calib", path.parent / "text.txt", *QUICK, *options]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+def layers_in(cache: Path) -> list[str]:
+    """The layers that a cache holds, a number a file."""
+    name = re.compile(r"model\.layers\.(\d)-[0-9a-f]{8}\.safetensors")
+    return sorted(name.fullmatch(file.name)[1] for file in cache.iterdir())
+
+
+def text_ids(path: Path) -> torch.Tensor:
+    return hodgecover.calibration_ids(Model(path), [path.parent / "text.txt"], 64, 32, 0)
+
+
+# -------------------------------------------------------------------------------------------------- what it writes
+
+
+def test_the_record_says_what_was_done(small):
+    assert compress(small, "--router", "fold") == 0
+    out = small.parent / "out"
+    raw, done = json.loads((out / "hodgecover.json").read_text()), record(out)
+    assert raw["schema_version"] == 2 and len(raw["history"]) == 1 and done["command"] == "hodgecover.py"
+    settings = done["settings"]
+    assert (settings["keep"], settings["tokens"], settings["seq_len"], settings["dtype"]) == (4, 64, 32, "float32")
+    assert settings["text"] == ["text.txt"] and settings["router"] == "fold" and settings["alpha"] == 1
+    assert settings["text_sha256"] == hashlib.sha256(text_ids(small).numpy().tobytes()).hexdigest()
+    assert done["source"] == {"name": "small", "model_type": "olmoe", "num_experts": 8, "top_k": 3,
+                              "fingerprint": model_io.Checkpoint(small).fingerprint()}
+    assert [(layer["layer"], layer["name"]) for layer in done["layers"]] == [(0, "model.layers.0"),
+                                                                            (1, "model.layers.1")]
+    for layer in done["layers"]:
+        kept = layer["survivors"]
+        assert kept == sorted(layer["order"][:4]) and sorted(layer["order"]) == list(range(8))
+        assert sorted(map(int, layer["redirect"])) == sorted(set(range(8)) - set(kept))
+        assert set(layer["redirect"].values()) <= set(kept)
+        for shares in ("eta", "eta_constant"):
+            assert sum(layer["diagnostics"][shares].values()) == pytest.approx(1)
+    text = (out / "hodgecover.json").read_text()
+    assert str(small.parent) not in text and not re.search(r"\d\d:\d\d", text)
+
+
+def test_a_list_of_numbers_is_one_line():
+    value = {"a": [1, 2.5], "b": [[1, 2], [3]], "c": {"x": 1, "y": None}, "d": ["a [1,  2]"], "e": [], "f": {},
+             "g": hodgecover.mathx.Retained(0.5, 0.25)}
+    text = hodgecover.to_json(value)
+    assert json.loads(text) == value | {"g": {"some": 0.5, "all": 0.25}}
+    for line in ('"a": [1, 2.5],', '"b": [[1, 2], [3]],', '"e": [],', '"g": {"some": 0.5, "all": 0.25}'):
+        assert line in [found.strip() for found in text.splitlines()]
+    with pytest.raises(ValueError):
+        hodgecover.to_json([float("nan")])
+
+
+def test_the_record_of_the_input_goes_on(small):
+    """hodgecover.py on its own output; a file of that name that is no record is refused before the work."""
+    assert compress(small) == 0
+    out = small.parent / "out"
+    assert compress(out, "--keep", 3, "--out", small.parent / "again") == 0
+    outputs = out, small.parent / "again"
+    histories = [json.loads((path / "hodgecover.json").read_text())["history"] for path in outputs]
+    assert histories[1][:1] == histories[0] and histories[1][1]["settings"]["keep"] == 3
+    assert histories[1][1]["source"]["fingerprint"] == model_io.Checkpoint(out).fingerprint()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1, "layers": []}',
+                                     '{"schema_version": 2, "history": 1}'])
+def test_a_strange_record_is_refused_before_the_work(small, capsys, monkeypatch, content):
+    (small / "hodgecover.json").write_text(content)
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    assert_refused(capsys, compress(small), "hodgecover.json: ")
+    assert not (small.parent / "out").exists()
+
+
+def test_the_output_holds_the_planned_survivors(family):
+    assert compress(family) == 0
+    out = family.parent / "out"
+    before, after = Model(family), Model(out)
+    assert after.config.num_experts == 4
+    assert (out / "tokenizer.json").read_bytes() == (family / "tokenizer.json").read_bytes()
+    routers = [name.removesuffix(".mlp.gate.weight") for name in before.checkpoint.tensors if ".mlp.gate." in name]
+    assert sorted(layer["name"] for layer in record(out)["layers"]) == sorted(routers)
+    for layer in record(out)["layers"]:
+        index = before.layer_names.index(layer["name"])
+        source, kept = before.layer(index), after.layer(index)
+        assert torch.equal(kept.router, source.router[layer["survivors"]])
+        assert all(torch.equal(a, b[layer["survivors"]]) for a, b in zip(kept.experts, source.experts))
+
+
+def test_folding_moves_the_gate_mass_to_the_redirect_target(family):
+    assert compress(family, "--router", "fold") == 0
+    out = family.parent / "out"
+    source, folded = Model(family), hodgecover.folded_model(out)
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    for layer in record(out)["layers"]:
+        index = source.layer_names.index(layer["name"])
+        p = (x @ source.layer(index).router.T).softmax(-1)
+        mass = {j: p[:, j].clone() for j in layer["survivors"]}
+        for i, j in layer["redirect"].items():
+            mass[j] += p[:, int(i)]
+        expected = torch.stack([mass[j] for j in layer["survivors"]], 1)
+        gates = model_io.route(x, folded.layer(index), folded.config)
+        top = expected.topk(3).indices
+        wanted = expected.gather(1, top)
+        if source.config.norm_topk_prob:
+            wanted = wanted / wanted.sum(1, keepdim=True)
+        torch.testing.assert_close(gates.gather(1, top), wanted)
+        assert ((gates > 0).sum(1) == 3).all()
+    ids = torch.arange(8)[None]
+    assert not torch.equal(folded.logits(ids), Model(out).logits(ids))
+
+
+def test_a_fold_of_a_checkpoint_without_one_is_named(small):
+    with pytest.raises(InputError, match="write the checkpoint with the router fold"):
+        hodgecover.folded_model(small)
+
+
+def test_the_same_command_gives_the_same_bytes(small):
+    for name in ("first", "second"):
+        assert compress(small, "--router", "fold", "--out", small.parent / name, "--cache", small.parent / f"c-{name}"
+                        ) == 0
+    assert contents(small.parent / "first") == contents(small.parent / "second")
+
+
+def test_the_library_call_is_the_command(small):
+    assert compress(small) == 0
+    model, ids = Model(small), text_ids(small)
+    plans = hodgecover.compress(model, ids, 4, small.parent / "called")
+    assert [plan.survivors for plan in plans.values()] == [
+        layer["survivors"] for layer in record(small.parent / "out")["layers"]]
+    called, out = contents(small.parent / "called"), contents(small.parent / "out")
+    assert called.pop("hodgecover.json") and out.pop("hodgecover.json") and called == out
+    with pytest.raises(InputError, match="not an empty folder"):
+        hodgecover.compress(model, ids, 4, small.parent / "called")
+
+
+def test_the_source_is_never_written_to(small):
+    times = [file.stat().st_mtime_ns for file in sorted(small.iterdir())]
+    before = contents(small)
+    assert compress(small, "--router", "fold") == 0
+    assert contents(small) == before and [file.stat().st_mtime_ns for file in sorted(small.iterdir())] == times
+
+
+def test_all_experts_kept_are_the_source_bit_for_bit(small):
+    assert compress(small, "--keep", 8) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (small, small.parent / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_plan_only_writes_a_file_and_leaves_the_output_free(small, capsys):
+    """The plan that the output would hold, beside the checkpoint or at --out; then the real run goes through."""
+    source = small.parent / "source"
+    shutil.copytree(small, source)
+    text = small.parent / "text.txt"
+    assert run(hodgecover, source, "--keep", 4, "--calib", text, *QUICK, "--plan-only") == 0
+    plan = small.parent / "source-keep4.json"
+    assert f"plan: {plan}" in capsys.readouterr().out
+    assert run(hodgecover, source, "--keep", 4, "--calib", text, *QUICK) == 0
+    assert plan.read_bytes() == (small.parent / "source-keep4" / "hodgecover.json").read_bytes()
+    assert compress(source, "--plan-only", "--out", small.parent / "mine.json") == 0
+    assert (small.parent / "mine.json").read_bytes() == plan.read_bytes()
+    capsys.readouterr()
+    assert_refused(capsys, compress(source, "--plan-only", "--out", plan), "source-keep4.json: exists")
+
+
+def test_lines_for_people(small, capsys):
+    text = small.parent / "text.txt"
+    assert compress(small, "--eval", text) == 0
+    said, out = capsys.readouterr().out, small.parent / "out"
+    assert len(re.findall(r"^ +\d  (\d\.\d{3} \(\d\.\d{3}\)  ){3}", said, re.M)) == 2
+    figures = re.search(r"perplexity: ([\d.]+) -> ([\d.]+), KL\(source \|\| output\) ([\d.]+) nats a token "
+                        r"\(1,696 tokens of text.txt\)", said)
+    before, after, kl = map(float, figures.groups())
+    ids = model_io.sequences(Model(small).encode([text.read_text()]), 32)
+    assert before == pytest.approx(Model(small).perplexity(ids), abs=0.01)
+    assert after == pytest.approx(Model(out).perplexity(ids), abs=0.01)
+    log_p, log_q = (Model(path).logits(ids).double().log_softmax(-1) for path in (small, out))
+    assert kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), abs=1e-4)
+    assert f"output: {out}" in said and re.search(r"weights: 0\.2 MB -> 0\.1 MB \(\d\d%\)", said)
+
+
+def test_the_fold_is_evaluated_as_a_fold(small, capsys):
+    text = small.parent / "text.txt"
+    assert compress(small, "--router", "fold", "--eval", text) == 0
+    after = float(re.search(r"-> ([\d.]+), KL", capsys.readouterr().out)[1])
+    ids = model_io.sequences(Model(small).encode([text.read_text()]), 32)
+    assert after == pytest.approx(hodgecover.folded_model(small.parent / "out").perplexity(ids), abs=0.01)
+
+
+def test_a_sampled_run_says_and_records_its_audit(small, capsys):
+    assert compress(small, "--vocab-sample", 20) == 0
+    said = capsys.readouterr().out
+    audits = [layer["diagnostics"]["audit"] for layer in record(small.parent / "out")["layers"]]
+    pairs, mean = (sum(audit[of] for audit in audits) for of in ("pairs", "shortfall"))
+    assert f"samples of 20 outcomes, audited on {pairs} (token, simplex) pairs: barriers fall short by " in said
+    assert f"{mean / 2:.2%} on average" in said
+
+
+def test_the_trained_checkpoint(tiny, tmp_path):
+    """64 experts, four layers, the default text: nested prefixes, redirects that collapse, no NaN."""
+    assert run(hodgecover, tiny, "--keep", 32, "--tokens", 128, "--seq-len", 64, "--max-triangles", 40, "--dtype",
+               "float32", "--out", tmp_path / "out", "--cache", tmp_path / "cache") == 0
+    layers = record(tmp_path / "out")["layers"]
+    assert len(layers) == 4 and all(len(layer["survivors"]) == 32 for layer in layers)
+    assert all(layer["diagnostics"]["redirect_largest"] >= 8 for layer in layers)
+    assert record(tmp_path / "out")["settings"]["text"] == "python documentation"
+    assert Model(tmp_path / "out").logits(torch.ones(1, 8, dtype=torch.int64)).isfinite().all()
+
+
+def test_a_vendored_copy_works(small):
+    package = small.parent / "mypkg" / "vendor"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    for name in ("hodgecover.py", "model_io.py", "mathx.py"):
+        shutil.copy(ROOT / name, package)
+    script = ("import sys; from mypkg.vendor.hodgecover import main, mathx; "
+              "assert mathx.__name__ == 'mypkg.vendor.mathx' and 'mathx' not in sys.modules; "
+              "sys.exit(main(sys.argv[1:]))")
+    command = [sys.executable, "-c", script, str(small), "--keep", "4", "--out", "out", "--calib", "text.txt", *QUICK]
+    done = subprocess.run(command, cwd=small.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (small.parent / "out" / "hodgecover.json").is_file()
+
+
+# -------------------------------------------------------------------------------------------------- the cache
+
+
+def test_the_cache_holds_a_file_a_layer_and_lies_beside_the_checkpoint(small, capsys):
+    assert compress(small, "--layers", 1) == 0
+    cache = small.parent / "small-barriers"
+    assert layers_in(cache) == ["1"] and capsys.readouterr().out == f"layer 1: barriers in {cache}\n"
+    assert compress(small) == 0 and layers_in(cache) == ["0", "1"]
+
+
+def test_other_choices_read_the_same_barriers(small, monkeypatch, capsys):
+    assert compress(small) == 0
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(Model, "layer", refuse)
+    for number, other in enumerate((["--keep", 5], ["--edge-percent", 20, "--triangle-percent", 1],
+                                    ["--lambda-edge", 3, "--lambda-triangle", 0, "--alpha", 0],
+                                    ["--order", "index"], ["--order", "random:3"])):
+        assert compress(small, *other, "--plan-only", "--out", small.parent / f"{number}.json") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_copied_checkpoint_shares_the_cache(small, monkeypatch, capsys):
+    """The key depends on content alone: not on the folder, its name or times of modification."""
+    assert compress(small) == 0
+    copy = Path(shutil.copytree(small, small.parent / "elsewhere", copy_function=shutil.copyfile))
+    os.utime(copy / "model.safetensors", (1, 1))
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    assert compress(copy, "--cache", small.parent / "small-barriers", "--out", small.parent / "o") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("other, says", [
+    (["--seed", 1], "calibration text, seed"), (["--tokens", 96], "calibration text"),
+    (["--seq-len", 16], "calibration text"), (["--max-triangles", 10], "max triangles"),
+    (["--dtype", "float64"], "dtype"), (["--vocab-sample", 64], "vocab sample"), (["--readout", "model"], "readout"),
+])
+def test_barriers_of_other_settings_are_not_used_and_not_lost(small, monkeypatch, capsys, other, says):
+    (small.parent / "text.txt").write_text(PROSE + "The quick brown fox jumps over the lazy dog. " * 40)
+    assert compress(small, "--layers", 1) == 0
+    cache = small.parent / "small-barriers"
+    mine = next(cache.iterdir())
+    assert compress(small, "--layers", 1, *other) == 0
+    assert f"{mine}: made with other {says}; measuring again" in capsys.readouterr().err
+    assert layers_in(cache) == ["1", "1"]
+    monkeypatch.setattr(hodgecover, "measure_layer", refuse)
+    for options in ([], other):
+        assert compress(small, "--layers", 1, *options) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_barriers_of_other_weights_are_not_used(small, capsys):
+    """One byte in the middle of one expert, size and time unchanged."""
+    assert compress(small, "--layers", 1) == 0
+    file = small / "model.safetensors"
+    modified, tensors = file.stat(), load_file(file)
+    tensors["model.layers.0.mlp.experts.3.up_proj.weight"][7, 7] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(modified.st_atime_ns, modified.st_mtime_ns))
+    assert compress(small, "--layers", 1) == 0
+    assert "made with other weights; measuring again" in capsys.readouterr().err
+
+
+def damaged(content: bytes) -> list[bytes]:
+    """Cut off anywhere, no file at all, or a bit other in the header's length, the header, a tensor, the last byte."""
+    flipped = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1:] for at in (0, 20, 400, len(content) - 1)]
+    return [b"", content[:7], content[:100], content[:-1], content + b"x", b"\0" * len(content), *flipped]
+
+
+def test_a_damaged_file_is_measured_again(small, capsys, caplog):
+    assert compress(small) == 0
+    plan, cache = contents(small.parent / "out"), small.parent / "small-barriers"
+    file = min(cache.iterdir())
+    whole = file.read_bytes()
+    (cache / f".{file.name}.1234").write_bytes(whole[:100])  # what a killed run leaves
+    model, fields = Model(small), hodgecover.Signals._fields
+    key = hodgecover.cache_key(model, text_ids(small), Settings())
+    before = hodgecover.read_entry(cache, "model.layers.0", key, fields)
+    for content in damaged(whole):
+        file.write_bytes(content)
+        caplog.clear()
+        assert hodgecover.read_entry(cache, "model.layers.0", key, fields) is None
+        assert str(file) in caplog.text and "measuring again" in caplog.text
+    shutil.rmtree(small.parent / "out")
+    capsys.readouterr()
+    assert compress(small) == 0
+    said = capsys.readouterr().err
+    assert "damaged" in said and said.count("\n") == 1
+    assert contents(small.parent / "out") == plan
+    again = hodgecover.read_entry(cache, "model.layers.0", key, fields)
+    assert all(torch.equal(again[field], before[field]) for field in fields)
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_work(small, monkeypatch, capsys):
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    (small.parent / "file").write_text("")
+    for folder in (small.parent / "file", small.parent / "file" / "below"):
+        assert_refused(capsys, compress(small, "--cache", folder), "--cache ")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != small.parent / "locked" and access(path, mode))
+    assert_refused(capsys, compress(small, "--cache", small.parent / "locked"), "locked: cannot be written to")
+    assert not (small.parent / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------- interrupted and shared work
+
+
+def test_an_interrupted_run_goes_on_where_it_was(small, monkeypatch, capsys):
+    """Interrupted in the second layer; the next run measures that alone and gives the undisturbed bytes."""
+    assert compress(small, "--out", small.parent / "alone", "--cache", small.parent / "cache-alone") == 0
+    real, calls = hodgecover.measure_layer, []
+
+    def measure(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(hodgecover, "measure_layer", measure)
+    assert compress(small) == 130 and not (small.parent / "out").exists()
+    assert capsys.readouterr().err == (
+        "hodgecover.py: interrupted; the same command continues from the layers that are done\n")
+    assert compress(small) == 0 and len(calls) == 3
+    assert contents(small.parent / "out") == contents(small.parent / "alone")
+
+
+def test_a_killed_run_leaves_no_output_and_goes_on(small):
+    """kill -9 as soon as the first layer is in the cache."""
+    wait = "import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {root!r}); import hodgecover; " \
+        "write = hodgecover.write_entry; " \
+        "hodgecover.write_entry = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL)); hodgecover.main()"
+    arguments = ["hodgecover.py", small, "--keep", 4, "--out", small.parent / "out", "--calib",
+                 small.parent / "text.txt", *QUICK]
+    killed = subprocess.run([sys.executable, "-c", wait.format(root=str(ROOT)), *map(str, arguments)])
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.name for path in small.parent.iterdir()} == {"small", "text.txt", "small-barriers"}
+    assert layers_in(small.parent / "small-barriers") == ["0"]
+    assert compress(small) == 0 and layers_in(small.parent / "small-barriers") == ["0", "1"]
+
+
+def test_processes_share_the_layers_of_one_cache(small, monkeypatch, capsys):
+    """One process a layer and one that does all, at the same time; a last run only assembles."""
+    processes = [process(small, "--layers", layers) for layers in ("0", "1", "0-1")]
+    said = [one.communicate() for one in processes]
+    assert [one.returncode for one in processes] == [0, 0, 0], said
+    assert layers_in(small.parent / "small-barriers") == ["0", "1"]
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    assert compress(small) == 0 and capsys.readouterr().err == ""
+
+
+def test_a_layer_that_another_process_measured_meanwhile_is_read(small, monkeypatch):
+    """The cache is looked into when a layer's turn comes, not only at the start."""
+    assert compress(small) == 0
+    late, cache = small.parent / "late", small.parent / "small-barriers"
+    late.mkdir()
+    first, second = sorted(cache.iterdir())
+    shutil.copy(first, late)
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    for index, _ in hodgecover.measure_model(Model(small), text_ids(small), Settings(), range(2), late):
+        shutil.copy(second, late)
+    assert index == 1
+
+
+def test_of_two_runs_to_one_output_one_wins(small, monkeypatch, capsys):
+    """The other comes first as this one is about to rename."""
+    real = model_io.copy_small_files
+
+    def slow(source: Path, staging: Path, *more) -> None:
+        monkeypatch.setattr(model_io, "copy_small_files", real)
+        assert compress(small) == 0
+        capsys.readouterr()
+        real(source, staging, *more)
+    monkeypatch.setattr(model_io, "copy_small_files", slow)
+    assert compress(small) == 2
+    assert "name another" in capsys.readouterr().err and Model(small.parent / "out").config.num_experts == 4
+    assert {path.name for path in small.parent.iterdir()} == {"small", "text.txt", "small-barriers", "out"}
+
+
+# ------------------------------------------------------------------------------------------------------- faults
+
+
+def test_an_interrupt_while_packages_are_imported_is_no_traceback(tmp_path):
+    (tmp_path / "safetensors.py").write_text("import time; print('imported', flush=True); time.sleep(60)")
+    started = subprocess.Popen([sys.executable, SCRIPT, "x", "--keep", "32"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert started.stdout.readline() == b"imported\n"
+    started.send_signal(signal.SIGINT)
+    assert started.communicate()[1] == b"" and started.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("size, layers", [(1000, []), (50_000, ["0", "1"])])
+def test_a_full_disk_is_one_line_and_the_cache_goes_on(small, size, layers):
+    """A limit on the size of files, as a disk that fills: within the cache, then within the weights of the output."""
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    ended = process(small, preexec_fn=limit)
+    said = ended.communicate()[1]
+    assert ended.returncode == 2 and said.count("\n") == 1 and "File too large; the output is whole or absent" in said
+    assert layers_in(small.parent / "small-barriers") == layers
+    assert {path.name for path in small.parent.iterdir()} == {"small", "text.txt", "small-barriers"}
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line(small, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(hodgecover, "lens_kl", fail)
+    assert_refused(capsys, compress(small), "--memory 200MB")
+    assert not (small.parent / "out").exists()
+
+
+def test_other_errors_are_not_swallowed(small, monkeypatch):
+    monkeypatch.setattr(hodgecover, "lens_kl", refuse)
+    with pytest.raises(AssertionError, match="done again"):
+        compress(small)
+
+
+def test_the_model_readout_is_refused_if_it_does_not_fit(small, monkeypatch, capsys):
+    """All weights in float32: 4 bytes each, as the file holds them."""
+    needed = sum(info.end - info.start for info in model_io.Checkpoint(small).tensors.values())
+    monkeypatch.setattr(hodgecover, "available_memory", lambda device: needed - 1)
+    assert_refused(capsys, compress(small, "--readout", "model"), "GB are free; use the readout lens")
+    monkeypatch.setattr(hodgecover, "available_memory", lambda device: needed)
+    assert compress(small, "--readout", "model") == 0
+
+
+def test_progress_tells_the_time_left(monkeypatch, capsys):
+    now = iter((0.0, 10.0, 40.0))
+    monkeypatch.setattr(hodgecover.time, "monotonic", lambda: next(now))
+    bar = hodgecover.progress_bar()
+    bar(0.1)
+    bar(0.25)
+    assert capsys.readouterr().err == " 25% done, 0:02:30 left\n"  # 0.15 in 30 s
+
+
+def test_auto_is_bfloat16_only_if_the_device_multiplies_it(monkeypatch):
+    for able, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
+                           ({"bf16": True}, torch.bfloat16), ({"avx2": True, "avx512_bf16": False}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert hodgecover.choose_dtype("auto", "cpu") == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert hodgecover.choose_dtype("auto", "cpu", "model") == torch.float32
+    assert hodgecover.choose_dtype("auto", "cuda:1") == torch.bfloat16
+    assert hodgecover.choose_dtype("auto", "mps") == torch.float32
+    assert hodgecover.choose_dtype("float64", "cuda") == torch.float64
+
+
+def test_calibration_is_sampled_by_seed_and_a_short_text_is_said(tiny, tmp_path, caplog):
+    model = Model(tiny)
+    first, other = (hodgecover.calibration_ids(model, [], 256, 128, seed) for seed in (0, 1))
+    assert first.shape == other.shape == (2, 128) and not torch.equal(first, other) and not caplog.text
+    (tmp_path / "short.txt").write_text("A short text. " * 100)
+    assert len(hodgecover.calibration_ids(model, [tmp_path / "short.txt"], 2048, 128, 0)) < 16
+    assert "all used; 2048 were asked" in caplog.text
+
+
+def test_a_fold_is_no_input(small, capsys):
+    """An output would lose it."""
+    assert compress(small, "--router", "fold") == 0
+    capsys.readouterr()
+    assert_refused(capsys, compress(small.parent / "out", "--keep", 3, "--out", small.parent / "again"), "router fold")

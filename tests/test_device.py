@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""Everything that computes, on a pretend accelerator (fake_device.py): no operation mixes devices, and the numbers are
+the CPU's. It tells nothing of a real GPU's kernels, speed or memory."""
+import json
+
+import hodgecover
+import model_io
+import pytest
+import torch
+from conftest import GOLDEN, QUICK, contents, run
+from fake_device import Accelerator, MixedDevices, Wrapped
+from safetensors.torch import load_file
+
+
+def test_the_pretend_device_tells_mixed_operations():
+    with Accelerator() as accelerator:
+        there = torch.arange(6.0).view(2, 3).to("fake")
+        assert isinstance(there, Wrapped) and there.device.type == "fake" and there.cpu().device.type == "cpu"
+        assert (there @ there.T).tolist() == [[5.0, 14.0], [14.0, 50.0]]
+        there[torch.tensor([0])] += 1  # an index may stay on the CPU
+        assert there.tolist() == [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]
+        for mixed in (lambda: there + torch.ones(3), lambda: torch.ones(2, 2) @ there,
+                      lambda: there.index_add_(0, torch.tensor([0]), there[:1]),
+                      lambda: torch.cat((there, torch.ones(1, 3)))):
+            with pytest.raises(MixedDevices):
+                mixed()
+        assert accelerator.operations["aten.mm.default"] == 1
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_logits_of_every_family(path):
+    reference = load_file(path / "golden.safetensors")
+    with Accelerator():
+        logits = model_io.Model(path, device="fake").logits(reference["ids"])
+        assert isinstance(logits, Wrapped)
+    torch.testing.assert_close(logits.held, reference["logits"], rtol=0, atol=1e-4)
+
+
+def near(there: object, here: object) -> bool:
+    """The same, but for the last digits of numbers: attention may take another kernel."""
+    if isinstance(there, dict):
+        return there.keys() == here.keys() and all(near(there[name], here[name]) for name in there)
+    if isinstance(there, list):
+        return len(there) == len(here) and all(map(near, there, here))
+    return there == pytest.approx(here, rel=1e-3, abs=1e-6) if isinstance(there, float) else there == here
+
+
+@pytest.mark.parametrize("options", [[], ["--vocab-sample", 20], ["--readout", "model"], ["--router", "fold"]],
+                         ids=["exact", "sampled", "model", "fold"])
+def test_hodgecover(small, options):
+    text = small.parent / "short.txt"
+    text.write_text("All work and no play makes an expert dull. ")
+    for device in ("fake", "cpu"):
+        with Accelerator() as accelerator:
+            assert run(hodgecover, small, "--keep", 4, "--calib", small.parent / "text.txt", "--eval",
+                       text, *QUICK, "--tokens", 32, *options, "--device", device, "--out",
+                       small.parent / device, "--cache", small.parent / f"cache-{device}") == 0
+        assert bool(accelerator.operations) == (device == "fake")
+    there, here = contents(small.parent / "fake"), contents(small.parent / "cpu")
+    assert near(*(json.loads(of.pop("hodgecover.json"))["history"][0]["layers"] for of in (there, here)))
+    assert there == here
+
+
+@pytest.mark.parametrize("name", ["qwen2-renormalised", "qwen3_5-vision-mtp"])
+def test_a_plan_of_the_other_families(name):
+    """Shared and fused experts, Gated DeltaNet, a multi-token head."""
+    path = next(path for path in GOLDEN if path.name == name)
+    ids = load_file(path / "golden.safetensors")["ids"][:1, :24]
+    with Accelerator():
+        there = dict(hodgecover.plan_model(model_io.Model(path, device="fake"), ids, 4))
+    here = dict(hodgecover.plan_model(model_io.Model(path), ids, 4))
+    assert near(*(json.loads(hodgecover.to_json(plans)) for plans in (there, here)))
