@@ -1,110 +1,227 @@
 # SPDX-License-Identifier: MIT
-"""What the Hodge decomposition of a checkpoint's barriers can and cannot say, with numbers: a table a layer.
+"""Show what the Hodge decomposition of a checkpoint's barriers can and cannot say, with numbers.
 
     python examples/audit.py examples/tiny-olmoe --keep 32            in minutes
     python examples/audit.py CKPT --keep 32 --calib FILE... --vocab-sample 1024
 
-Barriers have no sign and get one from the order of the experts; so each layer is planned in saliency order (the
-default), in index order and in random ones. Shown are the shares of energy (eta) of the three parts, beside them the
-harmonic share of a constant signal on the same complex; how much of E* and of the survivors each order shares with the
-default's; and by which pick the cover was complete. The summary adds what an order-free additive model
-b_ij = phi_i + phi_j leaves, and how many survivors saliency alone would have chosen; and with `--end-to-end`, where
-every layer fits in memory, how the barriers rank edges beside those measured at the end of the model on so many tokens.
+Barriers have no sign and get one from the order of the experts. So each layer is planned in saliency order (the
+default), in index order and in random orders. A table a layer shows the shares of energy (eta) of the three parts,
+beside them the harmonic share of a constant signal on the same complex; how much of E* and of the survivors each order
+shares with the default; and the pick that completes the cover.
+
+The summary adds what the additive model b_ij = phi_i + phi_j, which no order changes, leaves unexplained, and how many
+of the survivors saliency alone would choose. A last table shows where the dropped experts are redirected to: by the
+paper's rule, by the barriers without their additive part phi_i + phi_j, and to the nearest router row. Few targets mean
+that the router `fold` sends most of the dropped gate mass to a few survivors that are cheap to merge with anything.
+
+--end-to-end compares the ranks of the edges with those of barriers at the end of the model. Every layer must fit in
+memory.
 """
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mathx  # noqa: E402
-from hodgecover import (SEQ_LEN, TOKENS, Settings, Signals, calibration_ids, check_keep, check_range,  # noqa: E402
-                        choose_dtype, measure_model, plan_from_signals, sparse_layers)
-from model_io import InputError, Model  # noqa: E402
-
-SUMMARY = ("layer", "harmonic share", "of a constant signal", "over random orders", "E* shared with them, median",
-           "survivors shared with them", "energy the additive model leaves", "variance", "E* and T* covered at",
-           "survivors that are top by saliency")
+import baselines
+import common
+import hodgecover
+import mathx
+from hodgecover import Decomposition, LayerPlan, Selection, Settings, Signals
+from model_io import Model
 
 
-def shared(a: list, b: list) -> float:
-    """Share of a that is in b."""
-    return sum(item in b for item in a) / max(len(a), 1)
+class OrderFacts(NamedTuple):
+    """The plan in one order of the experts, beside the default plan: eta of the three parts, the harmonic eta of a
+    constant signal, the shares of E* and of the survivors that the default has too, the pick that completes the
+    cover."""
+
+    gradient: float
+    curl: float
+    harmonic: float
+    constant: float
+    edges_shared: float
+    survivors_shared: float
+    covered_at: int
 
 
-def facts(signals: Signals, keep: int, settings: Settings, default: dict) -> list[float]:
-    """One line of the table: the plan in some order beside the default plan."""
-    plan = plan_from_signals(signals, keep, settings)
-    return [*plan["eta"].values(), plan["eta_constant"]["harmonic"],
-            shared(plan["critical_edges"], default["critical_edges"]), shared(plan["survivors"], default["survivors"]),
-            max(plan["covered_at"].values())]
+class Spread(NamedTuple):
+    """Survivors that dropped experts are redirected to, and how many the busiest of them takes."""
+
+    targets: int
+    busiest: int
 
 
-def row(name: str, values: list[float]) -> str:
-    *shares, covered = values
-    return f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + f" | {covered:.0f} |"
+class LayerAudit(NamedTuple):
+    """The audit of one layer: its default plan, the facts in saliency, index and random orders, the share of the
+    survivors that are the top by saliency, and the spread of three redirects."""
+
+    plan: LayerPlan
+    saliency: OrderFacts
+    index: OrderFacts
+    random: list[OrderFacts]
+    top_by_saliency: float
+    redirects: dict[str, Spread]
 
 
-def audit_layer(index: int, signals: Signals, keep: int, orders: int, settings: Settings) -> list[str]:
-    """Prints the table of one layer; returns its line of the summary."""
-    default = plan_from_signals(signals, keep, settings)
-    print(f"\nLayer {index}\n\n| order | eta gradient | curl | harmonic | harmonic of a constant | E* shared | "
-          "survivors shared | covered at |\n|---|---|---|---|---|---|---|---|")
-    for order in ("saliency", "index"):
-        print(row(order, facts(signals, keep, replace(settings, order=order), default)))
-    spread = torch.tensor([facts(signals, keep, replace(settings, order=f"random:{seed}"), default)
-                           for seed in range(orders)])
-    low, middle, high = spread.amin(0), spread.median(0).values, spread.amax(0)
-    for name, of in (("smallest", low), ("median", middle), ("largest", high)):
-        print(row(f"{orders} random, {name}", of.tolist()), flush=True)
-    reap = plan_from_signals(signals, keep, replace(settings, method="reap"))["survivors"]
-    return [f"{default['eta']['harmonic']:.2f}", f"{default['eta_constant']['harmonic']:.2f}",
-            f"{low[2]:.2f} to {high[2]:.2f}", f"{middle[4]:.0%}", f"{low[5]:.0%} to {high[5]:.0%}",
-            f"{1 - default['additive']['energy']:.1%}", f"{1 - default['additive']['variance']:.1%}",
-            f"{max(default['covered_at'].values())} of {keep}", f"{shared(default['survivors'], reap):.0%}"]
+def audit_layer(signals: Signals, rows: torch.Tensor, keep: int, orders: int, settings: Settings = Settings()
+                ) -> LayerAudit:
+    """The audit of a layer from its signals and its router's rows (n, d), with so many random orders."""
+    found = hodgecover.decompose(signals, settings)
+    selection = hodgecover.select(found, keep, settings)
+    plan = hodgecover.report(found, selection, keep, settings)
+
+    def facts(order: str) -> OrderFacts:
+        return order_facts(hodgecover.plan_from_signals(signals, keep, replace(settings, order=order)), plan)
+    top = baselines.descending(signals.saliency)[:keep]
+    return LayerAudit(plan, facts("saliency"), facts("index"), [facts(f"random:{seed}") for seed in range(orders)],
+                      shared(plan.survivors, top), redirect_spreads(found, selection, rows, keep))
 
 
-def end_to_end(model: Model, ids: torch.Tensor, settings: Settings) -> None:
-    """Prints how the lens ranks the edges of each layer beside the model readout on the same few tokens."""
-    found = [dict(measure_model(model, ids, replace(settings, readout=readout, vocab_sample=0, max_triangles=0),
-                                sparse_layers(model))) for readout in ("lens", "model")]
-    print(f"\nLens against the end of the model, on {ids.numel()} tokens\n\n| layer | Spearman of edges |\n"
-          "|---|---|")
-    for index, signals in found[0].items():
-        print(f"| {index} | {mathx.spearman(signals.barriers, found[1][index].barriers):.3f} |", flush=True)
+def order_facts(plan: LayerPlan, default: LayerPlan) -> OrderFacts:
+    """The facts of a plan in some order."""
+    said, usual = plan.diagnostics, default.diagnostics
+    return OrderFacts(*said.eta, said.eta_constant.harmonic, shared(said.critical_edges, usual.critical_edges),
+                      shared(plan.survivors, default.survivors), max(said.covered_at.values()))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--keep", type=int, required=True)
-    parser.add_argument("--orders", type=int, default=20)
-    parser.add_argument("--calib", type=Path, nargs="+", default=[])
-    parser.add_argument("--cache", type=Path, help="as of hodgecover.py [CKPT-barriers]")
-    parser.add_argument("--vocab-sample", type=int, default=0)
-    parser.add_argument("--end-to-end", metavar="TOKENS", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        model = Model(args.checkpoint, choose_dtype("auto", "lens", "cpu"))
-        check_keep(model, args.keep, "--keep")
-        check_range("orders", args.orders, 1)
-        check_range("end-to-end", args.end_to_end, 0)
-        settings = Settings(vocab_sample=args.vocab_sample)
-        cache = args.cache or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}-barriers")
-        ids = calibration_ids(model, args.calib, TOKENS, SEQ_LEN, settings.seed)
-        summary = {index: audit_layer(index, signals, args.keep, args.orders, settings)
-                   for index, signals in measure_model(model, ids, settings, sparse_layers(model), cache)}
-        print(f"\n| {' | '.join(SUMMARY)} |\n|{'---|' * len(SUMMARY)}")
-        for index, cells in summary.items():
-            print(f"| {index} | {' | '.join(cells)} |")
-        if args.end_to_end:
-            end_to_end(Model(args.checkpoint), ids[:, :max(2, args.end_to_end // len(ids))], settings)
-    except InputError as err:
-        print(f"audit.py: error: {err}", file=sys.stderr)
-        return 2
-    return 0
+def shared(some: list, others: list) -> float:
+    """Share of some that are among the others."""
+    return sum(item in others for item in some) / max(len(some), 1)
+
+
+def redirect_spreads(found: Decomposition, selection: Selection, rows: torch.Tensor, keep: int) -> dict[str, Spread]:
+    """The spread of the paper's redirect and of two others, for the same survivors; rows (n, d) of the router."""
+    barriers, kept = found.signals.barriers, selection.picks[:keep]
+    residual = mathx.additive_model(barriers, found.d1).residual
+    return {"the paper's rule": spread(selection.redirect),
+            "least b_ij - phi_i - phi_j": spread(mathx.redirect(kept, residual, found.parts.harmonic, alpha=0.0)),
+            "nearest router row": spread(baselines.nearest_rows(rows[found.rank], kept))}
+
+
+def spread(redirect: dict[int, int]) -> Spread:
+    """The spread of a redirect.
+
+    >>> spread({1: 0, 2: 0, 4: 3})
+    Spread(targets=2, busiest=2)
+    """
+    targets = list(redirect.values())
+    return Spread(len({*targets}), max(map(targets.count, targets), default=0))
+
+
+def random_range(audit: LayerAudit) -> tuple[OrderFacts, OrderFacts, OrderFacts]:
+    """Smallest, median (the lower of two) and largest of each fact over the random orders."""
+    table = torch.tensor(audit.random, dtype=torch.float64)
+    return tuple(OrderFacts(*of.tolist()) for of in (table.amin(0), table.median(0).values, table.amax(0)))
+
+
+# ------------------------------------------------------------------------------------------------- what is printed
+
+
+ORDER_HEAD = ("order", "eta gradient", "curl", "harmonic", "harmonic of a constant", "E* shared", "survivors shared",
+              "covered at")
+SUMMARY_HEAD = ("layer", "harmonic share", "of a constant signal", "over random orders",
+                "E* shared with them, median", "survivors shared with them", "energy the additive model leaves",
+                "variance", "E* and T* covered at", "survivors that are top by saliency")
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple]) -> None:
+    """Print a table in Markdown."""
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for cells in rows:
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def show_orders(index: int, audit: LayerAudit) -> None:
+    """Print the table of one layer."""
+    named = {"saliency": audit.saliency, "index": audit.index}
+    for name, facts in zip(("smallest", "median", "largest"), random_range(audit)):
+        named[f"{len(audit.random)} random, {name}"] = facts
+    print(f"\nLayer {index}")
+    print_table(ORDER_HEAD, [(name, *(f"{share:.2f}" for share in facts[:-1]), f"{facts.covered_at:.0f}")
+                             for name, facts in named.items()])
+
+
+def summary(index: int, audit: LayerAudit, keep: int) -> tuple[str, ...]:
+    """A layer's line of the summary."""
+    low, middle, high = random_range(audit)
+    said = audit.plan.diagnostics
+    return (str(index), f"{said.eta.harmonic:.2f}", f"{said.eta_constant.harmonic:.2f}",
+            f"{low.harmonic:.2f} to {high.harmonic:.2f}", f"{middle.edges_shared:.0%}",
+            f"{low.survivors_shared:.0%} to {high.survivors_shared:.0%}", f"{1 - said.additive['energy']:.1%}",
+            f"{1 - said.additive['variance']:.1%}", f"{max(said.covered_at.values())} of {keep}",
+            f"{audit.top_by_saliency:.0%}")
+
+
+def show_summary(audits: dict[int, LayerAudit], keep: int) -> None:
+    """Print the summary and the table of redirects."""
+    print_table(SUMMARY_HEAD, [summary(index, audit, keep) for index, audit in audits.items()])
+    rules = next(iter(audits.values())).redirects
+    dropped = len(next(iter(audits.values())).plan.redirect)
+    print(f"\nRedirect of the {dropped} dropped experts: targets among the {keep} survivors (experts that the busiest "
+          "one takes)")
+    print_table(("layer", *rules), [(index, *(f"{of.targets} ({of.busiest})" for of in audit.redirects.values()))
+                                    for index, audit in audits.items()])
+
+
+def end_to_end(model: Model, ids: torch.Tensor, settings: Settings) -> Iterator[tuple[int, float]]:
+    """Yield (layer, Spearman correlation of the edges' barriers by the readouts lens and model) on ids (B, L).
+
+    Raises InputError as `hodgecover.end_of_model` does.
+    """
+    layers = hodgecover.sparse_layers(model)
+    pairs = replace(settings, vocab_sample=0, max_triangles=0)
+    by_readout = [hodgecover.measure_model(model, ids, replace(pairs, readout=readout), layers)
+                  for readout in ("model", "lens")]  # the first refuses what does not fit in memory
+    for (index, whole), (_, lens) in zip(*by_readout):
+        yield index, mathx.spearman(lens.barriers, whole.barriers)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__, out=False)
+    parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer")
+    parser.add_argument("--orders", metavar="N", type=int, default=20, help="random orders [%(default)s]")
+    common.add_barrier_options(parser)
+    parser.add_argument("--end-to-end", metavar="TOKENS", type=int, default=0, help="also compare with the readout "
+                        "model on so many tokens")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    settings = Settings(vocab_sample=args.vocab_sample, max_triangles=args.max_triangles, seed=args.seed)
+    hodgecover.check_range("orders", args.orders, 1)
+    hodgecover.check_range("end_to_end", args.end_to_end, 0)
+    model = common.open_model(args.checkpoint, args)
+    hodgecover.check_keep(model, args.keep)
+    cache = common.barrier_cache(model, args)
+    ids = common.calibration_ids(model, args)
+    if args.end_to_end:
+        wide = Model(args.checkpoint, hodgecover.choose_dtype(args.dtype, args.device, "model"), args.device)
+        few = ids[:, :max(2, args.end_to_end // len(ids))]
+        found = list(end_to_end(wide, few, settings))
+        print(f"\nLens against the end of the model, on {few.numel()} tokens")
+        print_table(("layer", "Spearman of edges"), [(index, f"{rho:.3f}") for index, rho in found])
+    bar = hodgecover.progress_bar()
+    layers = hodgecover.sparse_layers(model)
+    audits = {}
+    for index, signals in hodgecover.measure_model(model, ids, settings, layers, cache, args.memory, bar):
+        bar(None)
+        rows = model.checkpoint.load(f"{model.layer_names[index]}.mlp.gate.weight")
+        audits[index] = audit_layer(signals, rows, args.keep, args.orders, settings)
+        show_orders(index, audits[index])
+    show_summary(audits, args.keep)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
 
 
 if __name__ == "__main__":

@@ -1,149 +1,242 @@
 # SPDX-License-Identifier: MIT
-"""Draws what hodgecover.json says, with matplotlib (which requirements.txt does not install).
+"""Draw what one or more hodgecover.json say, with matplotlib (which requirements.txt does not install).
 
     python examples/plot_diagnostics.py PLAN [PLAN ...] --barriers CKPT-barriers --out picture.png
 
-Of the first plan (a hodgecover.json): the shares of energy and the discordance of each layer. Of all of them, of
-several --method say: the mass of each component that the survivors retain. With --barriers, the folder where the
-barriers are kept, also the matrix of one --layer's barriers, survivors first, with the harmonic-critical edges marked;
-and methods that measure no barriers have their retained mass taken from there.
+PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py or of a selector of
+baselines.py. Of the first one: the shares of energy and the discordance of each layer. Of all of them, to compare
+methods: how much of each component's energy the survivors retain. --barriers names the folder where the barriers are
+kept. With it the matrix of one --layer is drawn too, survivors first, with the critical edges marked; and
+selectors that measure no barriers have their retained energy taken from there. The format is that of the name's ending.
 """
 import argparse
+import io
+import json
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mathx  # noqa: E402
-from hodgecover import Settings, Signals, plan_from_signals  # noqa: E402
-from model_io import InputError, read_json  # noqa: E402
+import common  # noqa: F401  the three files are on the path now
+import hodgecover
+import mathx
+import model_io
+from hodgecover import Settings, Signals
+from model_io import InputError
 
 PARTS = ("gradient", "curl", "harmonic")
 
 
-def cached(folder: Path, plan: dict, layer: dict) -> Signals:
-    """The barriers in the folder that a plan, or one of another method, was made from. Raises InputError where they
-    are not there."""
-    chosen = plan["settings"]
-    wanted = {"dtype": f"torch.{chosen['dtype']}"} | {
-        name.replace("_", " "): str(chosen[name]) for name in ("readout", "vocab_sample", "max_triangles", "seed")}
+# ---------------------------------------------------------------------------------------------------- what is drawn
+
+
+def read_entry(path: Path) -> dict:
+    """The last entry of a record's history. Raises InputError if it holds no plan."""
+    record = model_io.read_json(path)
+    try:
+        entry = record["history"][-1]
+        entry["layers"][0]["survivors"], entry["settings"]["keep"]
+    except (KeyError, IndexError, TypeError):
+        raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py or of a selector of "
+                         "baselines.py") from None
+    return entry
+
+
+def label(entry: dict) -> str:
+    """The method of a plan, and its number of survivors."""
+    return f"{entry['settings'].get('method', 'hodgecover')}, K = {entry['settings']['keep']}"
+
+
+def cached(folder: Path, entry: dict, layer: dict) -> Signals:
+    """The barriers in a folder of the weights, text and settings of a plan. Raises InputError if there are none."""
+    said = entry["settings"]
+    wanted = {"weights": entry["source"]["fingerprint"], "dtype": f"torch.{said['dtype']}"} | {
+        name.replace("_", " "): str(said[name]) for name in ("readout", "vocab_sample", "max_triangles", "seed")}
     for file in sorted(folder.glob(f"{layer['name']}-*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            found = f.metadata()
-            if wanted.items() <= found.items() and found["calibration text"].endswith(chosen["calibration_sha256"]):
-                return Signals(**{name: f.get_tensor(name) for name in f.keys()})
-    raise InputError(f"{folder}: no barriers of {layer['name']} for the calibration text and settings of the plan")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found = opened.metadata() or {}
+                if wanted.items() <= found.items() and found["calibration text"].endswith(said["text_sha256"]):
+                    return Signals(**{name: opened.get_tensor(name) for name in opened.keys()})
+        except SafetensorError as err:
+            raise InputError(f"{file}: damaged ({err}); remove it") from None
+    raise InputError(f"barriers {folder}: has none of {layer['name']} for the weights, calibration text and settings "
+                     "of the plan")
 
 
-def completed(plan: dict, folder: Path) -> dict:
-    """A plan whose method measured no barriers, with what those in the folder say of its survivors."""
-    settings = Settings(**{field: plan["settings"][field] for field in Settings.__dataclass_fields__})
-    return plan | {"layers": [plan_from_signals(cached(folder, plan, layer), len(layer["survivors"]), settings,
-                                                layer["layer"]) | layer for layer in plan["layers"]]}
+def diagnosed(entry: dict, layer: dict, settings: Settings, folder: Path) -> dict:
+    """The layer of a plan whose method measured no barriers, with what those in the folder, measured with some settings
+    on the plan's calibration text, say of its survivors."""
+    keep = len(layer["survivors"])
+    measured = entry | {"settings": entry["settings"] | asdict(settings)}
+    found = hodgecover.decompose(cached(folder, measured, layer), settings)
+    vertex = found.rank.argsort()
+    selection = hodgecover.select(found, keep, settings)._replace(picks=vertex[layer["order"]].tolist())
+    said = hodgecover.diagnose(found, selection, keep, settings.margin)
+    return layer | {"diagnostics": json.loads(hodgecover.to_json(said))}
+
+
+def mean_retained(entry: dict, component: str, kind: str) -> float:
+    """Mean over layers of the share of a component's energy on simplices with `some` or `all` vertices surviving."""
+    shares = [layer["diagnostics"]["retained"][component][kind] for layer in entry["layers"]]
+    return sum(shares) / len(shares)
+
+
+def survivors_first(layer: dict) -> list[int]:
+    """All experts, the survivors first, each group in descending saliency."""
+    kept = set(layer["survivors"])
+    return sorted(range(len(layer["saliency"])), key=lambda e: (e not in kept, -layer["saliency"][e]))
+
+
+def barrier_matrix(barriers: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Barriers (E,) as a symmetric matrix (n, n) with the experts in some order, NaN on the diagonal.
+
+    >>> barrier_matrix(torch.tensor([1.0, 2.0, 3.0]), [2, 0, 1]).tolist()[0]
+    [nan, 2.0, 3.0]
+    """
+    n = len(order)
+    matrix = torch.full((n, n), torch.nan, dtype=torch.float64)
+    i, j = mathx.edges(n).unbind(1)
+    matrix[i, j] = matrix[j, i] = barriers.double()
+    return matrix[order][:, order]
+
+
+# ------------------------------------------------------------------------------------------------------ the picture
 
 
 def draw_eta(axes, layers: list[dict]) -> None:
     """Stacked shares of energy a layer, the constant signal's harmonic share as a mark."""
-    index, base = [layer["layer"] for layer in layers], [0.0] * len(layers)
+    index = [layer["layer"] for layer in layers]
+    base = [0.0] * len(layers)
     for part in PARTS:
-        share = [layer["eta"][part] for layer in layers]
+        share = [layer["diagnostics"]["eta"][part] for layer in layers]
         axes.bar(index, share, bottom=base, label=part)
-        base = [a + b for a, b in zip(base, share)]
-    axes.scatter(index, [1 - layer["eta_constant"]["harmonic"] for layer in layers], color="black", marker="_", s=200,
-                 label="harmonic of a constant begins", zorder=3)
+        base = [below + own for below, own in zip(base, share)]
+    constant = [1 - layer["diagnostics"]["eta_constant"]["harmonic"] for layer in layers]
+    axes.scatter(index, constant, color="black", marker="_", s=200, label="harmonic of a constant begins", zorder=3)
     axes.set(xlabel="layer", ylabel="share of energy", title="Hodge parts of the barriers", xticks=index)
     axes.legend(fontsize="small", loc="lower right")
 
 
 def draw_discordance(axes, layers: list[dict]) -> None:
-    """Share of the candidate triangles dearer than their edges, a layer."""
+    """Share of the candidate triangles that cost more than each of their edges, a layer."""
     index = [layer["layer"] for layer in layers]
-    axes.bar(index, [layer["discordance"] for layer in layers], color="tab:red")
+    axes.bar(index, [layer["diagnostics"]["discordance"] for layer in layers], color="tab:red")
     axes.set(xlabel="layer", ylabel="share of triangles", ylim=(0, 1.05), title="Discordance", xticks=index)
 
 
-def draw_retained(axes, plans: list[dict]) -> None:
+def draw_retained(axes, entries: list[dict]) -> None:
     """Mean over layers of each component's energy on simplices with a survivor, and with survivors alone."""
     names = (*PARTS, "triplet")
-    for i, plan in enumerate(plans):
-        layers = plan["layers"]
-        at = [j + 0.8 * (i + 0.5) / len(plans) - 0.4 for j in range(len(names))]
+    for number, entry in enumerate(entries):
+        at = [place + 0.8 * (number + 0.5) / len(entries) - 0.4 for place in range(len(names))]
         for kind, alpha in (("some", 0.4), ("all", 1.0)):
-            axes.bar(at, [sum(layer["retained"][name][kind] for layer in layers) / len(layers) for name in names],
-                     width=0.8 / len(plans), color=f"C{i}", alpha=alpha,
-                     label=f"{plan['settings']['method']}, K = {plan['settings']['keep']}" if kind == "all" else None)
+            axes.bar(at, [mean_retained(entry, name, kind) for name in names], width=0.8 / len(entries),
+                     color=f"C{number}", alpha=alpha, label=label(entry) if kind == "all" else None)
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of energy", ylim=(0, 1.3),
-             title="Retained mass: pale with some, full with all vertices surviving")
+             title="Retained energy: pale with some, full with all vertices surviving")
     axes.legend(fontsize="small", ncols=2, loc="upper center")
 
 
 def draw_barriers(axes, layer: dict, barriers: torch.Tensor) -> None:
-    """Barriers of all pairs, survivors first, each group in descending saliency; harmonic-critical edges marked."""
-    n, saliency = len(layer["saliency"]), layer["saliency"]
-    kept = set(layer["survivors"])
-    shown = sorted(range(n), key=lambda e: (e not in kept, -saliency[e]))
-    place = {e: i for i, e in enumerate(shown)}
-    matrix = torch.full((n, n), float("nan"), dtype=torch.float64)
-    i, j = mathx.edges(n).unbind(1)
-    matrix[i, j] = matrix[j, i] = barriers
-    image = axes.imshow(matrix[shown][:, shown].log10(), cmap="viridis")
-    marks = [(place[a], place[b]) for edge in layer["critical_edges"] for a, b in (edge, edge[::-1])]
-    axes.scatter(*zip(*marks), s=5, color="red", label="harmonic-critical")
-    axes.axhline(len(kept) - 0.5, color="white")
-    axes.axvline(len(kept) - 0.5, color="white")
+    """Barriers of all pairs, survivors first; critical edges marked."""
+    order = survivors_first(layer)
+    place = {e: slot for slot, e in enumerate(order)}
+    image = axes.imshow(barrier_matrix(barriers, order).log10(), cmap="viridis")
+    critical = [(place[i], place[j]) for i, j in layer["diagnostics"]["critical_edges"]]
+    for across, down in ((0, 1), (1, 0)):
+        axes.scatter([ends[across] for ends in critical], [ends[down] for ends in critical], s=5, color="red",
+                     label="critical (E*)" if across == 0 else None)
+    axes.axhline(len(layer["survivors"]) - 0.5, color="white")
+    axes.axvline(len(layer["survivors"]) - 0.5, color="white")
     axes.set(title=f"log10 barriers of layer {layer['layer']}; survivors above and left of the lines", xticks=[],
              yticks=[])
     axes.legend(fontsize="small", loc="lower right")
     axes.figure.colorbar(image, ax=axes)
 
 
-def draw(args: argparse.Namespace) -> None:
-    """The whole picture."""
+def import_pyplot():
+    """matplotlib's pyplot, without a display. Raises InputError if it is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise InputError("needs matplotlib; pip install matplotlib") from None
+        raise InputError("matplotlib is missing; pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    plans = [read_json(path) for path in args.plans]
-    if args.barriers:
-        plans = [plan if "eta" in plan["layers"][0] else completed(plan, args.barriers) for plan in plans]
-    plans = [plan for plan in plans if "eta" in plan["layers"][0]]
-    if not plans:
-        raise InputError("no plan's method measured barriers; say with --barriers where some are")
-    layer = next((layer for layer in plans[0]["layers"] if layer["layer"] == args.layer), None)
-    if layer is None:
-        raise InputError(f"--layer {args.layer}: the plan has none of that number")
+    return pyplot
+
+
+def draw(pyplot, entries: list[dict], layer: dict, barriers: torch.Tensor | None, kind: str) -> bytes:
+    """The picture, as a file's content of a format such as png."""
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
-    draw_eta(axes[0, 0], plans[0]["layers"])
-    draw_discordance(axes[0, 1], plans[0]["layers"])
-    draw_retained(axes[1, 0], plans)
-    if args.barriers:
-        draw_barriers(axes[1, 1], layer, cached(args.barriers, plans[0], layer).barriers)
-    else:
+    draw_eta(axes[0, 0], entries[0]["layers"])
+    draw_discordance(axes[0, 1], entries[0]["layers"])
+    draw_retained(axes[1, 0], entries)
+    if barriers is None:
         axes[1, 1].axis("off")
-    figure.savefig(args.out, dpi=70)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plans", metavar="PLAN", type=Path, nargs="+")
-    parser.add_argument("--barriers", metavar="DIR", type=Path)
-    parser.add_argument("--layer", type=int, default=0, help="whose barriers to draw [0]")
-    parser.add_argument("--out", type=Path, default=Path("diagnostics.png"))
-    args = parser.parse_args()
+    else:
+        draw_barriers(axes[1, 1], layer, barriers)
+    picture = io.BytesIO()
     try:
-        draw(args)
-    except (InputError, OSError, SafetensorError) as err:
-        print(f"plot_diagnostics.py: error: {err}", file=sys.stderr)
-        return 2
+        figure.savefig(picture, dpi=70, format=kind)
+    except ValueError as err:
+        raise InputError(f"out: {err}") from None
+    finally:
+        pyplot.close(figure)
+    return picture.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = hodgecover.Parser(prog=Path(__file__).name, description=__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", metavar="PLAN", type=Path, nargs="+", help="records of a plan")
+    parser.add_argument("--barriers", metavar="DIR", type=Path, help="folder of barriers, such as CKPT-barriers")
+    parser.add_argument("--layer", metavar="N", type=int, help="the layer whose barriers are drawn [the first]")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("diagnostics.png"), help="[%(default)s]")
+    return parser
+
+
+def drawable(entries: list[dict], folder: Path | None) -> list[dict]:
+    """The plans with their diagnostics. Those of methods that measured no barriers come from the folder's, measured
+    with the settings of the first plan that has its own. Raises InputError if they are not there."""
+    without = [entry for entry in entries if entry["layers"][0]["diagnostics"] is None]
+    if without and folder is None:
+        raise InputError(f"barriers: needed for {label(without[0])}, which measured none")
+    said = next((entry for entry in entries if entry not in without), entries[0])["settings"]
+    settings = Settings(**{field.name: said[field.name] for field in fields(Settings)})
+    return [entry | {"layers": [diagnosed(entry, layer, settings, folder) for layer in entry["layers"]]}
+            if entry in without else entry for entry in entries]
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    if args.layer is not None and args.barriers is None:
+        raise InputError("layer: goes with --barriers, which holds the matrix to draw")
+    pyplot = import_pyplot()
+    entries = [read_entry(path) for path in args.plans]
+    try:
+        entries = drawable(entries, args.barriers)
+        layers = {layer["layer"]: layer for layer in entries[0]["layers"]}
+        wanted = min(layers) if args.layer is None else args.layer
+        if wanted not in layers:
+            raise InputError(f"layer {wanted}: the plan has the layers {', '.join(map(str, layers))}")
+        barriers = cached(args.barriers, entries[0], layers[wanted]).barriers if args.barriers else None
+        picture = draw(pyplot, entries, layers[wanted], barriers, args.out.suffix[1:] or "png")
     except (KeyError, IndexError, TypeError) as err:
-        print(f"plot_diagnostics.py: error: not a plan that hodgecover.py wrote ({err!r})", file=sys.stderr)
-        return 2
+        raise InputError(f"a plan that hodgecover.py did not write ({type(err).__name__}: {err})") from None
+    model_io.write_whole(args.out, picture)
     print(args.out)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Makes a random checkpoint of a published model's shape, to measure cost and memory where the real one is not at hand.
+"""Make a random checkpoint of a published model's shape, to measure cost and memory if the real one is not at hand.
 
     python examples/random_checkpoint.py olmoe-1b-7b DIR              13.8 GB, under 3 minutes
-    python examples/random_checkpoint.py qwen3-30b-a3b DIR --hollow   takes no disk space: zeros, for --estimate alone
+    python examples/random_checkpoint.py qwen3-30b-a3b DIR --hollow   takes no disk space: zeros, for estimate.py alone
 
 Shapes, names and shards are the published ones' (of qwen3.5-35b-a3b: the text part without the multi-token head), the
 tokenizer is the tiny checkpoint's. Next-token logits have a standard deviation of 4, which gives them the entropy of a
-trained model's, some 3 nats; nothing else about the weights is like a trained model's.
+trained model's, some 3 nats. Nothing else about the weights is like a trained model's.
 """
 import argparse
 import json
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from model_io import INDEX, new_folder  # noqa: E402
+import common
+import hodgecover
+import model_io
 
 SHARD_BYTES = 5_000_000_000
 LOGIT_DEVIATION = 4
@@ -39,12 +39,13 @@ SHAPES = {
         linear_value_head_dim=128, linear_conv_kernel_dim=4, full_attention_interval=4, num_experts=256,
         num_experts_per_tok=8, rms_norm_eps=1e-6, rope_theta=1e7, architectures=["Qwen3_5MoeForCausalLM"]),
 }
+COMMON = {"hidden_act": "silu", "eos_token_id": 0, "tie_word_embeddings": False, "dtype": "bfloat16"}
 
 
 def attention_shapes(cfg: dict, index: int) -> dict[str, list[int]]:
     """Shapes of the token mixer of layer `index`."""
-    d, h = cfg["hidden_size"], cfg["head_dim"]
-    query, key = cfg["num_attention_heads"] * h, cfg["num_key_value_heads"] * h
+    d, head = cfg["hidden_size"], cfg["head_dim"]
+    query, key = cfg["num_attention_heads"] * head, cfg["num_key_value_heads"] * head
     if (index + 1) % cfg.get("full_attention_interval", 1):
         heads = cfg["linear_num_value_heads"]
         keys, values = cfg["linear_num_key_heads"] * cfg["linear_key_head_dim"], heads * cfg["linear_value_head_dim"]
@@ -57,12 +58,12 @@ def attention_shapes(cfg: dict, index: int) -> dict[str, list[int]]:
     whole = cfg["model_type"] == "olmoe"  # q and k norms over the full width
     gate = 2 if "full_attention_interval" in cfg else 1
     shapes = {"q_proj": [gate * query, d], "k_proj": [key, d], "v_proj": [key, d], "o_proj": [d, query],
-              "q_norm": [query if whole else h], "k_norm": [key if whole else h]}
+              "q_norm": [query if whole else head], "k_norm": [key if whole else head]}
     return {f"self_attn.{name}.weight": shape for name, shape in shapes.items()}
 
 
 def tensor_shapes(cfg: dict) -> dict[str, list[int]]:
-    """Shapes of all tensors by name."""
+    """Shapes of all tensors by name, in the order of the file."""
     d, n, vocab = cfg["hidden_size"], cfg["num_experts"], cfg["vocab_size"]
     f = cfg.get("moe_intermediate_size", cfg.get("intermediate_size"))
     shapes = {"model.embed_tokens.weight": [vocab, d]}
@@ -83,7 +84,7 @@ def tensor_shapes(cfg: dict) -> dict[str, list[int]]:
 
 
 def random_tensor(name: str, shape: list[int], generator: torch.Generator, norms_less_1: bool) -> torch.Tensor:
-    """Norm weights of 1; matrices that keep the scale of what they multiply."""
+    """A norm's weights, which multiply by 1; a matrix that keeps the scale of what it multiplies, bfloat16."""
     if name.endswith("norm.weight"):
         return torch.full(shape, 0.0 if norms_less_1 and "linear_attn" not in name else 1.0, dtype=torch.bfloat16)
     std = 1.0 if name.endswith("embed_tokens.weight") else shape[-1] ** -0.5
@@ -104,7 +105,7 @@ def into_shards(shapes: dict[str, list[int]]) -> list[dict[str, list[int]]]:
 
 def write_shard(path: Path, shapes: dict[str, list[int]], generator: torch.Generator | None, norms_less_1: bool
                 ) -> None:
-    """One safetensors file, tensor after tensor; a hole of its size where there is no generator."""
+    """Write one safetensors file, tensor after tensor; without a generator, a hole of its size."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         end = offset + 2 * math.prod(shape)
@@ -120,31 +121,51 @@ def write_shard(path: Path, shapes: dict[str, list[int]], generator: torch.Gener
             out.write(random_tensor(name, shape, generator, norms_less_1).view(torch.uint8).numpy())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--hollow", action="store_true", help="zeros that take no disk space")
-    args = parser.parse_args()
-    config = SHAPES[args.shape]
+def write(config: dict, out: Path, hollow: bool = False) -> int:
+    """Write a checkpoint of a configuration, without weights if hollow, to the folder `out`; return its number of
+    parameters. Raises InputError if `out` cannot be made."""
     shapes = tensor_shapes(config)
     shards = into_shards(shapes)
-    generator = None if args.hollow else torch.Generator().manual_seed(0)
-    with new_folder(args.out) as folder:
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    generator = None if hollow else torch.Generator().manual_seed(0)
+    norms_less_1 = model_io.FAMILIES[config["model_type"]].norms_less_1
+    bar = hodgecover.progress_bar()
+    with model_io.new_folder(out) as folder:
         weight_map = {}
-        for i, shard in enumerate(shards, 1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_shard(folder / file, shard, generator, norms_less_1=config["model_type"].startswith("qwen3_5"))
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_shard(folder / file, shard, generator, norms_less_1)
             weight_map |= dict.fromkeys(shard, file)
-        index = {"metadata": {"total_size": sum(2 * math.prod(s) for s in shapes.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index) + "\n")
-        (folder / "config.json").write_text(json.dumps(
-            config | {"hidden_act": "silu", "eos_token_id": 0, "tie_word_embeddings": False, "dtype": "bfloat16"},
-            indent=1) + "\n")
+            bar(number / len(shards))
+        index = {"metadata": {"total_size": 2 * parameters}, "weight_map": weight_map}
+        (folder / model_io.INDEX).write_text(json.dumps(index) + "\n")
+        (folder / "config.json").write_text(json.dumps(config | COMMON, indent=1) + "\n")
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(HERE / "tiny-olmoe" / name, folder / name)
-    print(f"{args.out}: {sum(math.prod(s) for s in shapes.values()) / 1e9:.2f}e9 parameters")
+            shutil.copyfile(common.HERE / "tiny-olmoe" / name, folder / name)
+    bar(None)
+    return parameters
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = hodgecover.Parser(prog="random_checkpoint.py", description=__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", metavar="SHAPE", choices=SHAPES, help=", ".join(SHAPES))
+    parser.add_argument("out", metavar="DIR", type=Path, help="output folder")
+    parser.add_argument("--hollow", action="store_true", help="zeros that take no disk space")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    parameters = write(SHAPES[args.shape], args.out, args.hollow)
+    print(f"{args.out}: {parameters / 1e9:.2f}e9 parameters")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,38 +1,50 @@
 # SPDX-License-Identifier: MIT
-"""The README's comparisons on examples/tiny-olmoe, over several calibration samples.
+"""Reproduce the comparisons in RESULTS.md on the tiny checkpoint, over several calibration samples.
 
-    python examples/reproduce.py                              methods, merging baselines, hybrids with Wanda
-    python examples/reproduce.py --settings                   other values of HodgeCover's settings
-    python examples/reproduce.py --samples 2 --tokens 1024    a first look, in minutes
+    python examples/reproduce.py                                        all methods, alone and with Wanda
+    python examples/reproduce.py --redirects                            the router fold, by the rule of the redirect
+    python examples/reproduce.py --settings                             other values of HodgeCover's settings
+    python examples/reproduce.py --only hodgecover reap --columns 50%   two lines, one column
+    python examples/reproduce.py --samples 2 --tokens 1024              a first look, in minutes
 
-Methods are compared on held-out text; settings on calibration text that no sample contains, so that choosing among
-them leaves the held-out text unseen. Barriers are measured once a sample. A cell is the mean over the samples +- their
-standard deviation: of the perplexity, and of the KL from the source in nats a token. The tables of differences in KL
-take each sample by itself: mean +- half of the 95% interval of Student's t, in bold where it does not contain 0; the
-samples share their text for evaluation, and no correction is made for the number of cells. Beside a hybrid stand the
-rates that it achieved: whole entries of the tiny checkpoint's short rows do not meet every rate.
+Each cell writes checkpoints to a temporary folder, as the commands do, and compares them with the source: a selector
+or a merging method of baselines.py; with Wanda, wanda.py on that checkpoint, with the total rate of the source.
+
+A cell is the mean over the samples +- their standard deviation: of the perplexity, and of the KL from the source in
+nats a token. Methods are compared on held-out text; settings on calibration text outside every sample, so that a
+choice among them leaves the held-out text unseen. All products are in float32.
+
+A table of differences in KL takes each sample by itself: the mean +- half of the 95% interval of Student's t, in bold
+if it does not contain 0. The samples share their text for evaluation, and no correction is made for the number of
+cells. After a hybrid stand the rates that it reached: whole entries of the tiny checkpoint's short rows do not meet
+every rate.
 """
 import argparse
+import functools
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+import baselines
+import common
+import evaluate
+import hodgecover
+import mathx
+import model_io
+import wanda
+from hodgecover import Decomposition, LayerPlan, Selection, Settings, Signals
+from model_io import InputError, Model
 
-import merging_baselines as baselines  # noqa: E402
-import model_io  # noqa: E402
-from hodgecover import (METHODS, Settings, Signals, calibration_ids, evaluate, fold_file, measure_model,  # noqa: E402
-                        plan_from_signals, sparse_layers, wanda_edits, wanda_settings)
-
-KEPT = {48: "25%", 43: "33%", 32: "50%", 22: "66%"}  # of 64 experts, and the share dropped
-HYBRIDS = {0.5: 48, 0.66: 43}  # share of the experts' parameters that goes, and the experts kept
+CALIBRATION, SEQ_LEN = 2048, 512  # tokens of a sample, and of a sequence
+DROPPED = {"25%": 0.25, "33%": 0.33, "50%": 0.5, "66%": 0.66}  # share of the experts of a layer
+HYBRIDS = {"50%": (0.5, 0.25), "66%": (0.66, 0.33)}  # share of the expert parameters gone, share of the experts dropped
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5% point for 2 to 10 samples
 VARIANTS = {f"{percent}% critical edges and triangles": dict(edge_percent=percent, triangle_percent=percent)
             for percent in (5, 1, 2, 10, 20, 50)}  # the first is the default
@@ -41,188 +53,384 @@ VARIANTS |= {f"both lambdas {weight}": dict(lambda_edge=weight, lambda_triangle=
 VARIANTS |= {"lambda of edges 0": dict(lambda_edge=0.0), "lambda of triangles 0": dict(lambda_triangle=0.0),
              "2,000 candidate triangles": dict(max_triangles=2000), "order by index": dict(order="index")}
 
-Layers = dict[str, Signals]  # by the layer's name
-Scores = dict[int | float, list[tuple[float, float]]]  # (perplexity, KL) of each sample, by column of a table
+
+# ----------------------------------------------------------------------------------------- how a checkpoint is made
 
 
-class Output(NamedTuple):
-    """What a compressed checkpoint is written from, the norms by layer that Wanda needs, and how it routes."""
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A calibration sample (B, L) of a source, by its seed, and what is measured on it once."""
 
-    survivors: dict[str, list[int]]
-    norms: Layers
-    files: dict[str, bytes] = {}
-    edits: dict[str, model_io.Edit] = {}
-    router: str = "drop"
+    source: Model
+    ids: torch.Tensor
+    seed: int
+    cache: Path
 
+    def signals(self, settings: Settings) -> dict[str, Signals]:
+        """What HodgeCover measures, by layer name; from the cache, if it is there."""
+        layers = hodgecover.sparse_layers(self.source)
+        measured = hodgecover.measure_model(self.source, self.ids, settings, layers, self.cache)
+        return {self.source.layer_names[index]: signals for index, signals in measured}
 
-def planned(source: model_io.Model, layers: Layers, settings: Settings, keep: int) -> Output:
-    """A method of the library."""
-    plans = [plan_from_signals(signals, keep, settings, index) | {"name": name}
-             for index, (name, signals) in enumerate(layers.items())]
-    fold = {model_io.FOLD: fold_file(source, plans)} if settings.router == "fold" else {}
-    return Output({plan["name"]: plan["survivors"] for plan in plans}, layers, fold, router=settings.router)
+    @cached_property
+    def facts(self) -> dict[str, baselines.Facts]:
+        """What a method without barriers looks at, by layer name."""
+        steps = baselines.routed_passes(self.source, self.ids, hodgecover.no_tick)
+        return {step.name: baselines.layer_facts(step) for step in steps}
 
-
-def merged(source: model_io.Model, layers: Layers, facts: dict[str, dict], method: str, all_slots: bool, keep: int
-           ) -> Output:
-    """A baseline. A merged expert's norms for Wanda are those of its whole group's tokens."""
-    grouped, survivors, edits = baselines.merge(source.checkpoint, facts, method, keep, all_slots)
-    pooled = {}
-    for name, groups in grouped.items():
-        norms = {field: getattr(layers[name], field).clone() for field in ("inputs", "hidden")}
-        for group in groups if method != "stun" else []:
-            for rows in norms.values():
-                rows[group] = rows[group].square().sum(0).sqrt()
-        pooled[name] = layers[name]._replace(**norms)
-    return Output(survivors, pooled, edits=edits)
+    def settings(self, **changes: object) -> Settings:
+        """The default settings with this seed, and changes."""
+        return Settings(seed=self.seed, **changes)
 
 
-def pruned(source: model_io.Model, output: Output, rate: float, keep: int) -> Output:
-    """The output with Wanda on its experts, to the total rate."""
-    wanda = wanda_edits(source, output.norms, wanda_settings(source, keep, rate, None)[1])
-
-    def both(weight: torch.Tensor, row: int, name: str) -> torch.Tensor:
-        return wanda[name](output.edits[name](weight, row) if name in output.edits else weight, row)
-    return output._replace(edits=output.edits | {name: partial(both, name=name) for name in wanda})
+Make = Callable[[Sample, object, Path], Model]  # (sample, value of the column, folder to write) -> the checkpoint in it
 
 
-def score(source: model_io.Model, text: torch.Tensor, output: Output,
-          finish: Callable[[model_io.Model], object] = lambda model: None) -> tuple[float, float]:
-    """(perplexity, KL) on text (B, L) of the checkpoint, written and then changed by `finish`."""
+def survivors(source: Model, dropped: float) -> int:
+    """Experts of a layer that stay if the share `dropped` goes. Raises InputError if a token needs more."""
+    keep = round((1 - dropped) * source.config.num_experts)
+    hodgecover.check_keep(source, keep)
+    return keep
+
+
+def export(sample: Sample, plans: dict[str, LayerPlan], out: Path, router: str = "drop") -> Model:
+    """Write the checkpoint of plans by layer name."""
+    hodgecover.export(sample.source, plans, out, {"command": "reproduce.py"}, router)
+    return (hodgecover.folded_model if router == "fold" else Model)(out)
+
+
+def whole(sample: Sample, dropped: float, out: Path) -> Model:
+    """Write a copy of the source."""
+    model_io.write_checkpoint(sample.source.checkpoint, out, {}, {})
+    return Model(out)
+
+
+@functools.cache
+def decompositions(sample: Sample, settings: Settings) -> dict[str, Decomposition]:
+    """The Hodge parts of each layer, by name."""
+    return {name: hodgecover.decompose(signals, settings) for name, signals in sample.signals(settings).items()}
+
+
+def hodgecover_plans(sample: Sample, dropped: float, settings: Settings, rule: str = "the paper's rule"
+                     ) -> dict[str, LayerPlan]:
+    """HodgeCover's plans by layer name, with the redirect of one of REDIRECTS."""
+    keep, plans = survivors(sample.source, dropped), {}
+    for name, found in decompositions(sample, settings).items():
+        rows = sample.source.checkpoint.load(f"{name}.mlp.gate.weight")
+        selection = hodgecover.select(found, keep, settings)
+        redirect = REDIRECTS[rule](found, selection, selection.picks[:keep], rows)
+        plans[name] = hodgecover.report(found, selection._replace(redirect=redirect), keep, settings)
+    return plans
+
+
+def hodgecover_way(sample: Sample, dropped: float, out: Path, router: str = "drop", rule: str = "the paper's rule",
+                   **changes: object) -> Model:
+    """Write HodgeCover's survivors."""
+    plans = hodgecover_plans(sample, dropped, sample.settings(**changes), rule)
+    return export(sample, plans, out, router)
+
+
+def selected(sample: Sample, dropped: float, out: Path, method: str) -> Model:
+    """Write the survivors of one of baselines.SELECTORS."""
+    source, settings = sample.source, sample.settings()
+    keep, plans = survivors(source, dropped), {}
+    measured = sample.signals(settings) if method in baselines.ON_BARRIERS else sample.facts
+    for name, found in measured.items():
+        rows = source.checkpoint.load(f"{name}.mlp.gate.weight")
+        plans[name] = baselines.choose(found, rows, method, keep, settings, source.layer_names.index(name))
+    return export(sample, plans, out)
+
+
+def merged(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:
+    """Write the merged experts of one of baselines.MERGING."""
+    keep = survivors(sample.source, dropped)
+    merges = {name: baselines.Merge(*baselines.group_experts(facts, method, keep), facts.frequency)
+              for name, facts in sample.facts.items()}
+    baselines.export_merges(sample.source, merges, out, {}, all_slots)
+    return Model(out)
+
+
+def with_wanda(sample: Sample, rates: tuple[float, float], out: Path, make: Make) -> Model:
+    """Write a checkpoint, and prune it with Wanda until the total rate of the source's expert parameters is gone.
+
+    rates: (total rate, share of the experts dropped).
+    """
+    total_rate, dropped = rates
+    model = make(sample, dropped, out)
+    rate = wanda.rate_of_rest(total_rate, wanda.parameters(sample.source), wanda.parameters(model))
+    wanda.prune(model, sample.ids, partial(wanda.keep_share, rate=rate))
+    return model
+
+
+def additive_redirect(found: Decomposition, selection: Selection, kept: list[int], rows: torch.Tensor
+                      ) -> dict[int, int]:
+    """The survivor of least barrier after the additive part phi_i + phi_j is taken out."""
+    residual = mathx.additive_model(found.signals.barriers, found.d1).residual
+    return mathx.redirect(kept, residual, found.parts.harmonic, alpha=0.0)
+
+
+REDIRECTS = {
+    "the paper's rule": lambda found, selection, kept, rows: selection.redirect,
+    "least barrier without its additive part": additive_redirect,
+    "nearest router row": lambda found, selection, kept, rows: baselines.nearest_rows(rows[found.rank], kept)}
+
+
+# --------------------------------------------------------------------------------------------------------- the tables
+
+
+class Table(NamedTuple):
+    """A table: its title, its columns with what they hand to the makers, its lines with how their checkpoints are made;
+    whether the rates reached are shown."""
+
+    title: str
+    columns: dict[str, object]
+    lines: dict[str, Make]
+    rates: bool = False
+
+
+def method_lines() -> dict[str, Make]:
+    """The selectors and the merging methods, HodgeCover first."""
+    lines = {"hodgecover": hodgecover_way}
+    lines |= {name: partial(selected, method=name) for name in baselines.SELECTORS}
+    return lines | {name: partial(merged, method=name) for name in baselines.MERGING}
+
+
+def hybrid_lines(labels: Sequence[str], lines: dict[str, Make]) -> dict[str, Make]:
+    """Some of the lines with Wanda after them, and Wanda alone."""
+    pruned = {f"{label}, with Wanda": partial(with_wanda, make=lines[label]) for label in labels}
+    return pruned | {"Wanda alone": partial(with_wanda, make=whole)}
+
+
+def method_tables() -> list[Table]:
+    """Methods, and hybrids with Wanda."""
+    lines = method_lines() | {"hodgecover, fold": partial(hodgecover_way, router="fold")}
+    lines |= {f"{name}, in all slots": partial(merged, method=name, all_slots=True)
+              for name in baselines.MERGING if name != "stun"}
+    hybrids = hybrid_lines(("hodgecover", "reap", "stun", "hc-smoe", "hc-smoe, in all slots"), lines)
+    return [Table("experts dropped", DROPPED, lines),
+            Table("parameters of the experts gone", HYBRIDS, hybrids, rates=True)]
+
+
+def redirect_table() -> Table:
+    """HodgeCover's survivors with the router drop, and with fold by each redirect."""
+    folded = {f"fold, {rule}": partial(hodgecover_way, router="fold", rule=rule) for rule in REDIRECTS}
+    return Table("experts dropped", DROPPED, {"drop": hodgecover_way} | folded)
+
+
+def settings_table() -> Table:
+    """HodgeCover's settings."""
+    return Table("setting", DROPPED, {label: partial(hodgecover_way, **values) for label, values in VARIANTS.items()})
+
+
+def picked(tables: list[Table], only: list[str], columns: list[str]) -> list[Table]:
+    """The tables with only these lines and columns; all, if none are named. Raises InputError for one that no table
+    has."""
+    for parameter, wanted, known in (("only", only, [label for table in tables for label in table.lines]),
+                                     ("columns", columns, [name for table in tables for name in table.columns])):
+        for name in wanted:
+            if name not in known:
+                raise InputError(f"{parameter} {name}: must be one of {'; '.join(dict.fromkeys(known))}")
+
+    def few(named: dict, wanted: list[str]) -> dict:
+        return {name: value for name, value in named.items() if not wanted or name in wanted}
+    chosen = [table._replace(columns=few(table.columns, columns), lines=few(table.lines, only)) for table in tables]
+    return [table for table in chosen if table.columns and table.lines]
+
+
+class Score(NamedTuple):
+    """A compressed checkpoint on a text: perplexity, KL from the source in nats a token; and the share of the source's
+    expert parameters that are absent or 0."""
+
+    perplexity: float
+    kl: float
+    gone: float
+
+
+def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Score:
+    """Make a checkpoint in a temporary folder, and compare it with the source on text (B, L)."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        model_io.write_checkpoint(source.checkpoint, out, output.survivors, output.files, output.edits)
-        finish(model_io.Model(out, router=output.router))
-        return evaluate(source, model_io.Model(out, router=output.router), text)[1:]
+        output = make(sample, value, Path(folder) / "out")
+        found = model_io.compare(sample.source, output, text)
+        left = wanda.parameters(output) * (1 - evaluate.expert_zeros(output))
+    return Score(found.output_perplexity, found.kl, 1 - left / wanda.parameters(sample.source))
 
 
-def row(label: str, scores: Scores) -> None:
-    """Prints one line of a table of perplexities and KLs."""
-    def spread(values: tuple[float, ...], digits: int) -> str:
-        return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-    cells = [f"{spread(perplexity, 1)} (KL {spread(kl, 3)})" for perplexity, kl in (zip(*of) for of in scores.values())]
-    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> dict[str, list[list[Score]]]:
+    """Fill a table and print it line by line, then the differences from its first line. Returns the scores of the
+    samples by line and column."""
+    bar = hodgecover.progress_bar()
+    cells = len(table.lines) * len(table.columns) * len(samples)
+    done, found = 0, {}
+    print_head(table.title, table.columns)
+    for label, make in table.lines.items():
+        scores = []
+        for value in table.columns.values():
+            scores.append([])
+            for sample in samples:
+                bar(done / cells)
+                scores[-1].append(score(sample, text, make, value))
+                done += 1
+        if table.rates:
+            label += f" ({', '.join(f'{column[0].gone:.1%}' for column in scores)})"
+        found[label] = scores
+        bar(None)
+        print_line(label, [score_cell(column) for column in scores])
+    show_differences(found, list(table.columns))
+    return found
 
 
-def head(title: str, columns: list[str]) -> None:
-    """Prints the head of a table."""
+def show_differences(found: dict[str, list[list[Score]]], columns: list[str]) -> None:
+    """Print how far the KL of each line is above that of the first, sample by sample; found: the scores of the samples
+    by line and column. Prints nothing for one line or one sample."""
+    first, *others = found
+    if len(found[first][0]) < 2 or not others:
+        return
+    print_head(f"KL minus that of {first}", columns)
+    for label in others:
+        above = [[one.kl - base.kl for one, base in zip(*pair)] for pair in zip(found[label], found[first])]
+        print_line(label, [difference_cell(values) for values in above])
+
+
+def print_head(title: str, columns: Sequence[str]) -> None:
+    """Print the head of a table in Markdown."""
     print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
 
 
-def differences(scores: dict[str, Scores], columns: list[str]) -> None:
-    """Prints what each line's KL is above the first one's, sample by sample."""
-    first = next(iter(scores))
-    samples = len(next(iter(scores[first].values())))
-    if samples < 2:
-        return
-    head(f"KL minus that of {first}", columns)
-    for label, of in scores.items():
+def print_line(label: str, cells: list[str]) -> None:
+    """Print a line of a table in Markdown."""
+    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation.
+
+    >>> spread([1.0, 2.0], 1), spread([1.0], 2)
+    ('1.5 ± 0.7', '1.00')
+    """
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def score_cell(scores: list[Score]) -> str:
+    """Perplexity and KL of the samples."""
+    return f"{spread([one.perplexity for one in scores], 1)} (KL {spread([one.kl for one in scores], 3)})"
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of the mean of 2 to 10 values, by Student's t."""
+    return STUDENT_T[len(values) - 2] * stdev(values) / len(values)**0.5
+
+
+def difference_cell(values: Sequence[float]) -> str:
+    """The mean and its half interval, in bold if the interval does not contain 0.
+
+    >>> difference_cell([0.1, 0.3]), difference_cell([0.2, 0.21])
+    ('+0.200 ± 1.271', '**+0.205 ± 0.064**')
+    """
+    half = half_interval(values)
+    cell = f"{mean(values):+.3f} ± {half:.3f}"
+    return f"**{cell}**" if abs(mean(values)) > half else cell
+
+
+def show_targets(columns: dict[str, object], samples: list[Sample]) -> None:
+    """Print how many survivors each redirect uses, and how many experts the busiest of them takes: means over layers
+    and samples."""
+    print_head("targets of the redirect (experts that the busiest one takes)", columns)
+    for rule in REDIRECTS:
         cells = []
-        for column, values in of.items():
-            above = [kl - base for (_, kl), (_, base) in zip(values, scores[first][column])]
-            half = STUDENT_T[samples - 2] * stdev(above) / samples**0.5
-            cell = f"{mean(above):+.3f} ± {half:.3f}"
-            cells.append(f"**{cell}**" if abs(mean(above)) > half else cell)
-        if label != first:
-            print(f"| {label} | {' | '.join(cells)} |")
+        for dropped in columns.values():
+            said = [plan.diagnostics for sample in samples
+                    for plan in hodgecover_plans(sample, dropped, sample.settings(), rule).values()]
+            cells.append(f"{mean(one.redirect_targets for one in said):.1f} of "
+                         f"{survivors(samples[0].source, dropped)} ({mean(one.redirect_largest for one in said):.1f})")
+        print_line(rule, cells)
+
+
+# ----------------------------------------------------------------------------------------------------------- the text
 
 
 def evenly(text: torch.Tensor, tokens: int) -> torch.Tensor:
-    """So many tokens of text (B, L), whole sequences evenly spaced."""
+    """So many tokens of text (B, L): whole sequences, evenly spaced from the first to the last."""
     return text[torch.linspace(0, len(text) - 1, min(len(text), tokens // text.shape[1])).long()]
 
 
-def held_out(source: model_io.Model, tokens: int) -> torch.Tensor:
-    """The text that the methods are compared on, (B, L)."""
-    text = evenly(model_io.sequences(source.encode(model_io.python_documentation("held-out")), 512), tokens)
-    print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} held-out tokens", flush=True)
-    return text
+def held_out(source: Model, tokens: int) -> torch.Tensor:
+    """Held-out text, (B, L)."""
+    return evenly(model_io.sequences(source.encode(model_io.python_documentation("held-out")), SEQ_LEN), tokens)
 
 
-def compressors(source: model_io.Model, samples: list[torch.Tensor]) -> Callable[[str, int, int], Output]:
-    """Measures the samples once; (label of a line, sample, experts kept) -> what the checkpoint is written from."""
-    layers = [{source.layer_names[index]: signals for index, signals in
-               measure_model(source, ids, Settings(seed=seed), sparse_layers(source))}
-              for seed, ids in enumerate(samples)]
-    facts = [{step.name: baselines.layer_facts(step) for step in source.stream(ids)} for ids in samples]
-
-    def output(label: str, seed: int, keep: int) -> Output:
-        name, _, how = label.partition(", ")
-        if name in METHODS:
-            return planned(source, layers[seed], Settings(method=name, seed=seed, router=how or "drop"), keep)
-        return merged(source, layers[seed], facts[seed], name, bool(how), keep)
-    return output
+def outside(source: Model, samples: list[Sample], tokens: int) -> torch.Tensor:
+    """Calibration text that no sample contains, (B, L). Raises InputError if there is none."""
+    text = model_io.sequences(source.encode(model_io.python_documentation("calibration")), SEQ_LEN)
+    used = torch.cat([sample.ids for sample in samples])
+    free = text[~(text[:, None] == used).all(2).any(1)]
+    if not len(free):
+        raise InputError("samples: they take all of the calibration text; give fewer")
+    return evenly(free, tokens)
 
 
-def compare_methods(source: model_io.Model, samples: list[torch.Tensor], tokens: int) -> None:
-    """The tables of methods and of hybrids, on held-out text."""
-    text, output = held_out(source, tokens), compressors(source, samples)
-    labels = ["hodgecover", *(name for name in METHODS if name != "hodgecover"), "hodgecover, fold",
-              *baselines.METHODS, *(f"{name}, in all slots" for name in baselines.METHODS if name != "stun")]
-    found, columns = {}, list(KEPT.values())
-    head("experts dropped", columns)
-    for label in labels:
-        found[label] = {keep: [score(source, text, output(label, seed, keep)) for seed in range(len(samples))]
-                        for keep in KEPT}
-        row(label, found[label])
-    differences(found, columns)
-
-    found, columns = {}, [f"{rate:.0%}" for rate in HYBRIDS]
-    head("parameters of the experts gone", columns)
-    for label in ("hodgecover", "reap", "stun", "hc-smoe", "hc-smoe, in all slots", "Wanda alone"):
-        alone, scores, achieved = label == "Wanda alone", {}, []
-        for rate, keep in HYBRIDS.items():
-            keep = source.config.num_experts if alone else keep
-            dense = [output("reap" if alone else label, seed, keep) for seed in range(len(samples))]
-            scores[rate] = [score(source, text, pruned(source, one, rate, keep)) for one in dense]
-            achieved.append(f"{wanda_settings(source, keep, rate, None)[0]['wanda']['total_rate']:.1%}")
-        label += f"{'' if alone else ', with Wanda'} ({', '.join(achieved)})"
-        found[label] = scores
-        row(label, scores)
-    differences(found, columns)
+def show_source(source: Model, text: torch.Tensor, what: str) -> None:
+    """Print the source's perplexity on text (B, L)."""
+    print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} {what}", flush=True)
 
 
-def compare_settings(source: model_io.Model, samples: list[torch.Tensor], tokens: int) -> None:
-    """The table of HodgeCover's settings, on calibration text outside the samples."""
-    text = model_io.sequences(source.encode(model_io.python_documentation("calibration")), 512)
-    used = torch.cat(samples)
-    text = evenly(text[~(text[:, None] == used).all(2).any(1)], tokens)
-    print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} tokens of calibration text outside "
-          "the samples", flush=True)
-    found = {}
-    head("setting", list(KEPT.values()))
-    with tempfile.TemporaryDirectory() as cache:
-        for label, values in VARIANTS.items():
-            found[label] = {keep: [] for keep in KEPT}
-            for seed, ids in enumerate(samples):
-                settings = Settings(seed=seed, **values)
-                layers = {source.layer_names[index]: signals for index, signals in
-                          measure_model(source, ids, settings, sparse_layers(source), Path(cache))}
-                for keep in KEPT:
-                    found[label][keep].append(score(source, text, planned(source, layers, settings, keep)))
-            row(label, found[label])
-    differences(found, list(KEPT.values()))
+# --------------------------------------------------------------------------------------------------- the command line
 
 
-def parse(description: str, **flags: str) -> argparse.Namespace:
-    """The command line: --samples, --tokens, and flags with their help."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_argument("--samples", type=int, choices=range(1, 11), default=5, help="calibration samples, 1 to 10 [5]")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the text to evaluate on, 512 or more [16384]")
-    args = parser.parse_args()
-    if args.tokens < 512:
-        parser.error(f"--tokens {args.tokens}: must be at least one sequence of 512")
-    return args
+def command_line(file: str, description: str) -> hodgecover.Parser:
+    """The parser of a study on several samples."""
+    parser = hodgecover.Parser(prog=Path(file).name, description=description,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", dest="checkpoint", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
+                        help="source checkpoint [examples/tiny-olmoe]")
+    parser.add_argument("--samples", metavar="N", type=int, default=5, help="calibration samples, 1 to 10 [5]")
+    parser.add_argument("--tokens", metavar="N", type=int, default=16384, help="of the text to evaluate on [16384]")
+    parser.add_argument("--only", metavar="LABEL", nargs="+", default=[], help="lines to fill [all]")
+    parser.add_argument("--columns", metavar="NAME", nargs="+", default=[], help="columns to fill, such as 50%% [all]")
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of the samples' barriers, for the next run "
+                        "[MODEL-samples beside MODEL]")
+    return parser
 
 
-def main() -> None:
-    args = parse(__doc__, settings="compare settings rather than methods")
-    source = model_io.Model(HERE / "tiny-olmoe")
-    samples = [calibration_ids(source, [], 2048, 512, seed) for seed in range(args.samples)]
-    (compare_settings if args.settings else compare_methods)(source, samples, args.tokens)
+def read_samples(args: argparse.Namespace) -> list[Sample]:
+    """The command line's samples: sample s has seed s. Raises InputError for options out of range."""
+    hodgecover.check_range("samples", args.samples, 1, 10)
+    hodgecover.check_range("tokens", args.tokens, SEQ_LEN, 10**9)
+    source = Model(args.checkpoint)
+    folder = args.checkpoint.absolute()
+    cache = args.cache or folder.with_name(f"{folder.name}-samples")
+    hodgecover.refuse_inside(source, cache, "cache")
+    return [Sample(source, hodgecover.calibration_ids(source, [], CALIBRATION, SEQ_LEN, seed), seed, cache / str(seed))
+            for seed in range(args.samples)]
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    tables = [settings_table()] if args.settings else [redirect_table()] if args.redirects else method_tables()
+    tables = picked(tables, args.only, args.columns)
+    samples = read_samples(args)
+    source = samples[0].source
+    for dropped in DROPPED.values():
+        survivors(source, dropped)
+    if args.settings:
+        text = outside(source, samples, args.tokens)
+        show_source(source, text, "tokens of calibration text outside the samples")
+    else:
+        text = held_out(source, args.tokens)
+        show_source(source, text, "held-out tokens")
+    for table in tables:
+        show_table(table, samples, text)
+    if args.redirects:
+        show_targets(tables[0].columns, samples)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = command_line(__file__, __doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--settings", action="store_true", help="compare settings instead")
+    which.add_argument("--redirects", action="store_true", help="compare redirects instead")
+    return hodgecover.run_command(parser, run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

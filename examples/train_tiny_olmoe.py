@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Trains the checkpoint in examples/tiny-olmoe: a small OLMoE on the documentation that every Python carries.
+"""Train a checkpoint such as examples/tiny-olmoe: a small OLMoE on the documentation that every Python carries.
 
-    python examples/train_tiny_olmoe.py [OUT]          trains (a quarter of an hour on 2 cores) and writes OUT
-    python examples/train_tiny_olmoe.py --held-out FILE   only writes the held-out text, for hodgecover.py --eval
+    python examples/train_tiny_olmoe.py DIR               train (a quarter of an hour on 2 cores) and write DIR
+    python examples/train_tiny_olmoe.py --held-out FILE   only write the held-out text, for evaluate.py and --eval
 
-The forward pass is that of `model_io`; only the experts are written densely here (every expert on every token,
-times its gate weight), which at this size is the faster way to the same sums.
+The forward pass is that of `model_io`. Only the experts are computed densely here (every expert on every token, times
+its gate weight), which at this size is the faster way to the same sums.
 """
 import argparse
 import json
@@ -14,14 +14,18 @@ import sys
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model_io import Config, Experts, Layer, Model, olmoe_attention, python_documentation, read_config, rms_norm, route
+import common  # noqa: F401  (puts the three files on the path)
+import hodgecover
+import model_io
+from model_io import (Config, Experts, Layer, Model, olmoe_attention, python_documentation, read_config, rms_norm,
+                      route)
 
+STEPS, SEQ_LEN = 1500, 512
 END = "<|endoftext|>"
 CONFIG = {
     "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
@@ -35,7 +39,7 @@ CONFIG = {
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:
-    """Byte-level BPE with the end-of-text token as id 0."""
+    """Train a byte-level BPE, with the end-of-text token as id 0, and write it to the folder `path`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,15 +85,17 @@ def forward(ids: torch.Tensor, weights: dict[str, torch.Tensor], cfg: Config) ->
         hidden = F.silu(x @ experts.gate.flatten(0, 1).T) * (x @ experts.up.flatten(0, 1).T)
         hidden = hidden.unflatten(-1, (cfg.num_experts, -1)) * gates[..., None]
         h = h + hidden.flatten(-2) @ experts.down.transpose(1, 2).flatten(0, 1)
-        p = (x @ w["mlp.gate.weight"].T).softmax(-1)
+        p = (x @ w["mlp.gate.weight"].T).softmax(-1)  # (B, L, n)
         share = (gates > 0).to(p).mean((0, 1))
         balance = balance + cfg.num_experts * (share * p.mean((0, 1))).sum() / cfg.num_layers
     return rms_norm(h, weights["model.norm.weight"], cfg.rms_norm_eps) @ weights["lm_head.weight"].T, balance
 
 
-def train(ids: torch.Tensor, cfg: Config, steps: int, batch: int = 8, seq_len: int = 512, peak: float = 4e-3,
+def train(ids: torch.Tensor, cfg: Config, steps: int, batch: int = 8, seq_len: int = SEQ_LEN, peak: float = 4e-3,
           balance_weight: float = 0.01) -> dict[str, torch.Tensor]:
-    """AdamW with warm-up and cosine decay on random windows of ids (T,)."""
+    """Train by AdamW with warm-up and cosine decay on random windows of ids (T,); return the parameters by name.
+
+    Needs more ids than seq_len."""
     weights = initial_weights(cfg, CONFIG["intermediate_size"])
     matrices = [w for w in weights.values() if w.dim() > 1]
     vectors = [w for w in weights.values() if w.dim() == 1]
@@ -114,7 +120,7 @@ def train(ids: torch.Tensor, cfg: Config, steps: int, batch: int = 8, seq_len: i
 
 
 def save(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes model.safetensors in bfloat16, one tensor a projection of an expert, as OLMoE is published."""
+    """Write model.safetensors in bfloat16, one tensor a projection of an expert, as OLMoE is published."""
     tensors = {}
     for name, w in weights.items():
         w = w.to(torch.bfloat16)
@@ -122,7 +128,7 @@ def save(weights: dict[str, torch.Tensor], path: Path) -> None:
             tensors |= {name.replace("experts.", f"experts.{e}."): w[e].clone() for e in range(len(w))}
         else:
             tensors[name] = w
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / model_io.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def unigram_perplexity(train_ids: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> float:
@@ -131,30 +137,52 @@ def unigram_perplexity(train_ids: torch.Tensor, ids: torch.Tensor, vocab_size: i
     return (-(counts / counts.sum()).log()[ids].mean()).exp().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "tiny-olmoe")
-    parser.add_argument("--held-out", type=Path, metavar="FILE", help="write the held-out text to FILE and stop")
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps (default 1500)")
-    args = parser.parse_args()
-    if args.held_out:
-        args.held_out.write_text("\n\n".join(python_documentation("held-out")), encoding="utf-8")
-        return
+def make(out: Path, steps: int) -> tuple[float, float]:
+    """Train a checkpoint and write it to the folder `out`; return its held-out perplexity and a unigram model's.
+
+    Raises InputError if `out` cannot be made."""
     torch.manual_seed(0)
-    texts = python_documentation("train")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    train_tokenizer(texts, args.out)
     cfg = read_config(CONFIG)
-    save(initial_weights(cfg, CONFIG["intermediate_size"]), args.out)  # so that Model can read the tokenizer
-    model = Model(args.out)
-    train_ids, held_out = model.encode(texts), model.encode(python_documentation("held-out"))
-    print(f"{len(train_ids):,} training and {len(held_out):,} held-out tokens", file=sys.stderr)
-    save(train(train_ids, cfg, args.steps), args.out)
-    sequences = held_out[: len(held_out) // 512 * 512].view(-1, 512)
-    print(f"held-out perplexity {Model(args.out).perplexity(sequences):.1f}, "
-          f"of a unigram model {unigram_perplexity(train_ids, held_out, cfg.vocab_size):.1f}")
+    with model_io.new_folder(out) as folder:
+        texts = python_documentation("train")
+        (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+        train_tokenizer(texts, folder)
+        save(initial_weights(cfg, CONFIG["intermediate_size"]), folder)  # so that Model can read the tokenizer
+        model = Model(folder)
+        train_ids, held_out = model.encode(texts), model.encode(python_documentation("held-out"))
+        print(f"{len(train_ids):,} training and {len(held_out):,} held-out tokens", file=sys.stderr)
+        save(train(train_ids, cfg, steps), folder)
+        found = Model(folder).perplexity(model_io.sequences(held_out, SEQ_LEN))
+    return found, unigram_perplexity(train_ids, held_out, cfg.vocab_size)
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = hodgecover.Parser(prog="train_tiny_olmoe.py", description=__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("out", metavar="DIR", nargs="?", type=Path, help="output folder, new")
+    work.add_argument("--held-out", type=Path, metavar="FILE", help="write the held-out text to FILE and stop")
+    parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="optimiser steps [%(default)s]")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    hodgecover.check_range("steps", args.steps, 1, 10**6)
+    if args.held_out:
+        if args.steps != STEPS:
+            raise model_io.InputError("steps: does not go with --held-out, which trains nothing")
+        model_io.write_whole(args.held_out, "\n\n".join(python_documentation("held-out")).encode())
+        return
+    found, unigram = make(args.out, args.steps)
+    print(f"held-out perplexity {found:.1f}, of a unigram model {unigram:.1f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

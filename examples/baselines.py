@@ -1,0 +1,609 @@
+# SPDX-License-Identifier: MIT
+"""Compress a checkpoint by another rule than HodgeCover's: the methods that it is compared with.
+
+    python examples/baselines.py CKPT --keep 32 --method reap --out DIR
+    python examples/baselines.py CKPT --keep 32 --method hc-smoe --all-slots --out DIR
+
+Selectors keep K experts of every layer bit for bit. A dropped one is redirected to the survivor whose router row is
+nearest in cosine, REAP's rule:
+
+random              K experts at random, others in each layer
+frequency           the K experts that most tokens are routed to
+reap                the K experts of largest REAP saliency (arXiv 2510.13999)
+hope                drop the experts P of least p'Fp (arXiv 2609.18916): F_ij is the mean over the tokens routed to both
+                    of g_i |E_i| g_j |E_j|, and F_ii REAP's mean of g_i |E_i|, squared, so that REAP is the diagonal
+                    alone (our reading: the paper's text was not at hand). Greedy, then swaps while they help
+
+Selectors on barriers share the cache of hodgecover.py, its redirect and its report:
+
+greedy-barrier      the K experts of largest sum of pair barriers
+triplet-penalty     HodgeCover's cover, with the edges of largest barrier as critical ones
+triplet-hypergraph  drop the least salient expert again and again, but never the last of a critical triangle
+hodge-no-triangle   HodgeCover's cover of harmonic-critical edges, without triangles
+additive-residual   HodgeCover's cover, with the edges where b_ij = phi_i + phi_j is most wrong as critical ones
+weighted-cover      HodgeCover's cover (ours), but of every edge by its barrier instead of a top few counted alike
+
+Merging methods form K groups in every layer. Each is its paper's selection in a few lines, in our words:
+
+mc-smoe (arXiv 2310.01334)  The K most frequent experts are dominant. Each other expert joins the one whose router
+                            logits over the calibration tokens are nearest in cosine. Means are weighted by frequency.
+                            Left out: one threshold of frequency over all layers, the alignment of hidden units before
+                            a merge, the low-rank compression after it
+hc-smoe (arXiv 2410.08589)  Average-linkage clusters of the experts' mean outputs. Means are weighted by frequency
+ream    (arXiv 2604.04356)  The K experts of largest REAP saliency are centroids. The most salient first, each takes
+                            the free experts that are most like it in gate profile and mean output, 15 at most. Means
+                            are weighted by saliency. Left out: alignment, and merging layer after layer
+stun    (arXiv 2409.06211)  The structured stage: complete-linkage clusters of the router's rows by Euclidean distance.
+                            Of each cluster the expert nearest the mean of its weights stays; nothing is merged. Left
+                            out: the routing statistics that the paper can add to the distance, and one threshold over
+                            all layers
+
+A merged expert has the router row of its group's first member; the routing to the others is lost. --all-slots keeps
+the router and puts each merged expert into the slots of all members, as these papers evaluate them: nothing of the
+routing is lost, and the files do not shrink.
+"""
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import common
+import hodgecover
+import mathx
+import model_io
+from hodgecover import Decomposition, LayerPlan, Selection, Settings, Signals, Tick
+from model_io import InputError, Model
+
+Groups = list[list[int]]  # the first of each is the one whose router row stays
+NOTICE = ("> **This is a compressed model.** Experts of the model described below were merged or removed; the scores "
+          f"below are the source model's. `{hodgecover.RECORD}` says which.\n\n")
+
+
+# ----------------------------------------------------------------------------------- selectors without barriers
+
+
+class Routing(NamedTuple):
+    """What a selector without barriers looks at: tokens routed to each expert (n,), REAP saliency (n,); for hope its
+    matrix F (n, n)."""
+
+    frequency: torch.Tensor
+    saliency: torch.Tensor
+    joint: torch.Tensor | None = None
+
+
+def measure_routing(step: model_io.LayerPass, joint: bool = False) -> Routing:
+    """Frequency and saliency of a layer, and hope's matrix, if `joint`."""
+    saliency = hodgecover.reap_saliency(step.layer.experts, step.x, step.gates)
+    return Routing((step.gates > 0).sum(0).cpu(), saliency, joint_norms(step) if joint else None)
+
+
+def joint_norms(step: model_io.LayerPass) -> torch.Tensor:
+    """Hope's F of a layer, (n, n) float64: F_ij is the mean of g_i |E_i| g_j |E_j| over the tokens routed to both, 0 if
+    there are none; F_ii is the square of the mean of g_i |E_i|."""
+    norms = torch.zeros(step.gates.shape, dtype=torch.float64, device=step.gates.device)
+    for e in range(norms.shape[1]):
+        t = step.gates[:, e].nonzero().squeeze(1)
+        norms[t, e] = step.gates[t, e].double() * step.layer.experts(e, step.x[t]).double().norm(dim=1)
+    routed = (step.gates > 0).double()
+    together = (routed.T @ routed).clamp(min=1)
+    means = norms.sum(0) / together.diagonal()
+    return (norms.T @ norms / together).diagonal_scatter(means.square()).cpu()
+
+
+def random_score(routing: Routing, seed: int) -> torch.Tensor:
+    """A random permutation."""
+    return torch.randperm(len(routing.frequency), generator=torch.Generator().manual_seed(seed))
+
+
+def frequency_score(routing: Routing, seed: int) -> torch.Tensor:
+    """Tokens routed to each expert."""
+    return routing.frequency
+
+
+def saliency_score(routing: Routing, seed: int) -> torch.Tensor:
+    """REAP saliency (arXiv 2510.13999)."""
+    return routing.saliency
+
+
+def descending(score: torch.Tensor) -> list[int]:
+    """Positions of a score (n,), the largest first, ties to the lowest."""
+    return score.sort(descending=True, stable=True).indices.tolist()
+
+
+def least_joint(joint: torch.Tensor, count: int) -> list[int]:
+    """`count` experts P of small p'Fp, F (n, n): one after the other that adds least, ties to the lowest; then the swap
+    of one in P for one outside that helps most, as long as one helps.
+
+    >>> joint = torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+    >>> least_joint(joint, 2)  # of the two least alone, both together cost 20
+    [0, 2]
+    """
+    chosen: list[int] = []
+    for _ in range(count):
+        added = joint.diagonal() + 2 * joint[:, chosen].sum(1)
+        added[chosen] = torch.inf
+        chosen.append(int(added.argmin()))
+    while chosen:
+        others = [e for e in range(len(joint)) if e not in chosen]
+        shared = joint[:, chosen].sum(1)  # F p
+        removed = 2 * shared[chosen] - joint.diagonal()[chosen]
+        added = 2 * shared[others] + joint.diagonal()[others]
+        change = added - removed[:, None] - 2 * joint[chosen][:, others]  # (in P, outside)
+        if not others or change.min() >= -1e-12 * joint.sum():
+            break
+        out, into = divmod(int(change.argmin()), len(others))
+        chosen[out] = others[into]
+    return sorted(chosen)
+
+
+def hope_order(routing: Routing, keep: int) -> list[int]:
+    """All experts, the `keep` that hope leaves first, each part by descending saliency. No order serves another
+    `keep`."""
+    dropped = {*least_joint(routing.joint, len(routing.joint) - keep)}
+    return sorted(descending(routing.saliency), key=lambda e: e in dropped)
+
+
+def nearest_rows(rows: torch.Tensor, survivors: list[int]) -> dict[int, int]:
+    """The target of each dropped expert by REAP's rule: the survivor whose router row, of rows (n, d), is nearest in
+    cosine; ties to the lowest index.
+
+    >>> nearest_rows(torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 1.0]]), [0, 1])
+    {2: 0}
+    """
+    direction = F.normalize(rows.double(), dim=1)
+    kept = sorted(survivors)
+    dropped = sorted({*range(len(rows))} - {*kept})
+    return {e: kept[int((direction[kept] @ direction[e]).argmax())] for e in dropped}
+
+
+# ---------------------------------------------------------------------------------------- selectors on barriers
+
+
+def critical_simplices(found: Decomposition, signal: torch.Tensor, settings: Settings
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The edges where a signal (E,) is largest, and the triangles of largest barrier, as `hodgecover.select` takes
+    them: (edges (M, 2), triangles (M, 3)) by vertex."""
+    floor = 1e-12 * found.signals.barriers.norm().item()
+    edges = mathx.critical(signal.abs(), settings.edge_percent, floor)
+    triangles = mathx.critical(found.triplets, settings.triangle_percent, floor)
+    return mathx.edges(len(found.rank))[edges], found.triangles[triangles]
+
+
+def cover(found: Decomposition, signal: torch.Tensor, settings: Settings) -> Selection:
+    """HodgeCover's greedy cover (section 4.1) of the critical edges of any signal (E,)."""
+    edges, triangles = critical_simplices(found, signal, settings)
+    families = [(edges, settings.lambda_edge), (triangles, settings.lambda_triangle)]
+    return Selection(mathx.greedy_cover(found.signals.saliency, families, len(found.rank)), {}, edges, triangles)
+
+
+def greedy_barrier(found: Decomposition, settings: Settings) -> Selection:
+    """Rank the experts by the sum of their pair barriers."""
+    vertex = found.rank.argsort()  # of each expert: ties go to the lowest expert
+    barriers = mathx.relabel_edges(found.signals.barriers, vertex)
+    total = torch.zeros(len(vertex), dtype=torch.float64)
+    for ends in mathx.edges(len(vertex)).unbind(1):
+        total.index_add_(0, ends, barriers)
+    picks = vertex[descending(total)].tolist()
+    return Selection(picks, {}, *critical_simplices(found, found.parts.harmonic, settings))
+
+
+def triplet_penalty(found: Decomposition, settings: Settings) -> Selection:
+    """Cover the edges of largest barrier, and the triangles."""
+    return cover(found, found.signals.barriers, settings)
+
+
+def triplet_hypergraph(found: Decomposition, settings: Settings) -> Selection:
+    """Let the critical triangles veto the loss of their last vertex."""
+    edges, triangles = critical_simplices(found, found.parts.harmonic, settings)
+    return Selection(veto_order(found.signals.saliency, triangles), {}, edges, triangles)
+
+
+def hodge_no_triangle(found: Decomposition, settings: Settings) -> Selection:
+    """Cover the harmonic-critical edges alone."""
+    return cover(found, found.parts.harmonic, replace(settings, lambda_triangle=0.0))
+
+
+def additive_residual(found: Decomposition, settings: Settings) -> Selection:
+    """Cover the edges that an additive model explains least, and the triangles (ours): no order changes these edges."""
+    return cover(found, mathx.additive_model(found.signals.barriers, found.d1).residual, settings)
+
+
+def weighted_cover(found: Decomposition, settings: Settings) -> Selection:
+    """Cover every edge by its share of the sum of all barriers, and the triangles (ours)."""
+    edges, triangles = critical_simplices(found, found.parts.harmonic, settings)
+    b, n = found.signals.barriers, len(found.rank)
+    smallest = torch.finfo(torch.float64).tiny
+    share = settings.lambda_edge * b / b.sum().clamp(min=smallest)
+    of_each = torch.full((len(triangles),), settings.lambda_triangle / max(len(triangles), 1), dtype=torch.float64)
+    picks = greedy_weights(found.signals.saliency, [(mathx.edges(n), share), (triangles, of_each)])
+    return Selection(picks, {}, edges, triangles)
+
+
+def greedy_weights(saliency: torch.Tensor, families: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
+    """All vertices, each the one that adds most to its saliency (n,) and the weights (M,) of the simplices (M, 2 or 3)
+    that it is the first to cover; ties to the lowest.
+
+    >>> path = torch.tensor([[0, 1], [1, 2], [2, 3]])
+    >>> greedy_weights(torch.zeros(4), [(path, torch.tensor([1.0, 1.0, 5.0]))])
+    [2, 0, 1, 3]
+    """
+    members = [mathx.incidence(len(saliency), simplices) for simplices, _ in families]
+    left = [weights.double() for _, weights in families]
+    picks: list[int] = []
+    while len(picks) < len(saliency):
+        gain = saliency.double() + sum(member @ weights for member, weights in zip(members, left))
+        gain[picks] = -torch.inf
+        best = int(gain.argmax())
+        picks.append(best)
+        left = [weights * (1 - member[best]) for member, weights in zip(members, left)]
+    return picks
+
+
+def veto_order(saliency: torch.Tensor, simplices: torch.Tensor) -> list[int]:
+    """All vertices, the first to keep first, by dropping one at a time: the least salient whose loss leaves every
+    simplex (M, 3) a vertex, or the least salient of all if there is none.
+
+    >>> veto_order(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([[0, 1, 2]]))  # 3 goes rather than the last of 012
+    [2, 3, 1, 0]
+    """
+    kept = saliency.sort(stable=True).indices.tolist()
+    member = mathx.incidence(len(saliency), simplices)
+    dropped = []
+    while kept:
+        left = member[kept].sum(0)
+        free = [v for v in kept if not (member[v] * (left == 1)).any()]
+        dropped.append((free or kept)[0])
+        kept.remove(dropped[-1])
+    return dropped[::-1]
+
+
+# ----------------------------------------------------------------------------------------------- merging methods
+
+
+class Facts(NamedTuple):
+    """What a merging method looks at.
+
+    frequency  tokens routed to each expert (n,)
+    saliency   REAP saliency (n,)
+    logits     of the router (T, n)
+    rows       of the router (n, d)
+    outputs    mean output of each expert over all tokens (n, d)
+    products   inner products of the experts' weights, all of an expert's as one vector (n, n)
+    joint      hope's matrix (n, n), so that the facts serve the selectors, too
+    """
+
+    frequency: torch.Tensor
+    saliency: torch.Tensor
+    logits: torch.Tensor
+    rows: torch.Tensor
+    outputs: torch.Tensor
+    products: torch.Tensor
+    joint: torch.Tensor
+
+
+def layer_facts(step: model_io.LayerPass) -> Facts:
+    """The facts of a layer, float64 on the CPU. Raises InputError if they are not finite."""
+    experts, router = step.layer.experts, step.layer.router
+    routing = measure_routing(step, joint=True)
+    outputs = [experts(e, step.x).double().mean(0) for e in range(len(router))]
+    flat = [part.flatten(1).float() for part in experts]
+    products = sum((part @ part.T).double() for part in flat)
+    facts = Facts(routing.frequency.double(), routing.saliency, (step.x @ router.T).double().cpu(),
+                  router.double().cpu(), torch.stack(outputs).cpu(), products.cpu(), routing.joint)
+    if not all(fact.isfinite().all() for fact in facts):
+        raise InputError(f"{step.name}: an expert's outputs or weights are not finite, or overflow {step.x.dtype}")
+    return facts
+
+
+def mc_smoe(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
+    """Group by router logits around the most frequent experts."""
+    return take_nearest(facts.frequency, cosine(facts.logits.T), keep, most=1), facts.frequency
+
+
+def hc_smoe(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
+    """Cluster mean outputs; the most frequent of each cluster comes first."""
+    groups = cluster(torch.cdist(facts.outputs, facts.outputs), keep)
+    return [sorted(group, key=lambda e: -facts.frequency[e].item()) for group in groups], facts.frequency
+
+
+def ream(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
+    """Group by gate profile and mean output around the most salient experts."""
+    likeness = cosine(facts.logits.softmax(1).T) + cosine(facts.outputs)
+    return take_nearest(facts.saliency, likeness, keep, most=16), facts.saliency
+
+
+def stun(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
+    """Cluster router rows; the expert nearest its cluster's mean weights comes first and has all the weight."""
+    products = facts.products
+
+    def distance(e: int, group: list[int]) -> float:
+        """|W_e - mean W|^2, but for a constant of the group."""
+        return (products[e, e] - 2 * products[e, group].mean()).item()
+    groups = [sorted(group, key=partial(distance, group=tuple(group)))
+              for group in cluster(torch.cdist(facts.rows, facts.rows), keep, complete=True)]
+    first = torch.tensor([group[0] for group in groups])
+    return groups, torch.zeros(len(products), dtype=torch.float64).index_fill(0, first, 1.0)
+
+
+def cosine(rows: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of all pairs of rows (n, any), (n, n)."""
+    direction = F.normalize(rows, dim=1)
+    return direction @ direction.T
+
+
+def cluster(distance: torch.Tensor, clusters: int, complete: bool = False) -> Groups:
+    """Agglomerative clustering: the two groups of least mean distance, or of least largest distance if the linkage is
+    complete, join until `clusters` are left. distance (n, n).
+
+    >>> cluster(torch.tensor([[0.0, 1, 5], [1, 0, 4], [5, 4, 0]]), 2)
+    [[0, 1], [2]]
+    """
+    groups = [[e] for e in range(len(distance))]
+    between = distance.double() + torch.diag(torch.full((len(distance),), torch.inf, dtype=torch.float64))
+    while len(groups) > clusters:
+        i, j = sorted(divmod(int(between.argmin()), len(groups)))
+        size_i, size_j = len(groups[i]), len(groups[j])
+        if complete:
+            joined = torch.maximum(between[i], between[j])
+        else:
+            joined = (size_i * between[i] + size_j * between[j]) / (size_i + size_j)
+        joined[i] = torch.inf
+        between[i] = between[:, i] = joined
+        groups[i] += groups.pop(j)
+        left = [group for group in range(len(between)) if group != j]
+        between = between[left][:, left]
+    return [sorted(group) for group in groups]
+
+
+def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: int) -> Groups:
+    """Groups around the `keep` experts of largest score (n,), these first. In descending order of score each takes the
+    free experts that are most like it by likeness (n, n), up to `most` together; any left over join those most like
+    them.
+
+    >>> likeness = torch.tensor([[1.0, 0.1, 0.9], [0.1, 1.0, 0.8], [0.9, 0.8, 1.0]])
+    >>> take_nearest(torch.tensor([1.0, 2.0, 0.5]), likeness, 2, most=2)
+    [[1, 2], [0]]
+    >>> take_nearest(torch.tensor([1.0, 2.0, 0.5]), likeness, 2, most=1)
+    [[1], [0, 2]]
+    """
+    ranked = descending(score)
+    groups, free = {e: [e] for e in ranked[:keep]}, ranked[keep:]
+    for centre, group in groups.items():
+        group += sorted(free, key=lambda e: -likeness[e, centre].item())[:most - 1]
+        free = [e for e in free if e not in group]
+    for e in free:
+        groups[max(groups, key=lambda centre: likeness[e, centre].item())].append(e)
+    return list(groups.values())
+
+
+# ----------------------------------------------------------------------------------------------- the table of methods
+
+
+BY_SCORE = {"random": random_score, "frequency": frequency_score, "reap": saliency_score}
+ON_BARRIERS = {"greedy-barrier": greedy_barrier, "triplet-penalty": triplet_penalty,
+               "triplet-hypergraph": triplet_hypergraph, "hodge-no-triangle": hodge_no_triangle,
+               "additive-residual": additive_residual, "weighted-cover": weighted_cover}
+MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "stun": stun}
+WITHOUT_BARRIERS = (*BY_SCORE, "hope")
+SELECTORS = (*WITHOUT_BARRIERS, *ON_BARRIERS)
+METHODS = (*SELECTORS, *MERGING)
+
+
+def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, keep: int,
+           settings: Settings = Settings(), layer: int = 0) -> LayerPlan:
+    """The plan of one layer by one of SELECTORS, from what was measured on it.
+
+    rows (n, d) of the router are for a method without barriers, to which a `Routing` is enough, or `Facts`; hope needs
+    one of these. `layer` seeds `random`,
+    so that no two layers are alike.
+    """
+    if method in ON_BARRIERS:
+        found = hodgecover.decompose(signals, settings)
+        chosen = ON_BARRIERS[method](found, settings)
+        redirect = mathx.redirect(chosen.picks[:keep], found.signals.barriers, found.parts.harmonic, settings.alpha)
+        return hodgecover.report(found, chosen._replace(redirect=redirect), keep, settings)
+    if method == "hope":
+        order = hope_order(signals, keep)
+    else:
+        order = descending(BY_SCORE[method](signals, settings.seed + layer))
+    return hodgecover.layer_plan(order, nearest_rows(rows, order[:keep]), keep, signals.frequency, signals.saliency)
+
+
+def group_experts(facts: Facts, method: str, keep: int) -> tuple[Groups, torch.Tensor]:
+    """The K groups of a layer's experts by one of MERGING, and the weight of each expert in its group's mean (n,)."""
+    return MERGING[method](facts, keep)
+
+
+# ------------------------------------------------------------------------------------------------- the whole model
+
+
+class Merge(NamedTuple):
+    """The groups of a layer's experts, the weight of each expert in its group's mean (n,), tokens routed to each
+    (n,)."""
+
+    groups: Groups
+    weights: torch.Tensor
+    frequency: torch.Tensor
+
+    def survivors(self, all_slots: bool = False) -> list[int]:
+        """The experts whose slots and router rows stay."""
+        return list(range(len(self.weights))) if all_slots else sorted(group[0] for group in self.groups)
+
+    def routed_share(self, all_slots: bool = False) -> float:
+        """Share of the tokens' choices that fall on an expert whose router row stays."""
+        return (self.frequency[self.survivors(all_slots)].sum() / self.frequency.sum().clamp(min=1)).item()
+
+
+def routed_passes(model: Model, ids: torch.Tensor, tick: Tick) -> Iterator[model_io.LayerPass]:
+    """Yield the pass of each layer with a router over ids (B, L)."""
+    layers = hodgecover.sparse_layers(model)
+    for step in model.stream(ids):
+        if step.gates is not None:
+            yield step
+            tick((layers.index(step.index) + 1) / len(layers))
+
+
+def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settings: Settings = Settings(),
+                 cache: Path | None = None, memory: int = hodgecover.MEMORY, tick: Tick = hodgecover.no_tick
+                 ) -> Iterator[tuple[str, LayerPlan]]:
+    """Yield (name, plan) of each sparse layer by one of SELECTORS, from calibration on ids (B, L).
+
+    `cache` and `memory` are for methods on barriers. Raises InputError as `hodgecover.plan_model` does.
+    """
+    hodgecover.check_keep(model, keep)
+    if method in ON_BARRIERS:
+        layers = hodgecover.sparse_layers(model)
+        measured = hodgecover.measure_model(model, ids, settings, layers, cache, memory, tick)
+    else:
+        measured = ((step.index, measure_routing(step, method == "hope")) for step in routed_passes(model, ids, tick))
+    for index, signals in measured:
+        name = model.layer_names[index]
+        rows = model.checkpoint.load(f"{name}.mlp.gate.weight")
+        yield name, choose(signals, rows, method, keep, settings, index)
+
+
+def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: Tick = hodgecover.no_tick
+                ) -> Iterator[tuple[str, Merge]]:
+    """Yield (name, merge) of each sparse layer by one of MERGING, from calibration on ids (B, L).
+
+    Raises InputError for facts that are not finite, and if not every layer can keep `keep` experts.
+    """
+    hodgecover.check_keep(model, keep)
+    for step in routed_passes(model, ids, tick):
+        facts = layer_facts(step)
+        yield step.name, Merge(*group_experts(facts, method, keep), facts.frequency)
+
+
+def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, weights: torch.Tensor
+                ) -> dict[str, model_io.Edit]:
+    """What the export does to a layer's experts: each one's tensors become the weighted mean of its group's.
+
+    A group without weight has the plain mean. Returns edits for `model_io.write_checkpoint`.
+    """
+    group_of = {e: group for group in groups for e in group}
+
+    def mean_of(members: list[int], stored: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        share = weights[members].double()
+        share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / len(share))
+        total = sum(own * stored(e).double() for own, e in zip(share, members) if own)
+        return total.to(stored(members[0]).dtype)
+
+    def fused(_: torch.Tensor, row: int, name: str) -> torch.Tensor:
+        return mean_of(group_of[row], lambda e: checkpoint.load(name, e))
+
+    def single(_: torch.Tensor, row: int, name: str, expert: int) -> torch.Tensor:
+        return mean_of(group_of[expert], lambda e: checkpoint.load(name.format(e)))
+    rows = [f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    if rows[0] in checkpoint.tensors:
+        return {name: partial(fused, name=name) for name in rows}
+    parts = [f"{layer}.mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")]
+    return {name.format(e): partial(single, name=name, expert=e) for name in parts for e in group_of}
+
+
+def export_merges(model: Model, merges: dict[str, Merge], out: Path, files: dict[str, bytes], all_slots: bool = False
+                  ) -> None:
+    """Write the checkpoint whose experts are merged by layer name, and files by name, to the folder `out`."""
+    edits = {}
+    for name, merge in merges.items():
+        edits |= merge_edits(model.checkpoint, name, merge.groups, merge.weights)
+    survivors = {name: merge.survivors(all_slots) for name, merge in merges.items()}
+    model_io.write_checkpoint(model.checkpoint, out, survivors, files, edits, NOTICE)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    default = Settings()
+    parser = common.command_line(__file__, __doc__)
+    parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer")
+    parser.add_argument("--method", choices=METHODS, required=True, help="the rule, as above")
+    parser.add_argument("--all-slots", action="store_true", help="of mc-smoe, hc-smoe and ream: keep the router")
+    common.add_barrier_options(parser)
+    parser.add_argument("--order", metavar="ORDER", default=default.order, help="on barriers: "
+                        + hodgecover.HELP["order"])
+    return parser
+
+
+UNUSED = {"all_slots": (*SELECTORS, "stun")} | dict.fromkeys(
+    ("cache", "vocab_sample", "max_triangles", "order", "memory"), (*WITHOUT_BARRIERS, *MERGING))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for an option that the method does not use."""
+    for name, methods in UNUSED.items():
+        if args.method in methods and getattr(args, name) != command_line().get_default(name):
+            raise InputError(f"{name}: --method {args.method} does not use it; leave it out")
+
+
+def select(model: Model, ids: torch.Tensor, args: argparse.Namespace, settings: Settings, cache: Path | None) -> None:
+    """Plan by a selector, show the layers, write the output."""
+    bar = hodgecover.progress_bar()
+    found = select_model(model, ids, args.method, args.keep, settings, cache, args.memory, bar)
+    if args.method in ON_BARRIERS:
+        plans = hodgecover.show_plans(model, found, bar, settings.vocab_sample)
+    else:
+        plans = {}
+        for name, plan in found:
+            show_share(model, name, plan.routed_share, bar)
+            plans[name] = plan
+    text = hodgecover.describe_text(ids, args.calib)
+    entry = hodgecover.plan_entry(model, plans, args.keep, settings, text, "baselines.py", method=args.method)
+    hodgecover.export(model, plans, args.out, entry)
+
+
+def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace) -> None:
+    """Merge, show the layers, write the output."""
+    bar = hodgecover.progress_bar()
+    merges = {}
+    for name, found in merge_model(model, ids, args.method, args.keep, bar):
+        largest = max(map(len, found.groups))
+        show_share(model, name, found.routed_share(args.all_slots), bar, f"; largest group: {largest} experts")
+        merges[name] = found
+    settings = {"keep": args.keep, "method": args.method, "all_slots": args.all_slots, "seed": args.seed,
+                "dtype": str(model.dtype).removeprefix("torch.")} | hodgecover.describe_text(ids, args.calib)
+    layers = [{"layer": model.layer_names.index(name), "name": name, "groups": found.groups,
+               "routed_share": found.routed_share(args.all_slots)} for name, found in merges.items()]
+    entry = common.entry("baselines.py", settings, source=model) | {"layers": layers}
+    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)}
+    export_merges(model, merges, args.out, files, args.all_slots)
+
+
+def show_share(model: Model, name: str, share: float, bar: Callable[[float | None], None], more: str = "") -> None:
+    """Print one layer's line."""
+    bar(None)
+    print(f"layer {model.layer_names.index(name)}: {share:.1%} of the tokens' choices fall on experts that stay in the "
+          f"router{more}", flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    check_options(args)
+    settings = Settings(order=args.order, vocab_sample=args.vocab_sample, max_triangles=args.max_triangles,
+                        seed=args.seed)
+    model = common.open_model(args.checkpoint, args)
+    hodgecover.check_keep(model, args.keep)
+    cache = common.barrier_cache(model, args) if args.method in ON_BARRIERS else None
+    hodgecover.check_out(model, args.out, cache)
+    ids = common.calibration_ids(model, args)
+    if args.method in MERGING:
+        merge(model, ids, args)
+    else:
+        select(model, ids, args, settings, cache)
+    common.show_output(model, args.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

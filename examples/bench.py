@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: MIT
+"""Time the barrier sweep of one layer with random weights against the machine's matrix rate and the plain way.
+
+    python examples/bench.py                      OLMoE-1B-7B's shape, 64 tokens; under 4 minutes
+    python examples/bench.py --peak 8             sharply peaked next-token distributions
+    python examples/bench.py --scaling            the exponent in the number of experts
+    python examples/bench.py --refit 16384        the refit of half of the experts on so many tokens instead
+
+The plain way is `hodgecover.plain_barrier` in float32: merge the weights, run the layer on every token, two
+log-softmaxes over the vocabulary. A sample of simplices is timed and scaled. The errors are against the same in
+float64. The rate of the bare product, (rows of a token, d) times the head, is taken before and after each of three
+sweeps, since a shared machine's rate moves. Times are medians.
+"""
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+
+import common  # noqa: F401  (puts the three files on the path)
+import estimate
+import hodgecover
+import mathx
+from estimate import Shape
+from hodgecover import MoELayer
+from model_io import Experts, InputError, Layer, LayerPass, rms_norm
+
+SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, tokens=64, sample=4)
+UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak")}
+SCALED = dict(hidden=512, width=128, vocab=16384)  # of --scaling
+SCALED_EXPERTS = (16, 32, 64, 128, 256)
+
+
+# ------------------------------------------------------------------------------------------- a layer, and its sweeps
+
+
+def random_layer(shape: Shape, tokens: int, peak: float, dtype: torch.dtype) -> MoELayer:
+    """A layer whose next-token distributions have logits of standard deviation `peak`."""
+    n, k, d, f, vocab, _ = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, std: float) -> torch.Tensor:
+        return (torch.randn(*size, generator=generator) * std).to(dtype)
+    chosen = torch.rand(tokens, n, generator=generator).topk(k).indices
+    experts = Experts(normal(n, f, d, std=d**-0.5), normal(n, f, d, std=d**-0.5), normal(n, d, f, std=f**-0.5))
+    gates = torch.zeros(tokens, n).scatter(1, chosen, 1 / k).to(dtype)
+    return MoELayer(experts, normal(tokens, d, std=1.0), gates, normal(tokens, d, std=1.0), norm_in(d, dtype),
+                    normal(vocab, d, std=peak * d**-0.5))
+
+
+def norm_in(d: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A final norm without a weight."""
+    return partial(rms_norm, weight=torch.ones(d, dtype=dtype), eps=1e-5)
+
+
+def in_dtype(layer: MoELayer, dtype: torch.dtype) -> MoELayer:
+    """The layer in another dtype, but for its experts, which are widened when they are used."""
+    return MoELayer(layer.experts, layer.x.to(dtype), layer.gates.to(dtype), layer.y.to(dtype),
+                    norm_in(layer.x.shape[1], dtype), layer.unembedding.to(dtype))
+
+
+def touched_pairs(layer: MoELayer, simplices: torch.Tensor) -> int:
+    """(Token, simplex) pairs with a token that is routed to a member."""
+    return int(hodgecover.merges_of(layer, simplices).touched.sum())
+
+
+def random_triangles(n: int, count: int = 500) -> torch.Tensor:
+    """`count` of all triples of n experts, or all of them if there are fewer, (F, 3)."""
+    triples = torch.combinations(torch.arange(n), 3)
+    return triples[torch.randperm(len(triples), generator=torch.Generator().manual_seed(1))[:count]]
+
+
+def harmonic(barriers: torch.Tensor, n: int) -> torch.Tensor:
+    """|b_harm| on the complete complex of n experts without triangles, (E,)."""
+    boundaries = mathx.boundary_matrices(n, torch.empty(0, 3, dtype=torch.int64))
+    return mathx.hodge_decompose(barriers, *boundaries).harmonic.abs()
+
+
+# ---------------------------------------------------------------------------------------------------------- timing
+
+
+def seconds(function: Callable, *args) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - started
+
+
+def product_seconds(rows: int, layer: MoELayer) -> float:
+    """Wall time of (rows, d) times the head into a buffer that is there, the best of four."""
+    head = layer.unembedding
+    left = torch.randn(rows, head.shape[1]).to(head.dtype)
+    out = torch.empty(rows, len(head), dtype=head.dtype)
+    return min(seconds(lambda: torch.mm(left, head.T, out=out)) for _ in range(4))
+
+
+def timed_sweep(layer: MoELayer, simplices: torch.Tensor, rows: int, outcomes: int = 0) -> tuple[float, float]:
+    """Median seconds of three sweeps, and the median rate of the bare product around them, operations a second."""
+    products, sweeps = [product_seconds(rows, layer)], []
+    for _ in range(3):
+        sweeps.append(seconds(hodgecover.lens_barriers, layer, simplices, outcomes))
+        products.append(product_seconds(rows, layer))
+    return median(sweeps), 2 * rows * layer.unembedding.numel() / median(products)
+
+
+def slope(sizes: tuple[int, ...], values: list[float]) -> float:
+    """Exponent of a power law through the values, by least squares.
+
+    >>> round(slope((1, 2, 4), [3.0, 12.0, 48.0]), 6)
+    2.0
+    """
+    x, y = torch.tensor(sizes).double().log(), torch.tensor(values).double().log()
+    return ((x - x.mean()) @ y / (x - x.mean()).square().sum()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def compare(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Print two tables: pairs and triangles against the bare product and the plain way; samples of the vocabulary."""
+    shape = Shape(args.experts, args.top_k, args.hidden, args.width, args.vocab, args.vocab)
+    layer = random_layer(shape, args.tokens, args.peak, dtype)
+    print(f"n = {shape.n}, k = {shape.k}, d = {shape.d}, f = {shape.f}, V = {shape.vocab}, T = {args.tokens}, logits "
+          f"of deviation {args.peak:g}, {dtype}, {torch.get_num_threads()} threads\n")
+    took = compare_plain(layer, shape, args.sample)
+    print()
+    compare_samples(layer, shape, took)
+
+
+def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> float:
+    """Print a line for pairs and one for triangles; return the seconds of the pairs."""
+    print("| | merges | touched | operations | s | floor, s | share of the product's rate | plain way, s | faster | "
+          "largest error of a sample |\n|---|---|---|---|---|---|---|---|---|---|")
+    generator, spent = torch.Generator().manual_seed(1), {}
+    narrow, wide = in_dtype(layer, torch.float32), in_dtype(layer, torch.float64)
+    for name, simplices in {"pairs": mathx.edges(shape.n), "triangles": random_triangles(shape.n)}.items():
+        used = simplices[(layer.gates > 0).any(0)[simplices].all(1)]  # the others' barriers are 0
+        if not len(used):
+            raise InputError(f"tokens {len(layer.x)}: no {name} whose experts are all used; give more")
+        some = used[torch.randperm(len(used), generator=generator)[:sample]]
+
+        rows = touched_pairs(layer, simplices)
+        count = estimate.product_operations(shape, len(layer.x), rows, simplices.shape[1])
+        spent[name], rate = timed_sweep(layer, simplices, max(1, rows // len(layer.x)))
+        floor = count / rate
+        plain = sum(seconds(hodgecover.plain_barrier, narrow, s) for s in some.tolist()) / len(some) * len(simplices)
+        exact = torch.stack([hodgecover.plain_barrier(wide, s) for s in some.tolist()])
+        error = ((hodgecover.lens_barriers(layer, some) - exact).abs() / exact).max().item()
+        print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {spent[name]:.1f} | {floor:.1f} | "
+              f"{floor / spent[name]:.0%} | {plain:.0f} | {plain / spent[name]:.0f} x | {error:.1e} |", flush=True)
+    return spent["pairs"]
+
+
+def compare_samples(layer: MoELayer, shape: Shape, exact_seconds: float) -> None:
+    """Print a line for each size of the sample of the vocabulary, on pairs."""
+    print("| pairs, outcomes sampled | operations | s | faster | mean error | largest error | rank correlation of "
+          "barriers | of abs(b_harm) |\n|---|---|---|---|---|---|---|---|")
+    pairs = mathx.edges(shape.n)
+    rows = touched_pairs(layer, pairs)
+    exact = hodgecover.lens_barriers(layer, pairs)
+    for outcomes in (size for size in (256, 1024, 4096) if size < shape.vocab):
+        count = estimate.product_operations(shape._replace(outcomes=outcomes), len(layer.x), rows, 2)
+        spent, _ = timed_sweep(layer, pairs, max(1, rows // len(layer.x)), outcomes)
+        sampled = hodgecover.lens_barriers(layer, pairs, outcomes)
+        error = (sampled / exact - 1)[exact > 0]
+        ranks = mathx.spearman(sampled, exact)
+        harmonic_ranks = mathx.spearman(harmonic(sampled, shape.n), harmonic(exact, shape.n))
+        print(f"| {outcomes} | {count:.2e} | {spent:.1f} | {exact_seconds / spent:.1f} x | {error.mean():+.2%} | "
+              f"{error.abs().max():.1%} | {ranks:.5f} | {harmonic_ranks:.5f} |", flush=True)
+
+
+def scaling(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Print touched rows and seconds of the pair sweep and of 500 triangles at fixed k, and the exponents in n."""
+    found = {"pairs": ([], []), "500 triangles": ([], [])}
+    print("| n | pairs: touched | s | 500 triangles: touched | s |\n|---|---|---|---|---|")
+    for n in SCALED_EXPERTS:
+        shape = Shape(n, args.top_k, *SCALED.values(), SCALED["vocab"])
+        layer = random_layer(shape, args.tokens, args.peak, dtype)
+        for (rows, times), simplices in zip(found.values(), (mathx.edges(n), random_triangles(n))):
+            rows.append(touched_pairs(layer, simplices))
+            times.append(median(seconds(hodgecover.lens_barriers, layer, simplices) for _ in range(3)))
+        print(f"| {n} | " + " | ".join(f"{rows[-1]} | {times[-1]:.2f}" for rows, times in found.values()) + " |",
+              flush=True)
+    for name, (rows, times) in found.items():
+        print(f"{name}: exponent in n of the touched pairs {slope(SCALED_EXPERTS, rows):.2f}, of the time "
+              f"{slope(SCALED_EXPERTS, times):.2f}")
+
+
+def time_refit(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Print the time of the refit of one layer, and the rates of its operations and of a bare float64 product."""
+    import refit
+
+    keep = args.experts // 2
+    shape = Shape(keep, args.top_k, args.hidden, args.width, vocab=1, outcomes=1)  # its readout plays no part
+    layer = random_layer(shape, args.refit, args.peak, dtype)
+    step = LayerPass(0, "", Layer(layer.experts, None, {}), layer.y[None], layer.x, layer.gates, layer.y,
+                     torch.nn.Identity())
+    residual = layer.y.float()
+    before = residual.norm()
+    spent = seconds(refit.refit_layer, step, residual)
+    count = refit.refit_operations(args.refit, keep, args.top_k, args.hidden, args.width)
+
+    factor = torch.randn(args.width, 4096, dtype=torch.float64)
+    product = 2 * 4096 * args.width**2 / min(seconds(torch.mm, factor, factor.T) for _ in range(3))
+    print(f"{keep} experts of {args.experts}, {args.refit:,} tokens, {dtype}, {torch.get_num_threads()} threads: "
+          f"{count:.2e} operations in {spent:.1f} s, {count / spent:.1e} a second; a float64 product does "
+          f"{product:.1e}; residual {residual.norm() / before:.4f} of what it was")
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = hodgecover.Parser(prog="bench.py", description=__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    meaning = dict(experts="n", top_k="k", hidden="d", width="f", vocab="V", tokens="T", sample="simplices of a kind "
+                   "that the plain way is timed on")
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", default=value,
+                            help=f"{meaning[name]} [%(default)s]")
+    parser.add_argument("--peak", type=float, default=4.0, metavar="STD", help="standard deviation of the logits [4, "
+                        "about a trained model's entropy]")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                        help="of the products; auto: bfloat16 if the processor multiplies it, else float32")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--scaling", action="store_true", help="the exponent in the number of experts instead")
+    mode.add_argument("--refit", type=int, metavar="TOKENS", help="the refit of one layer instead")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for sizes that make no layer, and for options that the mode does not use."""
+    mode = "scaling" if args.scaling else "refit" if args.refit is not None else "compare"
+    for name in SIZES:
+        hodgecover.check_range(name, getattr(args, name), 3 if name == "experts" else 1, 10**9)
+    if args.refit is not None:
+        hodgecover.check_range("refit", args.refit, 1, 10**9)
+    hodgecover.check_range("peak", args.peak, 0)
+    experts = {"scaling": min(SCALED_EXPERTS), "refit": args.experts // 2, "compare": args.experts}[mode]
+    if args.top_k > experts:
+        raise InputError(f"top_k {args.top_k}: must be at most {experts}, the experts of the layer")
+    for name in UNUSED.get(mode, ()):
+        if getattr(args, name) != command_line().get_default(name):
+            raise InputError(f"{name}: --{mode} does not use it; leave it out")
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    check_options(args)
+    mode = scaling if args.scaling else compare if args.refit is None else time_refit
+    mode(args, hodgecover.choose_dtype(args.dtype, "cpu"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

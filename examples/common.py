@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""What the commands in this folder share: the three files on the path, one parser, one way to write a checkpoint.
+
+A command reads one or two checkpoint folders and writes one. It imports this first, and nothing of another command but
+the functions whose docstrings say what they return.
+"""
+import argparse
+import contextlib
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import hodgecover  # noqa: E402
+import model_io  # noqa: E402
+from hodgecover import RECORD, Parser  # noqa: E402
+from model_io import InputError, Model  # noqa: E402
+
+
+def command_line(file: str, description: str, out: bool = True, text: int = hodgecover.TOKENS, source: bool = False,
+                 seed: bool = True, memory: bool = True) -> Parser:
+    """The parser of the command in `file`, described by its docstring: a checkpoint, after its source, if it compares
+    the two; `--out`, if it writes one; calibration text of so many tokens, if it reads any; where and how to compute,
+    with `--seed` and `--memory`, if it uses them."""
+    parser = Parser(prog=Path(file).name, description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    if source:
+        parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the checkpoint it was made from")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder")
+    if out:
+        parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="output folder")
+    if text:
+        hodgecover.add_text_options(parser, text)
+    hodgecover.add_resource_options(parser, seed, memory)
+    return parser
+
+
+def open_model(path: Path, args: argparse.Namespace) -> Model:
+    """The checkpoint at `path`, with the command line's dtype and device."""
+    return Model(path, hodgecover.choose_dtype(args.dtype, args.device), args.device)
+
+
+def calibration_ids(model: Model, args: argparse.Namespace):
+    """The command line's calibration text, (B, L)."""
+    return hodgecover.calibration_ids(model, args.calib, args.tokens, args.seq_len, args.seed)
+
+
+def entry(command: str, settings: dict, **read: Model) -> dict:
+    """An entry of a record's history: the command, its settings, and the checkpoints that it read, by their role."""
+    described = {role: hodgecover.describe(model) for role, model in read.items()}
+    return {"command": command, "settings": settings} | described
+
+
+def add_barrier_options(parser: Parser) -> None:
+    """The options of commands that measure barriers, or read those that hodgecover.py measured."""
+    default = hodgecover.Settings()
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of each layer's barriers, shared with "
+                        "hodgecover.py [CKPT-barriers beside CKPT]")
+    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="as in "
+                        "hodgecover.py [%(default)s]")
+    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles, help="candidate "
+                        "triangles [%(default)s]")
+
+
+def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
+    """The folder of the barriers. Raises InputError if it lies in the checkpoint."""
+    source = model.checkpoint.path.absolute()
+    cache = args.cache or source.with_name(f"{source.name}-barriers")
+    hodgecover.refuse_inside(model, cache, "cache")
+    return cache
+
+
+def show_output(model: Model, out: Path) -> None:
+    """Print the size of the weights before and after, and where the output lies."""
+    before, after = hodgecover.weight_bytes(model), hodgecover.weight_bytes(Model(out))
+    print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})")
+    print(f"output: {out}")
+
+
+def outline(model: Model, count: int) -> dict[str, object]:
+    """What a checkpoint shares with its source, by name, over its first `count` layers."""
+    cfg = model.config
+    sparse = [index for index in hodgecover.sparse_layers(model) if index < count]
+    return {"family": cfg.model_type, "hidden size": cfg.hidden_size, "vocabulary": cfg.vocab_size,
+            "number of decoder layers": cfg.num_layers, "list of layers with experts": sparse}
+
+
+def check_source(model: Model, source: Model) -> None:
+    """Raise InputError unless a checkpoint can have been made from `source`, by whichever tool: the same family, hidden
+    size, vocabulary, and layers with experts, but perhaps without the multi-token head."""
+    count = len(model.layer_names)
+    wanted = outline(source, count)
+    for name, value in outline(model, count).items():
+        if value != wanted[name]:
+            raise InputError(f"{model.checkpoint.path}: its {name} is {value}; must be {wanted[name]}, as in "
+                             f"{source.checkpoint.path}")
+
+
+@contextlib.contextmanager
+def copied(model: Model, out: Path, entry: dict) -> Iterator[Model]:
+    """Context manager: a copy of a checkpoint, to be changed in place, that becomes the folder `out` on success and
+    vanishes on failure. Its record is the checkpoint's with `entry`, as it is in the end.
+
+    Raises InputError as `hodgecover.check_out` does.
+    """
+    hodgecover.check_out(model, out)
+    with model_io.new_folder(out) as folder:
+        model_io.write_checkpoint(model.checkpoint, folder, {}, {})
+        yield Model(folder, model.dtype, str(model.device))
+        (folder / RECORD).write_bytes(hodgecover.record_bytes(model.checkpoint, entry))
+
+
+def scratch(folder: Path) -> Callable[..., torch.Tensor]:
+    """Return a `torch.empty` whose tensors are mapped files in `folder`: they take memory as far as there is some to
+    spare. The files have no name, and go with the tensors."""
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = math.prod(shape)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            for start in range(0, size * dtype.itemsize, 1 << 24):  # a full disk is an error now, a crash later
+                file.write(bytes(min(1 << 24, size * dtype.itemsize - start)))
+            file.flush()
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+    return empty

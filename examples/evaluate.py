@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: MIT
+"""Compare a compressed checkpoint with its source: how well it predicts a text, how large it is, how it speaks.
+
+    python examples/evaluate.py SOURCE CKPT --text FILE
+    python examples/evaluate.py SOURCE CKPT --text FILE --max-tokens 16384 --sample 0      quicker
+    python examples/evaluate.py SOURCE CKPT --text FILE --fold      CKPT was written with the router fold
+
+Prediction: the perplexity of both on the text, cut into sequences of L tokens without overlap; the mean
+KL(source || output) of their next-token distributions, in nats a token; the share of positions whose most likely next
+token is the same (top-1 agreement). --max-tokens takes whole sequences, evenly spaced over the text. Use a text that no
+command was calibrated on.
+
+Size: bytes of the weight files; all parameters; those that one token of text meets, which are k of the n routed
+experts and all the rest, without a vision tower or a multi-token head; zeros in the experts if one of the two has more
+than 1%. A zero is still stored and counted.
+
+Speech: both continue the first 16 tokens of the text, sampled at temperature 1 with the same seed, until the end of the
+text. There is no cache of keys and values: each token reads the whole checkpoint again.
+"""
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import common
+import hodgecover
+import model_io
+from model_io import InputError, Model
+
+PROMPT = 16  # tokens
+ROUTED = r"\.mlp\.experts\."
+ANY_EXPERT = r"\.mlp\.(experts|shared_expert)\."
+ZEROS_WORTH_A_LINE = 0.01
+
+
+class Parameters(NamedTuple):
+    """Numbers of a checkpoint: all, and those that one token of text meets."""
+
+    total: int
+    active: int
+
+
+def count_parameters(model: Model) -> Parameters:
+    """Parameters by the shapes of the stored tensors. Of the routed experts a token meets k of n; a vision tower and a
+    multi-token head it does not meet."""
+    cfg, total, active = model.config, 0, 0
+    for name, info in model.checkpoint.tensors.items():
+        size = torch.Size(info.shape).numel()
+        total += size
+        if name.startswith((model.prefix, "lm_head.")):
+            active += size * cfg.top_k // cfg.num_experts if re.search(ROUTED, name) else size
+    return Parameters(total, active)
+
+
+def expert_zeros(model: Model) -> float:
+    """Share of zeros in the routed and shared experts, 0 to 1. Reads them, one matrix at a time."""
+    zeros = total = 0
+    for name, info in model.checkpoint.tensors.items():
+        if re.search(ANY_EXPERT, name):
+            fused = len(info.shape) == 3
+            for row in range(info.shape[0]) if fused else [None]:
+                weight = model.checkpoint.load(name, row)
+                zeros += weight.numel() - weight.count_nonzero().item()
+                total += weight.numel()
+    return zeros / max(total, 1)
+
+
+def evenly_spaced(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the sequences ids (B, L), evenly spaced from the first on, in order; all of them if there are no more.
+
+    >>> evenly_spaced(torch.arange(10)[:, None], 4).flatten().tolist()
+    [0, 2, 5, 7]
+    """
+    count = min(count, len(ids))
+    return ids[torch.arange(count) * len(ids) // count]
+
+
+def sample(model: Model, prompt: torch.Tensor, count: int, seed: int,
+           tick: Callable[[float], None] = hodgecover.no_tick) -> list[int]:
+    """Up to `count` token ids that continue the prompt (L,), drawn from the model's next-token distributions; fewer if
+    the end-of-text token is drawn. Runs the whole prefix for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    head, drawn = model.unembedding(), []
+    for number in range(count):
+        prefix = torch.cat((prompt, torch.tensor(drawn, dtype=torch.int64)))
+        log_p = model_io.log_probabilities(model.hidden(prefix[None])[0, -1:], head)
+        token = torch.multinomial(log_p[0].exp().cpu(), 1, generator=generator).item()
+        if token == model.config.eos_token_id:
+            break
+        drawn.append(token)
+        tick((number + 1) / count)
+    return drawn
+
+
+def check_pair(source: Model, output: Model) -> None:
+    """Raise InputError unless the two models read the same tokens."""
+    if output.config.vocab_size != source.config.vocab_size:
+        raise InputError(f"{output.checkpoint.path}: its vocabulary has {output.config.vocab_size} tokens, the "
+                         f"source's {source.config.vocab_size}; give a checkpoint that was made from the source")
+    files = [model.checkpoint.path / "tokenizer.json" for model in (source, output)]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: missing; copy the tokenizer of the model to it")
+    if files[0].read_bytes() != files[1].read_bytes():
+        raise InputError(f"{files[1]}: differs from the source's; both must read the same tokens")
+
+
+def read_text(model: Model, file: Path, seq_len: int, max_tokens: int | None) -> torch.Tensor:
+    """The sequences (B, L) of a text that are to be predicted. Raises InputError if there is none."""
+    if max_tokens is not None and max_tokens < seq_len:
+        raise InputError(f"max_tokens {max_tokens}: must be at least seq_len ({seq_len})")
+    ids = model_io.sequences(model.encode(model_io.read_documents([file])), seq_len)
+    return ids if max_tokens is None else evenly_spaced(ids, max_tokens // seq_len)
+
+
+def table(source: Model, output: Model, found: model_io.Comparison) -> list[str]:
+    """Aligned lines: name, source, output, and the output's share of the source."""
+    sizes = [hodgecover.weight_bytes(model) / 1e6 for model in (source, output)]
+    parameters = [count_parameters(model) for model in (source, output)]
+    zeros = [expert_zeros(model) for model in (source, output)]
+
+    def line(name: str, values: list[float], text: str, share: bool = True) -> str:
+        cells = "".join(f"{text.format(value):>16}" for value in values)
+        return f"{name:22}{cells}" + (f"{values[1] / values[0]:8.0%}" if share else "")
+    lines = [f"{'':22}{'source':>16}{'output':>16}",
+             line("weight files, MB", sizes, "{:,.1f}"),
+             line("parameters", [count.total for count in parameters], "{:,}"),
+             line("active for a token", [count.active for count in parameters], "{:,}")]
+    if max(zeros) > ZEROS_WORTH_A_LINE:
+        lines.append(line("zeros in the experts", zeros, "{:.1%}", share=False))
+    return [*lines,
+            line("perplexity", [found.source_perplexity, found.output_perplexity], "{:,.2f}", share=False),
+            f"{'KL(source || output)':22}{'':16}{found.kl:16.4f}  nats a token",
+            f"{'top-1 agreement':22}{'':16}{found.top_1:16.1%}"]
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__, out=False, text=0, source=True, seed=False, memory=False)
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="held-out text: UTF-8, or .jsonl with "
+                        "a text field on each line")
+    parser.add_argument("--seq-len", metavar="L", type=int, default=hodgecover.SEQ_LEN,
+                        help="tokens per sequence [%(default)s]")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="tokens of the text to predict [all]")
+    parser.add_argument("--sample", metavar="N", type=int, default=24, help="tokens to sample; 0: none [%(default)s]")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampled tokens [0]")
+    parser.add_argument("--fold", action="store_true", help="run CKPT with the fold that it was written with")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    hodgecover.check_range("sample", args.sample, 0, 10**6)
+    hodgecover.check_range("seed", args.seed, 0, 2**63 - 1)
+    dtype = hodgecover.choose_dtype(args.dtype, args.device)
+    source = Model(args.source, dtype, args.device)
+    output = (hodgecover.folded_model if args.fold else Model)(args.checkpoint, dtype, args.device)
+    check_pair(source, output)
+    if not args.fold and (args.checkpoint / hodgecover.FOLD).exists():
+        hodgecover.log.warning("%s has a router fold; without --fold it is run as other programs run it, with the "
+                               "router drop", args.checkpoint)
+    ids = read_text(source, args.text, args.seq_len, args.max_tokens)
+    prompt = ids[0, :PROMPT]
+
+    found = model_io.compare(source, output, ids, bar := hodgecover.progress_bar())
+    bar(None)
+    print(*table(source, output, found), sep="\n")
+    print(f"on {ids.numel():,} tokens of {args.text.name}, in sequences of {args.seq_len}, "
+          f"{str(dtype).removeprefix('torch.')}", flush=True)
+    if args.sample:
+        print(f"\nprompt: {source.decode(prompt.tolist())!r}")
+        for name, model in (("source", source), ("output", output)):
+            drawn = sample(model, prompt, args.sample, args.seed, bar := hodgecover.progress_bar())
+            bar(None)
+            print(f"{name}: {model.decode(drawn)!r}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: MIT
+"""Recover a compressed checkpoint in closed form: refit its experts' down projections to its source.
+
+    python examples/refit.py SOURCE CKPT --out DIR
+
+CKPT is any compressed checkpoint of SOURCE, whichever tool made it: experts dropped, merged, pruned or made narrower,
+with a router of its own. Both run on the same text, layer by layer. In each layer the down projections are chosen so
+that the residual stream after the layer comes as near to the source's as they can bring it, at the compressed model's
+own inputs and gates, all layers before it refitted:
+
+    1. one factor for each expert's output, by least squares;
+    2. ridge regression about the scaled down projections, one expert at a time, in 3 sweeps, with the weight
+       0.3 tr(A_e) / f, A_e being the normal matrix (f, f) of the expert's gated hidden activations.
+
+Zeros stay zeros in an expert whose stored down projection has more than 1% of them. A killed run continues from the
+layers that are done, which lie in OUT-refit until the output is whole. All of this is ours, not the paper's. Left out:
+gate and up projections, routers, shared experts, attention and norms stay as they are.
+
+    n experts of a layer   f width of an expert          d hidden size         T tokens, B sequences of L
+    R tokens of an expert  D_e down projection (d, f)    x_te gated hidden activation of token t in expert e (f,)
+"""
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import hodgecover
+import model_io
+import torch
+from common import scratch
+from model_io import LayerPass, Model
+
+TOKENS = 16384  # default calibration sample
+RIDGE, SWEEPS = 0.3, 3
+SPARSE = 0.01  # share of zeros from which an expert counts as sparse
+PIECE = 4096  # tokens that are taken at a time
+SYSTEM_NUMBERS = 1 << 24  # numbers of the systems that are solved at a time
+STREAMS = 8  # tensors (T, d) that a refit holds at once: h, x and y of both models, the next x and y of one
+CACHE_VERSION = "1"
+
+Fit = Callable[[LayerPass, torch.Tensor], torch.Tensor]  # (layer pass, residual (T, d)) -> down projections (n, d, f)
+Features = Callable[[int], list[tuple[torch.Tensor, torch.Tensor]]]  # e -> pieces (rows (R,), x_e (R, f))
+
+
+# -------------------------------------------------------------------------------------------------------- the solver
+
+
+def block_ridge(features: Features, start: torch.Tensor, residual: torch.Tensor, ridge: float = RIDGE,
+                sweeps: int = SWEEPS, sparse: Sequence[bool] = ()) -> torch.Tensor:
+    """Minimise sum_t |residual_t - sum_e (D_e - D_e^0) x_te|^2 + sum_e r_e |D_e - D_e^0|^2 by block Gauss-Seidel.
+
+    One block D_e is solved at a time, with r_e = ridge tr(A_e) / f and A_e = sum_t x_te x_te': no matrix is larger
+    than A_e.
+
+    Parameters
+    ----------
+    features : e -> pieces (rows (R,) of the residual that block e touches, x_e (R, f)); asked again in every sweep
+    start : D^0 (n, d, f)
+    residual : (T, d) at D^0; changed in place to that at the result
+    sparse : for each block whether its entries that are 0 stay 0, the others the best given that; empty: none
+
+    Returns D (n, d, f), float32 or wider. A block that no row touches stays as it is.
+    """
+    blocks = start.to(model_io.widened(start.dtype), copy=True)
+    for _ in range(sweeps):
+        for e, block in enumerate(blocks):
+            pieces = features(e)
+            gram, wanted = normal_equations(pieces, block, residual)
+            if not gram.any():
+                continue
+            first = start[e].double()
+            weight = ridge * gram.trace() / len(gram)
+            system = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            wanted -= weight * (block.double() - first).T
+            if sparse and sparse[e]:
+                change = solve_rows(system, wanted, first != 0)
+            else:
+                change = solve_spd(system, wanted).T
+            block.copy_(block.double() + change)
+            for rows, x in pieces:
+                residual[rows] -= x.to(residual) @ change.T.to(residual)
+    return blocks
+
+
+def normal_equations(pieces: list[tuple[torch.Tensor, torch.Tensor]], block: torch.Tensor, residual: torch.Tensor
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (A_e (f, f), sum_t x_te residual_t' (f, d)) in float64 for a block (d, f), products with the residual in
+    the residual's own dtype."""
+    d, f = block.shape
+    gram = block.new_zeros(f, f, dtype=torch.float64)
+    wanted = block.new_zeros(f, d, dtype=torch.float64)
+    for rows, x in pieces:
+        gram += x.double().T @ x.double()
+        wanted += x.T.to(residual) @ residual[rows]
+    return gram, wanted
+
+
+def solve_spd(system: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return system^-1 wanted for positive (semi)definite systems (..., f, f) and right sides (..., f, d): the solution
+    of least norm, by a pseudoinverse, if Cholesky's factorisation fails."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed.any():
+        return torch.linalg.pinv(system, hermitian=True) @ wanted
+    return torch.cholesky_solve(wanted, factor)
+
+
+def solve_rows(system: torch.Tensor, wanted: torch.Tensor, free: torch.Tensor, numbers: int = SYSTEM_NUMBERS
+               ) -> torch.Tensor:
+    """Solve one system for each row, over the row's free entries alone; the others are 0.
+
+    system (f, f), wanted (f, d), free (d, f) bool -> (d, f). At most `numbers` numbers of systems are held at a time.
+    """
+    width = max(1, int(free.sum(1).max()))
+    solution = torch.zeros(free.shape, dtype=system.dtype, device=system.device)
+    for rows in torch.arange(len(free), device=free.device).split(max(1, numbers // width**2)):
+        own, column = free[rows].to(torch.uint8).sort(dim=1, descending=True, stable=True)  # free entries come first
+        own, column = own[:, :width].bool(), column[:, :width]
+        part = system[column[:, :, None], column[:, None, :]] * (own[:, :, None] & own[:, None, :])
+        part += torch.diag_embed((~own).to(part))  # 1 x = 0 pads a row that has fewer free entries
+        right = wanted.T[rows[:, None], column] * own
+        solution[rows[:, None], column] = solve_spd(part, right[:, :, None])[:, :, 0]
+    return solution
+
+
+# ---------------------------------------------------------------------------------------------------------- one layer
+
+
+def gated_hidden(step: LayerPass, e: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return pieces (tokens routed to expert e (R,), the inputs of its down projection times their gates (R, f))."""
+    routed = step.gates[:, e].nonzero().squeeze(1)
+    return [(t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])) for t in routed.split(PIECE)]
+
+
+def add_outputs(stream: torch.Tensor, step: LayerPass, down: torch.Tensor) -> None:
+    """Add to a stream (T, d), in place, what the layer's experts give with other down projections (n, d, f)."""
+    experts = step.layer.experts._replace(down=down.to(step.x))
+    for rows, x, gates in zip(stream.split(PIECE), step.x.split(PIECE), step.gates.split(PIECE)):
+        rows += model_io.mix_experts(experts, x, gates).to(rows)
+
+
+def fit_scale(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
+    """Return the factors (n,) float64 of the experts' outputs that best give the residual (T, d) besides what they give
+    now, by least squares; 1 for an expert without a token."""
+    n, d = step.gates.shape[1], residual.shape[1]
+    gram = residual.new_zeros(n, n, dtype=torch.float64)
+    wanted = residual.new_zeros(n, dtype=torch.float64)
+    for t in torch.arange(len(residual), device=residual.device).split(PIECE // 16):
+        outputs = residual.new_zeros(n, len(t), d, dtype=torch.float64)
+        for e in range(n):
+            hit = step.gates[t, e].nonzero().squeeze(1)
+            outputs[e, hit] = (step.gates[t[hit], e, None] * step.layer.experts(e, step.x[t[hit]])).double()
+        gram += outputs.flatten(1) @ outputs.flatten(1).T
+        wanted += outputs.flatten(1) @ residual[t].flatten().double()
+    return 1 + torch.linalg.pinv(gram, hermitian=True) @ wanted
+
+
+def sparse_experts(down: torch.Tensor) -> list[bool]:
+    """Return for each down projection of (n, d, f) whether more than 1% of its entries are 0."""
+    return [(each == 0).sum().item() > SPARSE * each.numel() for each in down]
+
+
+def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS) -> torch.Tensor:
+    """Return the down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now,
+    in their dtype: a factor for each expert, then ridge regression about the scaled ones.
+
+    The gates and the hidden activations are the layer's own. The residual is changed in place.
+    """
+    down = step.layer.experts.down
+    factor = fit_scale(step, residual).to(residual)[:, None, None]
+    add_outputs(residual, step, down.to(residual) * (1 - factor))
+    start = down.to(residual) * factor
+    return block_ridge(partial(gated_hidden, step), start, residual, ridge, sweeps, sparse_experts(down)).to(down)
+
+
+def refit_operations(tokens: int, keep: int, k: int, d: int, f: int) -> float:
+    """Return the operations of `refit_layer` and of applying its result, for `keep` experts, k of them a token.
+
+    Once: three passes through the chosen experts, and the factors' normal matrix. In each sweep: hidden activations,
+    normal matrices, both products with the residual, a solve.
+    """
+    rows = tokens * k
+    once = 3 * 6 * rows * d * f + 2 * tokens * keep**2 * d
+    return once + SWEEPS * (rows * (8 * d * f + 2 * f * f) + keep * (f**3 / 3 + 2 * f * f * d))
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+class Refitted(NamedTuple):
+    """A layer, and its error |y_source - y| / |y_source| before and after its refit."""
+
+    name: str
+    before: float
+    after: float
+
+
+def refit(source: Model, output: Model, ids: torch.Tensor, fit: Fit = refit_layer,
+          empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[Refitted]:
+    """Refit the down projections of a compressed checkpoint's experts in its files; yield each sparse layer's errors.
+
+    Parameters
+    ----------
+    source, output : models with the same layers and hidden size; the output's number and choice of experts, their
+        weights and its router are free
+    ids : (B, L), both models' calibration text
+    fit : (layer pass of the output, what its stream lacks (T, d)) -> down projections (n, d, f)
+    empty : makes the tensors (T, d) (`scratch`)
+
+    Raises InputError if the new weights overflow the dtype of the files.
+    """
+    targets, passes = source.stream(ids, empty), output.stream(ids, empty)
+    for _ in output.layer_names:
+        refitted = refit_pass(next(targets).y, next(passes), output, fit, empty)  # no name holds a pass that is done
+        if refitted:
+            yield refitted
+
+
+def refit_pass(target: torch.Tensor, step: LayerPass, output: Model, fit: Fit, empty: Callable[..., torch.Tensor]
+               ) -> Refitted | None:
+    """Fit one layer to the source's stream (T, d) after it, write it into the output's files, and change step.y to what
+    the layer gives as it is written, for the layers that follow. Returns None for a dense layer."""
+    if step.gates is None:
+        return None
+    residual = empty(*target.shape, dtype=model_io.widened(target.dtype), device=target.device)
+    residual.copy_(target).sub_(step.y)
+    before = length(residual)
+    down = output.store_down(step.name, fit(step, residual))
+    add_outputs(step.y, step, down.to(step.x) - step.layer.experts.down.to(step.x))
+    residual.copy_(target).sub_(step.y)
+    return Refitted(step.name, before / length(target), length(residual) / length(target))
+
+
+def length(rows: torch.Tensor) -> float:
+    """Return the Euclidean norm of a tensor (T, d), summed in float64."""
+    return math.sqrt(sum(part.double().square().sum().item() for part in rows.split(PIECE)))
+
+
+def activation_bytes(model: Model, tokens: int) -> int:
+    """Return the bytes of the tensors (T, d) that a refit holds."""
+    return STREAMS * tokens * model.config.hidden_size * model_io.widened(model.dtype).itemsize
+
+
+# ------------------------------------------------------------------------------------------- layers that are done
+
+
+def refit_key(source: Model, model: Model, ids: torch.Tensor) -> dict[str, str]:
+    """Return all that the refitted layers of a checkpoint depend on, by name."""
+    return {"format": CACHE_VERSION, "source": source.checkpoint.fingerprint(),
+            "checkpoint": model.checkpoint.fingerprint(),
+            "calibration text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "dtype": str(model.dtype),
+            "ridge": str(RIDGE), "sweeps": str(SWEEPS)}
+
+
+def resumable(fit: Fit, cache: Path, key: dict[str, str], tick: Callable[[int], None]) -> Fit:
+    """Return a fit that keeps each layer in a folder, and takes it from there if it is done. `tick` is told the index
+    of each layer before it is fitted."""
+    def fit_or_read(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
+        done = hodgecover.read_entry(cache, f"refit-{step.name}", key, ["down"])
+        if done:
+            return done["down"]
+        tick(step.index)
+        down = fit(step, residual)
+        hodgecover.write_entry(cache, f"refit-{step.name}", {"down": down}, key)
+        return down
+    return fit_or_read
+
+
+def clear(cache: Path, key: dict[str, str], layers: list[str]) -> None:
+    """Remove the entries of these layers, what a killed run left of them, and the folder if it is empty then."""
+    for layer in layers:
+        file = hodgecover.cache_file(cache, f"refit-{layer}", key)
+        for path in (file, *cache.glob(f".{file.name}.*")):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty
+        cache.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__, text=TOKENS, source=True)
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of the layers that are done, for a run that "
+                        "continues [OUT-refit beside OUT]")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    source = common.open_model(args.source, args)
+    model = common.open_model(args.checkpoint, args)
+    hodgecover.refuse_fold(source)
+    common.check_source(model, source)
+    out = args.out.absolute()
+    cache = args.cache or out.with_name(f"{out.name}-refit")
+    hodgecover.check_out(model, out, cache)
+    hodgecover.refuse_inside(source, out, "out")
+    hodgecover.refuse_inside(model, cache, "cache")
+    hodgecover.refuse_inside(source, cache, "cache")
+    ids = common.calibration_ids(source, args)
+    key = refit_key(source, model, ids)
+    settings = {"ridge": RIDGE, "sweeps": SWEEPS, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed}
+    entry = common.entry("refit.py", settings | hodgecover.describe_text(ids, args.calib), source=source,
+                         checkpoint=model)
+
+    bar = hodgecover.progress_bar()
+    with common.copied(model, out, entry) as output:
+        hodgecover.make_cache(cache)
+        fit = resumable(refit_layer, cache, key, lambda index: bar(index / len(model.layer_names)))
+        large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
+        empty = scratch(output.checkpoint.path) if large else torch.empty
+        entry["output_error"] = []
+        for layer in refit(source, output, ids, fit, empty):
+            bar(None)
+            print(f"{layer.name}: output error {layer.before:.4f} -> {layer.after:.4f}", flush=True)
+            entry["output_error"].append(layer)
+    clear(cache, key, model.layer_names)
+    print(f"output: {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

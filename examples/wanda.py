@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: MIT
+"""Prune the weights of a checkpoint's experts with Wanda (arXiv 2306.11695).
+
+    python examples/wanda.py CKPT --rate 0.5 --out DIR                          half of each row
+    python examples/wanda.py CKPT --total-rate 0.6 --source SOURCE --out DIR    60% of the source's expert parameters
+    python examples/wanda.py CKPT --nm 2:4 --out DIR                            2 of each 4 entries stay
+
+Of each row of the matrices of routed and shared experts, the entries with the smallest |W_ij| |X_j| become 0, |X_j|
+being the norm of input j over the calibration tokens that the expert gets. The files keep their size.
+
+As in the published code, the layers are pruned in order: the norms of a layer are those that the pruned layers before
+it give, all from one pass of the layer before it is pruned; and int(rate * columns) entries of a row go, so that the
+rate that is reached is a little lower than the one asked for. --nm N:M keeps N of each M consecutive entries.
+
+Ours: --total-rate, which counts experts that are gone as pruned and prunes those that stay at the rate
+1 - (1 - R) P_source / P_ckpt; magnitude alone for an expert that no token is routed to. Left out: attention and dense
+layers, which the published code prunes too, and its variant that searches a rate for each row.
+
+    n experts of a layer   d hidden size   f width of an expert   B sequences of L tokens   (o, i) shape of a matrix
+"""
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import hodgecover
+import model_io
+import torch
+from model_io import InputError, LayerPass, Model
+
+Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (weight (o, i), norms (i,)) -> kept entries (o, i) bool
+MATRIX = re.compile(r"(.+)\.mlp\.(?:experts\.(?:(\d+)\.)?|(shared_expert)\.)(gate|up|gate_up|down)_proj(?:\.weight)?")
+
+
+# --------------------------------------------------------------------------------------------------------- the masks
+
+
+def scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Return |W_ij| |X_j|, or |W_ij| if all norms are 0: weight (o, i), norms (i,) -> (o, i) float64."""
+    return weight.abs().double() * (norms.double() if norms.any() else 1.0)
+
+
+def largest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Return which `count` entries of each row are the largest; of equal ones the first go. (o, i) -> (o, i) bool."""
+    least = score.sort(dim=1, stable=True).indices[:, :score.shape[1] - count]
+    return torch.ones_like(score, dtype=torch.bool).scatter(1, least, False)
+
+
+def keep_largest(weight: torch.Tensor, norms: torch.Tensor, count: int) -> torch.Tensor:
+    """Return which `count` entries of each row Wanda keeps: weight (o, i), norms (i,) -> (o, i) bool.
+
+    >>> keep_largest(torch.tensor([[3.0, -2.0, 1.0]]), torch.tensor([1.0, 1.0, 9.0]), 2)
+    tensor([[ True, False,  True]])
+    """
+    return largest(scores(weight, norms), count)
+
+
+def keep_of_groups(weight: torch.Tensor, norms: torch.Tensor, kept: int, group: int) -> torch.Tensor:
+    """Return which entries Wanda keeps: `kept` of each `group` consecutive ones of a row, whose length is a multiple of
+    `group`. weight (o, i), norms (i,) -> (o, i) bool."""
+    return largest(scores(weight, norms).view(-1, group), kept).view(weight.shape)
+
+
+def keep_share(weight: torch.Tensor, norms: torch.Tensor, rate: float) -> torch.Tensor:
+    """Return the entries that stay if int(rate * i) of each row go: weight (o, i), norms (i,) -> (o, i) bool."""
+    columns = weight.shape[1]
+    return keep_largest(weight, norms, columns - int(rate * columns))
+
+
+# -------------------------------------------------------------------------------------------------------- the layers
+
+
+class Norms(NamedTuple):
+    """|X_j|_2 of the inputs of a layer's matrices, over the tokens that each expert gets, on the CPU: of gate and up
+    projections (n, d) and of down projections (n, f); the same of the shared expert, (d,) and (its width,), or None."""
+
+    inputs: torch.Tensor
+    hidden: torch.Tensor
+    shared_inputs: torch.Tensor | None = None
+    shared_hidden: torch.Tensor | None = None
+
+
+def activation_norms(step: LayerPass) -> Norms:
+    """Return the norms of a sparse layer's pass; an expert that no token is routed to has norms 0."""
+    x, experts = step.x, step.layer.experts
+    wide = model_io.widened(x.dtype)
+    routed = step.gates > 0
+    inputs = (routed.to(wide).T @ x.to(wide).square()).sqrt()
+    hidden = torch.stack([experts.hidden(e, x[routed[:, e]]).to(wide).norm(dim=0) for e in range(routed.shape[1])])
+    if "mlp.shared_expert.gate_proj.weight" not in step.layer.weights:
+        return Norms(inputs.cpu(), hidden.cpu())
+    shared_hidden = model_io.gated(x, step.layer.weights, "mlp.shared_expert").to(wide).norm(dim=0)
+    return Norms(inputs.cpu(), hidden.cpu(), x.to(wide).norm(dim=0).cpu(), shared_hidden.cpu())
+
+
+def expert_matrices(checkpoint: model_io.Checkpoint) -> dict[str, re.Match]:
+    """Return the tensors of routed and shared experts by name, matched: layer, number of the expert (None if fused or
+    shared), "shared_expert" or None, projection."""
+    return {name: match for name in checkpoint.tensors if (match := MATRIX.fullmatch(name))}
+
+
+def matrices_of_layer(checkpoint: model_io.Checkpoint, layer: str, norms: Norms
+                      ) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """Yield (name, row of a fused tensor or None, norms of its inputs) of each matrix of a layer's experts."""
+    for name, match in expert_matrices(checkpoint).items():
+        of, expert, shared, projection = match.groups()
+        if of != layer:
+            continue
+        reads = "hidden" if projection == "down" else "inputs"
+        if shared:
+            yield name, None, getattr(norms, f"shared_{reads}")
+        elif expert is not None:
+            yield name, None, getattr(norms, reads)[int(expert)]
+        else:
+            yield from ((name, e, inputs) for e, inputs in enumerate(getattr(norms, reads)))
+
+
+def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = hodgecover.no_tick) -> int:
+    """Prune the experts of a checkpoint in its files, layer by layer, on the calibration tokens ids (B, L).
+
+    Entries outside mask(weight, norms) become 0; the others keep their bits. Returns how many became 0 by the mask.
+    """
+    pruned = 0
+    for step in model.stream(ids):
+        if step.gates is not None:
+            norms = activation_norms(step)
+            for name, row, inputs in matrices_of_layer(model.checkpoint, step.name, norms):
+                weight = model.checkpoint.load(name, row)
+                kept = mask(weight, inputs)
+                model.checkpoint.overwrite(name, weight.masked_fill(~kept, 0), row)
+                pruned += kept.logical_not().sum().item()
+            step.y.copy_(model.rerun(step).y)  # the next layer reads what the pruned one gives
+        tick((step.index + 1) / len(model.layer_names))
+    return pruned
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def parameters(model: Model) -> int:
+    """Return the number of parameters of all routed and shared experts, zeros among them."""
+    tensors = model.checkpoint.tensors
+    return sum(math.prod(tensors[name].shape) for name in expert_matrices(model.checkpoint))
+
+
+def rate_of_rest(total_rate: float, before: int, after: int) -> float:
+    """Return the rate at which `after` parameters are pruned so that the share total_rate of `before` is gone. Raises
+    InputError if more are gone already.
+
+    >>> rate_of_rest(0.6, 200, 100)
+    0.2
+    """
+    rate = round(1 - (1 - total_rate) * before / after, 12)  # so that int(rate * columns) is not one too few
+    if rate < 0:
+        raise InputError(f"total_rate {total_rate}: of the source's expert parameters {1 - after / before:.4f} are "
+                         "gone already; must be at least that")
+    return rate
+
+
+def check_groups(model: Model, kept: int, group: int) -> None:
+    """Raise InputError if not N < M, or M does not divide the width of every expert's matrices."""
+    tensors = model.checkpoint.tensors
+    widths = {tensors[name].shape[-1] for name in expert_matrices(model.checkpoint)}
+    if not 0 < kept < group or any(width % group for width in widths):
+        raise InputError(f"nm {kept}:{group}: N must be below M, and M divide the width of every expert's matrices, "
+                         f"{', '.join(map(str, sorted(widths)))}")
+
+
+def groups(text: str) -> tuple[int, int]:
+    """2:4 -> (2, 4)."""
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text}: must be two numbers such as 2:4")
+    return int(match[1]), int(match[2])
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__, memory=False)
+    how_many = parser.add_mutually_exclusive_group(required=True)
+    how_many.add_argument("--rate", metavar="R", type=float, help="share of each row that goes")
+    how_many.add_argument("--total-rate", metavar="R", type=float, help="share of the source's expert parameters that "
+                          "is gone in the end; needs --source")
+    how_many.add_argument("--nm", metavar="N:M", type=groups, help="keep N of each M consecutive entries of a row")
+    parser.add_argument("--source", metavar="SOURCE", type=Path, help="folder of the checkpoint it was made from")
+    return parser
+
+
+def choose_mask(args: argparse.Namespace, model: Model, source: Model | None) -> tuple[dict, Mask]:
+    """Return what the record says of the rate, and the mask. Raises InputError for options that are out of range, or
+    that the checkpoint does not admit."""
+    if (source is None) != (args.total_rate is None):
+        raise InputError("source: goes with --total-rate, and --total-rate with it")
+    if args.nm:
+        check_groups(model, *args.nm)
+        kept, group = args.nm
+        return {"nm": f"{kept}:{group}"}, partial(keep_of_groups, kept=kept, group=group)
+    if source is None:
+        hodgecover.check_range("rate", args.rate, 0, 0.99)
+        return {"rate": args.rate}, partial(keep_share, rate=args.rate)
+    hodgecover.check_range("total_rate", args.total_rate, 0, 0.99)
+    rate = rate_of_rest(args.total_rate, parameters(source), parameters(model))
+    return {"total_rate": args.total_rate, "rate": rate}, partial(keep_share, rate=rate)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    model = common.open_model(args.checkpoint, args)
+    source = common.open_model(args.source, args) if args.source else None
+    hodgecover.sparse_layers(model)  # refuses a dense one
+    hodgecover.check_out(model, args.out)
+    read = {"checkpoint": model}
+    if source:
+        common.check_source(model, source)
+        hodgecover.refuse_inside(source, args.out, "out")
+        read["source"] = source
+    said, mask = choose_mask(args, model, source)
+    ids = common.calibration_ids(model, args)
+    settings = said | {"dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed}
+    entry = common.entry("wanda.py", settings | hodgecover.describe_text(ids, args.calib), **read)
+
+    bar = hodgecover.progress_bar()
+    with common.copied(model, args.out, entry) as output:
+        left = parameters(model) - prune(output, ids, mask, bar)
+        entry["pruned"] = {role: 1 - left / parameters(each) for role, each in read.items()}
+    bar(None)
+    for role, share in entry["pruned"].items():
+        print(f"{share:.2%} of the {role}'s expert parameters are gone")
+    print(f"output: {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: MIT
+"""The methods that HodgeCover is compared with: each by its own rule, the clustering by brute force, the command."""
+import doctest
+import itertools
+import json
+
+import baselines
+import hodgecover
+import mathx
+import pytest
+import torch
+from conftest import GOLDEN, QUICK, assert_refused, contents, record, refuse, run
+from fake_device import Accelerator
+from hodgecover import Settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_io import InputError, Model
+from safetensors.torch import load_file
+from strategies import cover_problems
+
+PLAIN = next(path for path in GOLDEN if path.name == "olmoe-plain")
+WIDE = Settings(max_triangles=20, edge_percent=15, triangle_percent=15)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Model, torch.Tensor, hodgecover.Signals]:
+    """A golden model of 8 experts, its text, and the signals of its first layer."""
+    model = Model(PLAIN, torch.float64)
+    ids = load_file(PLAIN / "golden.safetensors")["ids"]
+    return model, ids, next(hodgecover.measure_model(model, ids, WIDE, [0]))[1]
+
+
+@pytest.fixture(scope="module")
+def facts(measured) -> baselines.Facts:
+    """The facts of the first layer."""
+    model, ids, _ = measured
+    return baselines.layer_facts(next(model.stream(ids)))
+
+
+def top(score) -> list[int]:
+    """Experts in descending score, ties to the lowest."""
+    return sorted(range(len(score)), key=lambda e: (-score[e], e))
+
+
+def rows_of(model: Model, layer: int) -> torch.Tensor:
+    return model.checkpoint.load(f"{model.layer_names[layer]}.mlp.gate.weight")
+
+
+# ------------------------------------------------------------------------------------------------------- selectors
+
+
+def order_of(measured, method: str, **choices) -> list[int]:
+    model, ids, signals = measured
+    if method == "hope":
+        signals = baselines.measure_routing(next(model.stream(ids)), joint=True)
+    chosen = Settings(**{"max_triangles": 20, "edge_percent": 15, "triangle_percent": 15} | choices)
+    return baselines.choose(signals, rows_of(model, 0), method, 4, chosen).order
+
+
+def test_scores_rank_the_experts(measured):
+    signals = measured[2]
+    pairs = list(zip(mathx.edges(8).tolist(), signals.barriers.tolist()))
+    assert order_of(measured, "reap") == top(signals.saliency.tolist())
+    assert order_of(measured, "frequency") == top(signals.frequency.tolist())
+    assert order_of(measured, "greedy-barrier") == top([sum(b for pair, b in pairs if e in pair) for e in range(8)])
+
+
+def test_equal_scores_go_to_the_lowest_expert(measured):
+    signals = measured[2]
+    equal = signals._replace(barriers=torch.ones_like(signals.barriers), frequency=torch.ones(8, dtype=torch.int64))
+    for method in ("greedy-barrier", "frequency"):
+        assert baselines.choose(equal, torch.eye(8), method, 4, WIDE).order == list(range(8))
+
+
+def test_random_differs_by_seed_and_by_layer(measured):
+    model, _, signals = measured
+    orders = [baselines.choose(signals, rows_of(model, 0), "random", 4, Settings(seed=seed), layer).order
+              for seed, layer in ((0, 0), (0, 1), (1, 0), (5, 0))]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert orders[1] == orders[2] and len({*map(tuple, orders)}) == 3  # of seed + layer
+
+
+def test_covers_differ_in_their_critical_edges(measured):
+    """Against a cover of the edges that each method names, found here by sorting."""
+    model, _, signals = measured
+    found = hodgecover.decompose(signals, WIDE)
+    edges = mathx.edges(8)
+    b = found.signals.barriers
+    count = 5  # 15% of 28, rounded up
+    signal = {"triplet-penalty": b, "hodge-no-triangle": found.parts.harmonic,
+              "additive-residual": mathx.additive_model(b, found.d1).residual}
+    triangles = found.triangles[sorted(top(found.triplets.tolist())[:-(-len(found.triplets) * 15 // 100)])]
+    rank = found.rank.tolist()
+    for method, of in signal.items():
+        plan = baselines.choose(signals, rows_of(model, 0), method, 4, WIDE)
+        critical = edges[sorted(top(of.abs().tolist())[:count])]
+        families = [(critical, 1.0)] + ([] if method == "hodge-no-triangle" else [(triangles, 1.0)])
+        assert plan.order == [rank[v] for v in mathx.greedy_cover(found.signals.saliency, families, 8)]
+        by_expert = [sorted((rank[i], rank[j])) for i, j in critical.tolist()]
+        assert plan.diagnostics.critical_edges == by_expert
+        assert sorted(plan.diagnostics.critical_triangles) == sorted(
+            sorted(rank[v] for v in triangle) for triangle in triangles.tolist())
+    vetoed = baselines.veto_order(found.signals.saliency, triangles)
+    assert order_of(measured, "triplet-hypergraph") == [rank[v] for v in vetoed]
+
+
+def test_selectors_are_no_synonyms(measured):
+    orders = {method: tuple(order_of(measured, method)) for method in baselines.SELECTORS}
+    assert len({*orders.values()}) >= 5, orders
+
+
+@pytest.mark.parametrize("method", baselines.ON_BARRIERS)
+def test_on_barriers_the_redirect_is_the_paper_s(measured, method):
+    """And is by expert: argmin over survivors of b_ij (1 + alpha |b_harm,ij| / |b|), here without the factor."""
+    model, _, signals = measured
+    plan = baselines.choose(signals, rows_of(model, 0), method, 4, Settings(max_triangles=20, alpha=0.0))
+    b = {tuple(pair): value for pair, value in zip(mathx.edges(8).tolist(), signals.barriers.tolist())}
+    assert plan.redirect == {i: min(plan.survivors, key=lambda j: b[min(i, j), max(i, j)])
+                             for i in range(8) if i not in plan.survivors}
+    assert plan.survivors == sorted(plan.order[:4]) and plan.diagnostics.redirect_targets == len(
+        {*plan.redirect.values()})
+    harmonic = baselines.choose(signals, rows_of(model, 0), method, 4, Settings(max_triangles=20, alpha=1e6))
+    assert harmonic.order == plan.order
+
+
+def test_the_residual_s_critical_edges_know_no_order(measured):
+    model, _, signals = measured
+    for method, count in (("additive-residual", 1), ("hodge-no-triangle", 4)):
+        found = {str(sorted(baselines.choose(signals, rows_of(model, 0), method, 4, Settings(
+            order=order, max_triangles=20, edge_percent=15)).diagnostics.critical_edges))
+            for order in ("saliency", "index", "random:1", "random:2")}
+        assert len(found) == count, method
+
+
+@settings(max_examples=30)
+@given(cover_problems())
+def test_veto_drops_the_least_salient_that_may_go(problem):
+    """Word by word: a triangle is lost whole only if every remaining vertex would lose one."""
+    saliency, (_, (triangles, _)) = problem
+    simplices = triangles.tolist()
+    order = baselines.veto_order(saliency, triangles)
+    kept, dropped = set(range(len(saliency))), set()
+    for v in order[::-1]:
+        free = [u for u in kept if not any(u in simplex and set(simplex) - {u} <= dropped for simplex in simplices)]
+        assert v == min(free or kept, key=lambda u: (saliency[u].item(), u))
+        kept.remove(v)
+        dropped.add(v)
+    assert sorted(order) == list(range(len(saliency)))
+
+
+def cost_of(joint: torch.Tensor, dropped) -> float:
+    """p'Fp."""
+    return sum(joint[i, j].item() for i in dropped for j in dropped)
+
+
+def test_hope_s_matrix_token_by_token(measured, facts):
+    """Off the diagonal over the tokens routed to both; on it REAP's own mean, squared, so that the diagonal alone ranks
+    as REAP does."""
+    model, ids, _ = measured
+    step = next(model.stream(ids))
+    joint = baselines.joint_norms(step)
+    assert torch.equal(facts.joint, joint)
+    norms = torch.stack([step.gates[:, e] * step.layer.experts(e, step.x).norm(dim=1) for e in range(8)], dim=1)
+    for i, j in itertools.product(range(8), repeat=2):
+        both = [t for t in range(len(step.x)) if step.gates[t, i] > 0 and step.gates[t, j] > 0]
+        mean = sum((norms[t, i] * norms[t, j]).item() for t in both) / max(1, len(both))
+        if i == j:
+            mean = (sum(norms[t, i].item() for t in both) / len(both)) ** 2
+        assert joint[i, j].item() == pytest.approx(mean, rel=1e-10)
+    alone = torch.diag(joint.diagonal())
+    for keep in (3, 5):
+        kept = baselines.hope_order(baselines.Routing(facts.frequency, facts.saliency, alone), keep)
+        assert kept == order_of(measured, "reap")
+    idle = step._replace(gates=step.gates.index_fill(1, torch.tensor([2]), 0.0))
+    found = baselines.joint_norms(idle)
+    assert not found[2].any() and not found[:, 2].any() and found.isfinite().all()
+
+
+def products(seed: int, n: int) -> torch.Tensor:
+    """A matrix like hope's, of 20 tokens."""
+    norms = torch.rand(20, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).pow(3)
+    return norms.T @ norms
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(3, 8), st.data())
+def test_hope_s_search_is_no_worse_than_greedy_and_leaves_no_swap_that_helps(seed, n, data):
+    count = data.draw(st.integers(0, n))
+    joint = products(seed, n)
+    found = baselines.least_joint(joint, count)
+    assert len({*found}) == count and found == sorted(found)
+    greedy = []
+    for _ in range(count):
+        greedy.append(min({*range(n)} - {*greedy}, key=lambda e: cost_of(joint, [*greedy, e])))
+    cost = cost_of(joint, found)
+    assert cost <= cost_of(joint, greedy) + 1e-9
+    for i, j in itertools.product(found, {*range(n)} - {*found}):
+        assert cost_of(joint, {*found} - {i} | {j}) >= cost - 1e-9
+
+
+def test_hope_s_search_finds_the_best_of_all_sets():
+    """A local optimum need not be the best one; of these 60 problems it always is."""
+    for seed in range(60):
+        joint = products(seed, 8)
+        least = min(cost_of(joint, some) for some in itertools.combinations(range(8), 4))
+        assert cost_of(joint, baselines.least_joint(joint, 4)) == pytest.approx(least, rel=1e-9)
+
+
+def test_a_swap_mends_what_greedy_cannot():
+    """Greedy takes 0, the cheapest alone; the pair 1, 2 costs less than any with it."""
+    joint = torch.tensor([[1.0, 5.0, 5.0], [5.0, 2.0, 0.0], [5.0, 0.0, 2.0]])
+    assert baselines.least_joint(joint, 1) == [0] and baselines.least_joint(joint, 2) == [1, 2]
+
+
+def test_hope_keeps_what_its_search_leaves(measured, facts):
+    for keep in (3, 4, 8):
+        plan = baselines.choose(facts, rows_of(measured[0], 0), "hope", keep, WIDE)
+        dropped = baselines.least_joint(facts.joint, 8 - keep)
+        assert plan.survivors == [e for e in range(8) if e not in dropped]
+        saliency = facts.saliency.tolist()
+        assert plan.order[:keep] == sorted(plan.survivors, key=lambda e: -saliency[e])
+        assert sorted(plan.order) == list(range(8)) and sorted(plan.redirect) == dropped
+
+
+@settings(max_examples=30)
+@given(cover_problems(), st.integers(0, 10**6))
+def test_weighted_greedy_takes_the_largest_gain(problem, seed):
+    """Each pick against the gains of Phi itself: saliency and the weights of all simplices with a vertex in S."""
+    saliency, families = problem
+    generator = torch.Generator().manual_seed(seed)
+    weighted = [(simplices, torch.rand(len(simplices), generator=generator, dtype=torch.float64))
+                for simplices, _ in families]
+
+    def phi(chosen: list[int]) -> float:
+        covered = sum(weight for simplices, weights in weighted
+                      for simplex, weight in zip(simplices.tolist(), weights.tolist()) if {*simplex} & {*chosen})
+        return sum(saliency[v].item() for v in chosen) + covered
+    picks = baselines.greedy_weights(saliency, weighted)
+    assert sorted(picks) == list(range(len(saliency)))
+    for size, pick in enumerate(picks):
+        gains = {v: phi([*picks[:size], v]) for v in range(len(saliency)) if v not in picks[:size]}
+        assert gains[pick] >= max(gains.values()) - 1e-12
+
+
+def test_weighted_cover_weighs_each_edge_by_its_barrier(measured):
+    """Of HodgeCover's Phi the edges' term alone is another: sum of b over covered edges / sum of b."""
+    found = hodgecover.decompose(measured[2], WIDE)
+    edges, b, saliency = mathx.edges(8).tolist(), found.signals.barriers.tolist(), found.signals.saliency.tolist()
+    triangles = found.triangles[sorted(top(found.triplets.tolist())[:-(-len(found.triplets) * 15 // 100)])].tolist()
+    for lambda_edge, lambda_triangle in ((1.0, 1.0), (3.0, 0.0), (0.0, 2.0)):
+        chosen = Settings(max_triangles=20, edge_percent=15, triangle_percent=15, lambda_edge=lambda_edge,
+                          lambda_triangle=lambda_triangle)
+
+        def phi(some: list[int]) -> float:
+            edge_term = sum(weight for pair, weight in zip(edges, b) if {*pair} & {*some}) / sum(b)
+            triangle_term = sum(bool({*triangle} & {*some}) for triangle in triangles) / len(triangles)
+            return sum(saliency[v] for v in some) + lambda_edge * edge_term + lambda_triangle * triangle_term
+        picks = baselines.weighted_cover(found, chosen).picks
+        for size, pick in enumerate(picks):
+            gains = [phi([*picks[:size], v]) for v in range(8) if v not in picks[:size]]
+            assert phi(picks[:size + 1]) >= max(gains) - 1e-12
+
+
+def test_nearest_rows_are_by_cosine():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 1.0], [0.1, 0.3]])
+    assert baselines.nearest_rows(rows, [1, 0]) == {2: 0, 3: 1}
+    assert baselines.nearest_rows(torch.tensor([[1.0, 0.0], [0.0, 9.0], [1.0, 0.5]]), [0, 1]) == {2: 0}
+    assert baselines.nearest_rows(torch.ones(3, 2), [2, 0]) == {1: 0}  # a tie
+
+
+# -------------------------------------------------------------------------------------------------------- merging
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(10, 14), st.integers(2, 5), st.booleans())
+def test_clusters_by_brute_force(seed, n, count, complete):
+    """The linkage recomputed from all pairs at each join."""
+    points = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    distance = torch.cdist(points, points)
+    groups = [[e] for e in range(n)]
+
+    def apart(some: list[int], others: list[int]) -> float:
+        all_pairs = distance[some][:, others]
+        return (all_pairs.max() if complete else all_pairs.mean()).item()
+    while len(groups) > count:
+        some, others = min(itertools.combinations(groups, 2), key=lambda pair: apart(*pair))
+        groups = [group for group in groups if group not in (some, others)] + [sorted(some + others)]
+    assert sorted(baselines.cluster(distance, count, complete)) == sorted(groups)
+
+
+def test_mc_smoe_groups_around_the_most_frequent(facts):
+    groups, weights = baselines.group_experts(facts, "mc-smoe", 3)
+    dominant = top(facts.frequency.tolist())[:3]
+    logits = facts.logits
+
+    def cosine(i: int, j: int) -> float:
+        return (logits[:, i] @ logits[:, j] / logits[:, i].norm() / logits[:, j].norm()).item()
+    expected = {e: [e] for e in dominant}
+    for e in set(range(8)) - {*dominant}:
+        expected[max(dominant, key=lambda centre: cosine(e, centre))].append(e)
+    assert {group[0]: sorted(group) for group in groups} == {e: sorted(group) for e, group in expected.items()}
+    assert torch.equal(weights, facts.frequency)
+
+
+def test_hc_smoe_clusters_mean_outputs(measured, facts):
+    model, ids, _ = measured
+    step = next(model.stream(ids))
+    outputs = torch.stack([step.layer.experts(e, step.x).mean(0) for e in range(8)])
+    torch.testing.assert_close(facts.outputs, outputs, rtol=1e-12, atol=0)
+    groups, weights = baselines.group_experts(facts, "hc-smoe", 3)
+    assert sorted(map(sorted, groups)) == sorted(baselines.cluster(torch.cdist(outputs, outputs), 3))
+    frequency = (step.gates > 0).sum(0).tolist()
+    assert weights.tolist() == frequency
+    assert all(frequency[group[0]] == max(frequency[e] for e in group) for group in groups)
+
+
+def test_ream_fills_groups_of_up_to_16_by_likeness(facts):
+    groups, weights = baselines.group_experts(facts, "ream", 3)
+    assert [group[0] for group in groups] == top(facts.saliency.tolist())[:3] and torch.equal(weights, facts.saliency)
+    assert len(groups[0]) == 6  # the first centroid takes all that are free: fewer than 15
+    profile = facts.logits.softmax(1)
+    many = 40
+    score = torch.arange(many, 0, -1.0)
+    generator = torch.Generator().manual_seed(0)
+    likeness = torch.rand(many, many, generator=generator)
+    found = baselines.take_nearest(score, likeness, 2, most=16)
+    first = sorted(range(2, many), key=lambda e: -likeness[e, 0].item())[:15]
+    rest = [e for e in range(2, many) if e not in first]
+    second = sorted(rest, key=lambda e: -likeness[e, 1].item())[:15]
+    left = [e for e in rest if e not in second]
+    assert found[0][:16] == [0, *first] and found[1][:16] == [1, *second]
+    assert [e for e in left if e in found[0]] == [e for e in left if likeness[e, 0] > likeness[e, 1]]
+
+    def like(i: int, j: int) -> float:
+        return (torch.cosine_similarity(profile[:, i], profile[:, j], dim=0)
+                + torch.cosine_similarity(facts.outputs[i], facts.outputs[j], dim=0)).item()
+    likeness = torch.tensor([[like(i, j) for j in range(8)] for i in range(8)])
+    assert baselines.take_nearest(facts.saliency, likeness, 3, most=16) == groups
+
+
+def test_stun_keeps_the_expert_nearest_its_cluster_s_mean(measured, facts):
+    model, _, _ = measured
+    experts = model.layer(0).experts
+    flat = torch.cat([part.flatten(1).double() for part in experts], dim=1)
+    rows = rows_of(model, 0).double()
+    groups, weights = baselines.group_experts(facts, "stun", 3)
+    clusters = baselines.cluster(torch.cdist(rows, rows), 3, complete=True)
+    assert sorted(map(sorted, groups)) == sorted(clusters)
+    for group in groups:
+        away = [(flat[e] - flat[group].mean(0)).norm().item() for e in group]
+        assert away == sorted(away)
+        assert weights[group].tolist() == [1.0] + [0.0] * (len(group) - 1)
+
+
+@pytest.mark.parametrize("all_slots", [False, True])
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_merged_weights_are_the_weighted_means(tmp_path, path, all_slots):
+    """In every family: one-by-one and fused experts, dense layers between, a multi-token head."""
+    model = Model(path)
+    groups = [[1, 0, 4], [2], [7, 3], [5, 6]] if model.config.num_experts == 8 else None
+    assert groups, model.config.num_experts
+    weights = torch.tensor([1.0, 3.0, 5.0, 0.0, 0.0, 0.0, 0.0, 2.0], dtype=torch.float64)  # group [5, 6] has none
+    names = [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
+    merges = {name: baselines.Merge(groups, weights, weights) for name in names}
+    baselines.export_merges(model, merges, tmp_path / "out", {}, all_slots)
+    output = Model(tmp_path / "out")
+    assert output.config.num_experts == (8 if all_slots else 4)
+    share = {1: {1: 3 / 4, 0: 1 / 4}, 2: {2: 1}, 7: {7: 1}, 5: {5: 0.5, 6: 0.5}}
+    slots = [next(group[0] for group in groups if e in group) for e in range(8)] if all_slots else [1, 2, 5, 7]
+    for index in hodgecover.sparse_layers(model):
+        before, after = model.layer(index), output.layer(index)
+        for slot, first in enumerate(slots):
+            for part, merged in zip(before.experts, after.experts):
+                mean = sum(w * part[e].double() for e, w in share[first].items())
+                torch.testing.assert_close(merged[slot].double(), mean, rtol=8e-3, atol=1e-7)  # stored in bfloat16
+        rows = before.router if all_slots else before.router[slots]
+        assert torch.equal(after.router, rows)
+    ids = load_file(path / "golden.safetensors")["ids"]
+    assert output.logits(ids).isfinite().all()
+
+
+def test_a_group_of_one_stays_bit_for_bit(tmp_path):
+    model = Model(PLAIN)
+    merge = baselines.Merge([[e] for e in range(8)], torch.ones(8), torch.ones(8))
+    baselines.export_merges(model, dict.fromkeys(model.layer_names, merge), tmp_path / "out", {})
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (PLAIN / "model.safetensors").read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def compress(small, out, method, *options) -> int:
+    return run(baselines, small, "--keep", 4, "--method", method, "--calib", small.parent / "text.txt", *QUICK, "--out",
+               out, *options)
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_every_method_by_the_same_command(small, tmp_path, monkeypatch, capsys, method):
+    """Those that need no barriers measure none. The survivors' weights are the source's, unless they are merged."""
+    if method not in baselines.ON_BARRIERS:
+        monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    assert compress(small, tmp_path / "out", method) == 0
+    entry = record(tmp_path / "out")
+    assert (entry["command"], entry["settings"]["method"], entry["settings"]["keep"]) == ("baselines.py", method, 4)
+    model, output = Model(small), Model(tmp_path / "out")
+    assert entry["source"]["fingerprint"] == model.checkpoint.fingerprint() and output.config.num_experts == 4
+    said = capsys.readouterr().out
+    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32, 0)
+    passes = {step.name: (step.gates > 0).sum(0) for step in model.stream(ids)}
+    for index, layer in enumerate(entry["layers"]):
+        frequency = passes[layer["name"]]
+        stays = layer.get("survivors") or sorted(group[0] for group in layer["groups"])
+        assert layer["routed_share"] == pytest.approx((frequency[stays].sum() / frequency.sum()).item())
+        if method not in baselines.ON_BARRIERS:
+            assert f"layer {index}: {layer['routed_share']:.1%} of the tokens' choices" in said
+        assert torch.equal(output.layer(index).router, model.layer(index).router[stays])
+        if method in baselines.MERGING:
+            assert sorted(sum(layer["groups"], [])) == list(range(8)) and len(layer["groups"]) == 4
+        if method not in ("mc-smoe", "hc-smoe", "ream"):
+            for after, before in zip(output.layer(index).experts, model.layer(index).experts):
+                assert torch.equal(after, before[stays])
+        if method in baselines.SELECTORS:
+            assert (layer["diagnostics"] is None) == (method in baselines.WITHOUT_BARRIERS)
+        if method in baselines.WITHOUT_BARRIERS:
+            nearest = baselines.nearest_rows(rows_of(model, index), stays)
+            assert layer["redirect"] == {str(e): target for e, target in nearest.items()} and len(nearest) == 4
+    assert ("eta" in said) == (method in baselines.ON_BARRIERS)
+    assert f"output: {tmp_path / 'out'}" in said
+
+
+def test_methods_on_barriers_share_one_cache_with_hodgecover(small, tmp_path, monkeypatch, capsys):
+    """No barrier is measured twice, and the plan of the same rule is HodgeCover's own."""
+    text = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(hodgecover, small, "--keep", 4, "--lambda-triangle", 0, "--out", tmp_path / "own", *text) == 0
+    own = capsys.readouterr().out
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    for method in baselines.ON_BARRIERS:
+        assert compress(small, tmp_path / method, method) == 0
+    assert record(tmp_path / "hodge-no-triangle")["layers"] == record(tmp_path / "own")["layers"]
+    capsys.readouterr()
+    assert compress(small, tmp_path / "again", "hodge-no-triangle") == 0
+    assert capsys.readouterr().out.splitlines()[:4] == own.splitlines()[:4]  # the same report
+
+
+def test_barriers_go_to_the_named_cache_with_the_named_settings(small, tmp_path, capsys):
+    options = ["--cache", tmp_path / "kept", "--vocab-sample", 40, "--max-triangles", 3, "--order", "index"]
+    assert compress(small, tmp_path / "out", "triplet-penalty", *options) == 0
+    assert len([*(tmp_path / "kept").iterdir()]) == 2 and not (tmp_path / "small-barriers").exists()
+    said = record(tmp_path / "out")
+    assert [said["settings"][name] for name in ("vocab_sample", "max_triangles", "order")] == [40, 3, "index"]
+    assert said["layers"][0]["diagnostics"]["candidates"] == 3
+    assert "samples of 40 outcomes" in capsys.readouterr().out
+
+
+def test_all_slots_keep_the_router_and_the_size(small, tmp_path, capsys):
+    assert compress(small, tmp_path / "out", "hc-smoe", "--all-slots") == 0
+    model, output = Model(small), Model(tmp_path / "out")
+    assert output.config.num_experts == 8 and "100.0% of the tokens' choices" in capsys.readouterr().out
+    entry = record(tmp_path / "out")
+    assert entry["settings"]["all_slots"] and entry["layers"][0]["routed_share"] == 1
+    for index, layer in enumerate(entry["layers"]):
+        assert torch.equal(output.layer(index).router, model.layer(index).router)
+        for group in layer["groups"]:
+            for part in output.layer(index).experts:
+                assert all(torch.equal(part[group[0]], part[e]) for e in group)
+
+
+@pytest.mark.parametrize("method", ["reap", "ream", "additive-residual"])
+def test_the_same_command_gives_the_same_bytes(small, tmp_path, method):
+    before = contents(small)
+    for name in ("one", "two"):
+        assert compress(small, tmp_path / name, method) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and contents(small) == before
+
+
+@pytest.mark.parametrize("method", ["random", "ream"])
+def test_every_family(family, tmp_path, method):
+    assert run(baselines, family, "--keep", 4, "--method", method, "--calib", tmp_path / "text.txt", *QUICK, "--out",
+               tmp_path / "out") == 0
+    ids = torch.arange(24).view(2, 12)
+    assert Model(tmp_path / "out").logits(ids).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["reap", "hope", "ream", "hc-smoe", "stun", "triplet-penalty", "weighted-cover"])
+def test_on_another_device(small, tmp_path, method):
+    for device in ("fake", "cpu"):
+        with Accelerator():
+            assert compress(small, tmp_path / device, method, "--device", device) == 0
+    fake, cpu = (record(tmp_path / device)["layers"] for device in ("fake", "cpu"))
+    chosen = "groups" if method in baselines.MERGING else "order"
+    assert [layer[chosen] for layer in fake] == [layer[chosen] for layer in cpu]
+    fake, cpu = (load_file(tmp_path / device / "model.safetensors") for device in ("fake", "cpu"))
+    for name, tensor in cpu.items():  # the last bit of a saliency, which weighs a mean, may differ
+        torch.testing.assert_close(fake[name], tensor)
+
+
+def test_a_history_goes_on(small, tmp_path):
+    assert compress(small, tmp_path / "one", "reap") == 0
+    assert run(baselines, tmp_path / "one", "--keep", 3, "--method", "stun", "--calib", tmp_path / "text.txt", *QUICK,
+               "--out", tmp_path / "two") == 0
+    history = json.loads((tmp_path / "two" / "hodgecover.json").read_text())["history"]
+    assert [entry["settings"]["method"] for entry in history] == ["reap", "stun"]
+
+
+@pytest.mark.parametrize("method, options, says", [
+    ("reap", ["--vocab-sample", 5], "--vocab-sample: --method reap does not use it"),
+    ("reap", ["--cache", "x"], "--cache: --method reap does not use it"),
+    ("hope", ["--cache", "x"], "--cache: --method hope does not use it"),
+    ("stun", ["--max-triangles", 5], "--max-triangles: --method stun does not use it"),
+    ("random", ["--memory", "200MB"], "--memory: --method random does not use it"),
+    ("frequency", ["--order", "index"], "--order: --method frequency does not use it"),
+    ("stun", ["--all-slots"], "--all-slots: --method stun does not use it"),
+    ("triplet-penalty", ["--all-slots"], "--all-slots: --method triplet-penalty does not use it"),
+    ("triplet-penalty", ["--order", "random:x"], "--order random:x: must be"),
+    ("best", [], "--method: invalid choice: 'best'"),
+    ("reap", ["--keep", 2], "--keep 2: the model has 8 experts and routes each token to 3; must be from 3 to 8"),
+    ("hc-smoe", ["--keep", 9], "--keep 9: the model has"),
+    ("reap", ["--seq-len", 65], "--seq-len 65: must be from 2 to"),
+    ("reap", ["--seed", -1], "--seed -1: must be"),
+])
+def test_wrong_choices_get_one_line_before_the_work(small, tmp_path, monkeypatch, capsys, method, options, says):
+    monkeypatch.setattr(Model, "stream", refuse)
+    assert_refused(capsys, compress(small, tmp_path / "out", method, *options), says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_and_caches_lie_outside_the_checkpoint(small, tmp_path, capsys):
+    assert_refused(capsys, compress(small, small / "out", "reap"), "--out")
+    assert_refused(capsys, compress(small, tmp_path / "out", "triplet-penalty", "--cache", small / "kept"), "--cache")
+    assert_refused(capsys, compress(small, small.parent, "reap"), "exists and is not an empty folder")
+
+
+def test_an_expert_that_is_not_finite_is_refused_even_if_no_token_reaches_it(measured):
+    """The model's own check sees the stream alone."""
+    model, ids, _ = measured
+    step = next(model.stream(ids))
+    step.layer.experts.down[2, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="model.layers.0: an expert's outputs or weights are not finite"):
+        baselines.layer_facts(step._replace(gates=step.gates.index_fill(1, torch.tensor([2]), 0.0)))
+
+
+def test_a_library_call_checks_keep(measured):
+    model, ids, _ = measured
+    for start in (baselines.select_model, baselines.merge_model):
+        with pytest.raises(InputError, match="keep 9"):
+            next(start(model, ids, "reap", 9))
+
+
+def test_the_docstrings_examples_hold():
+    assert doctest.testmod(baselines).failed == 0

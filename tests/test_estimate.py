@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""examples/estimate.py and examples/bench.py: what they count against what is done. Nothing here reads a clock."""
+import doctest
+import itertools
+import json
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import bench
+import estimate
+import hodgecover
+import mathx
+import model_io
+import pytest
+import refit
+import torch
+from conftest import QUICK, assert_refused, contents, refuse, run
+from estimate import Shape
+from hodgecover import Settings
+from model_io import Model
+from torch.utils.flop_counter import FlopCounterMode
+
+SHAPE = Shape(n=6, k=2, d=5, f=3, vocab=11, outcomes=7)
+TINY_LAYER = 4 * 96 * 96 + 64 * 96 + 4 * 96  # attention, router, norms
+TINY_EXPERTS = 64 * 3 * 96 * 16
+
+
+@pytest.fixture
+def fixed_rates(monkeypatch):
+    """A machine of 1e9 operations a second, on which nothing is run."""
+    monkeypatch.setattr(estimate, "sweep_rate", lambda *_: 1e9)
+    monkeypatch.setattr(estimate, "refit_rate", lambda *_: 1e9)
+    monkeypatch.setattr(Model, "layer", refuse)
+
+
+def a_second_each(monkeypatch) -> None:
+    """Whatever estimate.py times takes a second."""
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+
+
+# -------------------------------------------------------------------------------------------------- operations
+
+
+def test_operations_are_counted_over_uniform_routing():
+    """Rows are those of all top-k choices, on average; a row is a readout and a down projection a member."""
+    n, k, d, f, vocab, outcomes = SHAPE
+    routes = list(itertools.combinations(range(n), k))
+    for members in (2, 3):
+        simplices = list(itertools.combinations(range(n), members))
+        rows = sum(bool({*route} & {*s}) for route in routes for s in simplices) / len(routes)
+        by_hand = rows * (2 * d * outcomes + members * 2 * d * f) + 2 * d * vocab + 2 * (2 * n * f * d)
+        assert estimate.sweep_operations(SHAPE, members, len(simplices)) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("outcomes", [0, 7])
+@pytest.mark.parametrize("members", [2, 3])
+def test_operations_are_those_that_torch_counts(monkeypatch, members, outcomes):
+    """On the routing at hand, but for the rows that a product is padded with."""
+    monkeypatch.setattr(hodgecover, "padded_product", torch.matmul)
+    shape = SHAPE._replace(outcomes=outcomes or SHAPE.vocab)
+    layer = bench.random_layer(shape, 9, 1.0, torch.float32)
+    simplices = torch.combinations(torch.arange(shape.n), members)[::2]
+    rows = bench.touched_pairs(layer, simplices)
+    assert 0 < rows < 9 * len(simplices)
+    with FlopCounterMode(display=False) as counter:
+        hodgecover.lens_barriers(layer, simplices, outcomes)
+    assert counter.get_total_flops() == estimate.product_operations(shape, 9, rows, members)
+
+
+def test_the_rate_is_that_of_the_operations_that_are_timed(monkeypatch, tiny):
+    """As many a token as the real sweep over pairs has."""
+    monkeypatch.setattr(hodgecover, "padded_product", torch.matmul)
+    monkeypatch.setattr(estimate, "TIMED_OPERATIONS", 5e8)
+    a_second_each(monkeypatch)
+    model = Model(tiny)
+    shape = estimate.shape_of(model, 100)
+    with FlopCounterMode(display=False) as counter:
+        rate = estimate.sweep_rate(model, shape)
+    assert rate == pytest.approx(counter.get_total_flops() / 2)  # it is run twice
+    per_token = estimate.sweep_operations(shape, 2, 2016) - 2 * 96 * 48 * 2 * 16  # without 48 experts' pre-activations
+    assert rate / round(5e8 // estimate.sweep_operations(shape, 2, 2016)) == pytest.approx(per_token, rel=0.05)
+
+
+def test_the_rate_of_a_refit_is_that_of_the_operations_that_are_timed(monkeypatch, tiny):
+    """But for the solves, which torch does not count, and the application of the result, which is not timed."""
+    a_second_each(monkeypatch)
+    with FlopCounterMode(display=False) as counter:
+        rate = estimate.refit_rate(Model(tiny), 200)
+    d, f = 96, 16
+    solves, applied = refit.SWEEPS * 2 * (f**3 / 3 + 2 * f * f * d), 6 * 400 * d * f
+    assert rate == refit.refit_operations(200, 2, 2, d, f)
+    assert counter.get_total_flops() == pytest.approx(rate - solves - applied)
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_an_estimate_counts_layers_output_and_memory(tiny, fixed_rates, capsys):
+    cost = estimate.estimate(Model(tiny), Settings(), 2048, memory=12345)
+    shape = Shape(64, 8, 96, 16, 2048, 2048)
+    sweep = sum(estimate.sweep_operations(shape, members, count) for members, count in ((2, 2016), (3, 500)))
+    active = 4 * (TINY_LAYER + TINY_EXPERTS / 8)
+    assert cost.operations == pytest.approx(2048 * (4 * sweep + 2 * active)) and cost.seconds * 1e9 == cost.operations
+    in_bytes = 2 * TINY_EXPERTS + 4 * (TINY_LAYER + 2048 * 96 + 16 * 2048 * 96)  # bfloat16 experts stay so
+    assert cost.memory == estimate.PROCESS_BYTES + in_bytes + 12345
+    sampled = estimate.estimate(Model(tiny), Settings(vocab_sample=64), 2048)
+    assert sampled.operations < cost.operations / 2
+
+    before = contents(tiny.parent)
+    assert run(estimate, tiny, "--keep", 32, "--dtype", "float32", "--tokens", 2500) == 0
+    said = capsys.readouterr().out
+    assert f"barriers of 4 layers, float32: {cost.operations:.1e} operations" in said  # of whole sequences
+    assert str(timedelta(seconds=round(cost.seconds))) in said and "refit" not in said
+    weights = (tiny / "model.safetensors").stat().st_size
+    kept = 2 * (1746528 - 4 * (32 * 96 + TINY_EXPERTS // 2))
+    assert f"reading: {weights / 1e6:.1f} MB" in said and f"output: {kept / 1e6:.1f} MB" in said
+    assert contents(tiny.parent) == before
+
+
+def test_the_cost_of_the_model_readout_counts_its_parts(tiny, fixed_rates):
+    """Four layers of 500 + 2,016 merges over T tokens: layer l runs 3 - l later layers, and the head each time."""
+    cost = estimate.estimate(Model(tiny), Settings(readout="model"), 128)
+    layer = TINY_LAYER + TINY_EXPERTS / 8
+    assert cost.operations == pytest.approx(2 * 2516 * 128 * (layer * (3 + 2 + 1 + 0) + 4 * 2048 * 96))
+    held = 4 * TINY_LAYER + 2 * TINY_EXPERTS
+    streams = 4 * (2048 * 96 + 128 * (4 * 64 * 16 + 100 * 96)) + 16 * 256 * 2048
+    assert cost.memory == estimate.PROCESS_BYTES + 5 * held + streams
+
+
+def test_the_cost_of_a_refit_counts_its_parts(tiny, fixed_rates, capsys):
+    cost = estimate.estimate_refit(Model(tiny), 32, 4096, memory=10**9)
+    active = 4 * (TINY_LAYER + TINY_EXPERTS / 8)
+    assert cost.operations == 4 * refit.refit_operations(4096, 32, 8, 96, 16) + 4 * 4096 * active
+    held = 4 * TINY_LAYER + 2 * TINY_EXPERTS
+    streams = refit.activation_bytes(Model(tiny), 4096)
+    weights = 3 * 4 * 32 * 96 * 16
+    assert cost.memory == estimate.PROCESS_BYTES + 1.5 * held + weights + streams
+    assert cost.disk == 4 * 32 * 96 * 16 * 2  # half of the down projections, bfloat16
+    assert estimate.estimate_refit(Model(tiny), 32, 4096, memory=1000).memory == cost.memory - streams + 1000
+
+    assert run(estimate, tiny, "--keep", 32, "--refit", 4096, "--dtype", "float32") == 0
+    assert f"refit of 4 layers, float32: {cost.operations:.1e} operations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("vocab_sample", [0, 20])
+def test_the_disk_is_that_of_the_cache(small, tmp_path, monkeypatch, vocab_sample):
+    """But for the header of each file."""
+    monkeypatch.setattr(estimate, "sweep_rate", lambda *_: 1e9)
+    settings = Settings(vocab_sample=vocab_sample, max_triangles=3)
+    model, ids = Model(small), torch.arange(160).view(5, 32) % 96
+    assert len(list(hodgecover.measure_model(model, ids, settings, [0, 1], tmp_path / "cache"))) == 2
+    files = [file.read_bytes() for file in (tmp_path / "cache").iterdir()]
+    data = sum(len(file) - 8 - int.from_bytes(file[:8], "little") for file in files)
+    assert len(files) == 2 and estimate.estimate(model, settings, 160).disk == data
+
+
+def test_every_family_has_a_cost(family, fixed_rates, capsys):
+    model = Model(family)
+    sparse, depth = len(hodgecover.sparse_layers(model)), len(model.layer_names)
+    assert run(estimate, family, "--keep", model.config.top_k, "--refit", 512) == 0
+    said = capsys.readouterr().out
+    assert f"barriers of {sparse} layers" in said and f"refit of {sparse} layers" in said
+    held, active = estimate.layer_sizes(model)
+    shapes = [info.shape for name, info in model.checkpoint.tensors.items() if name.startswith(tuple(
+        f"{layer}." for layer in model.layer_names))]
+    assert len(held) == depth and sum(held) <= 4 * sum(torch.Size(shape).numel() for shape in shapes)
+    assert 0 < active < sum(torch.Size(shape).numel() for shape in shapes)
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--keep", 65], "--keep 65: the model has 64 experts"),
+    (["--seq-len", 0], "--seq-len 0: must be from 2 to tokens"),
+    (["--tokens", 100], "--seq-len 512: must be from 2 to tokens (100)"),
+    (["--tokens", 1], "--tokens 1: must be from 2"),
+    (["--refit", 4096], "--refit: needs --keep"), (["--refit", 100, "--keep", 32], "from 2 to refit (100)"),
+    (["--readout", "model", "--memory", "2GB"], "--memory: goes with --readout lens"),
+    (["--readout", "model", "--vocab-sample", 5], "--vocab-sample 5: goes with the readout lens"),
+    (["--max-triangles", -1], "--max-triangles -1: must be"), (["--seed", 1], "unrecognized arguments"),
+    (["--calib", "x"], "unrecognized arguments"), (["--out", "x"], "unrecognized arguments"),
+])
+def test_wrong_choices_get_one_line(tiny, capsys, fixed_rates, options, says):
+    assert_refused(capsys, run(estimate, tiny, *options), says)
+
+
+# ----------------------------------------------------------------------------------------------------------- bench
+
+SMALL = ["--experts", 6, "--top-k", 2, "--hidden", 8, "--width", 4, "--dtype", "float32"]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """Cells of the lines of Markdown tables that are no head."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if not row[0].endswith("sampled") and row[0] not in ("", "n")]
+
+
+def test_the_bench_compares_the_sweep_with_the_plain_way(capsys):
+    assert run(bench, *SMALL, "--experts", 10, "--tokens", 8, "--vocab", 3000) == 0
+    pairs, triangles, sampled, _ = table_rows(capsys.readouterr().out)
+    layer = bench.random_layer(Shape(10, 2, 8, 4, 3000, 3000), 8, 4.0, torch.float32)
+    routed = [{*gates.nonzero().flatten().tolist()} for gates in layer.gates]
+    for cells, members in ((pairs, 2), (triangles, 3)):
+        simplices = list(itertools.combinations(range(10), members))
+        touched = sum(bool(route & {*s}) for route in routed for s in simplices)
+        assert cells[1:3] == [str(len(simplices)), str(touched)]
+        assert float(cells[3]) == pytest.approx(2 * 8 * (touched * (3000 + members * 4) + 8 * (3000 + 80)), rel=0.01)
+        assert float(cells[-1]) < 1e-4  # of float32
+    exact, estimated = (hodgecover.lens_barriers(layer, mathx.edges(10), outcomes) for outcomes in (0, 256))
+    assert sampled[0] == "256" and float(sampled[6]) == pytest.approx(mathx.spearman(estimated, exact), abs=1e-5)
+    ranks = mathx.spearman(bench.harmonic(estimated, 10), bench.harmonic(exact, 10))
+    assert float(sampled[7]) == pytest.approx(ranks, abs=1e-5) and ranks < 0.999
+    assert sampled[4] == f"{(estimated[exact > 0] / exact[exact > 0] - 1).mean():+.2%}" and (exact > 0).sum() > 5
+
+
+def test_the_bench_fits_exponents(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SCALED", dict(hidden=8, width=4, vocab=20))
+    monkeypatch.setattr(bench, "SCALED_EXPERTS", (8, 16, 32))
+    monkeypatch.setattr(bench, "seconds", lambda function, layer, simplices: float(len(layer.gates[0])) ** 1.5)
+    assert run(bench, "--scaling", "--top-k", 2, "--tokens", 4, "--dtype", "float32") == 0
+    said = capsys.readouterr().out
+    touched = [float(cells[1]) for cells in table_rows(said)]
+    assert touched == [4 * (n * (n - 1) - (n - 2) * (n - 3)) // 2 for n in (8, 16, 32)]
+    slope = bench.slope((8, 16, 32), touched)
+    assert f"pairs: exponent in n of the touched pairs {slope:.2f}, of the time 1.50" in said and 1 < slope < 1.2
+
+
+def test_the_bench_times_a_refit(capsys):
+    assert run(bench, *SMALL, "--refit", 64) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("3 experts of 6, 64 tokens")
+    assert f"{refit.refit_operations(64, 3, 2, 8, 4):.2e} operations" in said
+    assert 0 < float(said.split("residual ")[1].split()[0]) < 1
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--scaling", "--refit", 64], "not allowed with argument"),
+    (["--scaling", "--vocab", 99], "--vocab: --scaling does not use it"),
+    (["--refit", 64, "--tokens", 99], "--tokens: --refit does not use it"),
+    (["--refit", 0], "--refit 0: must be from 1"),
+    (["--experts", 4], "--top-k 8: must be at most 4"),
+    (["--experts", 12, "--refit", 9], "--top-k 8: must be at most 6"),
+    (["--experts", 2], "--experts 2: must be from 3"), (["--hidden", 0], "--hidden 0: must be from 1"),
+    (["--peak", -1], "--peak -1.0: must be"),
+])
+def test_the_bench_refuses_with_one_line(capsys, monkeypatch, options, says):
+    monkeypatch.setattr(bench, "random_layer", refuse)
+    assert_refused(capsys, run(bench, *options), says)
+
+
+def test_the_bench_needs_tokens_for_the_experts_of_a_merge(capsys):
+    assert run(bench, *SMALL, "--tokens", 1, "--vocab", 30, "--top-k", 1) == 2
+    assert "--tokens 1: no pairs whose experts are all used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [bench, estimate])
+def test_the_documentation(module):
+    assert doctest.testmod(module).failed == 0

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: MIT
+"""The scripts to learn from: the audit, the three-cycle lecture, and what the plots show."""
+import doctest
+import itertools
+import json
+import re
+
+import audit
+import baselines
+import hodgecover
+import mathx
+import plot_diagnostics
+import pytest
+import three_cycle
+import torch
+from conftest import GOLDEN, QUICK, assert_refused, refuse, run
+from hodgecover import RECORD, Settings
+from model_io import InputError, Model
+from safetensors.torch import load_file
+
+PLAIN = next(path for path in GOLDEN if path.name == "olmoe-plain")
+FEW = Settings(max_triangles=10)
+
+
+@pytest.fixture(scope="module")
+def audited():
+    """A golden layer's signals, its router's rows and its audit with 5 orders and 4 survivors."""
+    model = Model(PLAIN, torch.float64)
+    ids = load_file(PLAIN / "golden.safetensors")["ids"]
+    signals = next(hodgecover.measure_model(model, ids, FEW, [0]))[1]
+    rows = model.checkpoint.load("model.layers.0.mlp.gate.weight")
+    return signals, rows, audit.audit_layer(signals, rows, 4, 5, FEW)
+
+
+# ------------------------------------------------------------------------------------------------------- the audit
+
+
+def test_the_audit_compares_each_order_with_the_default(audited):
+    """Against plans made one by one, their decompositions by least squares."""
+    signals, _, found = audited
+    orders = {"saliency": found.saliency, "index": found.index} | {f"random:{seed}": facts
+                                                                  for seed, facts in enumerate(found.random)}
+    default = hodgecover.plan_from_signals(signals, 4, FEW)
+    assert found.plan == default and len(orders) == 7
+    for order, facts in orders.items():
+        chosen = Settings(max_triangles=10, order=order)
+        made = hodgecover.decompose(signals, chosen)
+        b = made.signals.barriers
+        gradient = made.d1.T @ torch.linalg.lstsq(made.d1.T, b).solution
+        assert facts.gradient == pytest.approx((gradient.square().sum() / b.square().sum()).item())
+        assert facts.gradient + facts.curl + facts.harmonic == pytest.approx(1)
+        ones = torch.ones(28, dtype=torch.float64)
+        both = torch.cat([made.d1.T, made.d2], dim=1)
+        rest = ones - both @ torch.linalg.lstsq(both, ones, driver="gelsd").solution
+        assert facts.constant == pytest.approx((rest.square().sum() / 28).item())
+        plan = hodgecover.plan_from_signals(signals, 4, chosen)
+        critical = {tuple(edge) for edge in plan.diagnostics.critical_edges}
+        usual = {tuple(edge) for edge in default.diagnostics.critical_edges}
+        assert facts.edges_shared == len(critical & usual) / len(critical)
+        assert facts.survivors_shared == len({*plan.survivors} & {*default.survivors}) / 4
+        simplices = plan.diagnostics.critical_edges + plan.diagnostics.critical_triangles
+        covered = [picks for picks in range(9) if all({*simplex} & {*plan.order[:picks]} for simplex in simplices)]
+        assert facts.covered_at == covered[0]
+    assert (found.saliency.edges_shared, found.saliency.survivors_shared) == (1, 1)
+    assert len({facts.harmonic for facts in orders.values()}) > 3
+    top = sorted(range(8), key=lambda e: -signals.saliency[e])[:4]
+    assert found.top_by_saliency == len({*top} & {*default.survivors}) / 4
+
+
+def test_the_audit_shows_where_redirects_go(audited):
+    """By the paper's rule, by the residual of the additive model, and by the router's rows, word by word."""
+    signals, rows, found = audited
+    plan = found.plan
+    pairs = mathx.edges(8)
+    ends = torch.zeros(28, 8, dtype=torch.float64).scatter(1, pairs, 1.0)
+    residual = signals.barriers - ends @ torch.linalg.lstsq(ends, signals.barriers).solution
+    left = {tuple(pair): value for pair, value in zip(pairs.tolist(), residual.tolist())}
+    cosine = torch.nn.functional.cosine_similarity(rows[:, None].double(), rows[None].double(), dim=2)
+    dropped = [e for e in range(8) if e not in plan.survivors]
+    by_rule = {"the paper's rule": [plan.redirect[e] for e in dropped],
+               "least b_ij - phi_i - phi_j": [min(plan.survivors, key=lambda j: left[min(e, j), max(e, j)])
+                                              for e in dropped],
+               "nearest router row": [max(plan.survivors, key=lambda j: cosine[e, j]) for e in dropped]}
+    expected = {rule: (len({*targets}), max(map(targets.count, targets))) for rule, targets in by_rule.items()}
+    assert found.redirects == expected
+    assert len({*expected.values()}) > 1
+    assert expected["the paper's rule"] == (plan.diagnostics.redirect_targets, plan.diagnostics.redirect_largest)
+
+
+def test_redirects_of_nothing():
+    assert audit.spread({}) == (0, 0)
+
+
+def test_the_range_over_random_orders_is_smallest_median_largest(audited):
+    _, _, found = audited
+    low, middle, high = audit.random_range(found)
+    for name in audit.OrderFacts._fields:
+        values = sorted(getattr(facts, name) for facts in found.random)
+        assert (getattr(low, name), getattr(middle, name), getattr(high, name)) == (values[0], values[2], values[4])
+
+
+def test_the_printed_summary_is_the_audit_s(small, tmp_path, monkeypatch, capsys):
+    """From hodgecover.py's barriers, none measured twice."""
+    text = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(hodgecover, small, "--keep", 4, "--plan-only", *text) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    assert run(audit, small, "--keep", 4, "--orders", 3, *text) == 0
+    said = capsys.readouterr().out
+    model = Model(small)
+    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32, 0)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
+    cache = small.with_name("small-barriers")
+    for index, signals in hodgecover.measure_model(model, ids, Settings(), [0, 1], cache):
+        found = audit.audit_layer(signals, model.checkpoint.load(f"model.layers.{index}.mlp.gate.weight"), 4, 3)
+        harmonic = [facts.harmonic for facts in found.random]
+        additive = found.plan.diagnostics.additive
+        assert [str(index), f"{found.saliency.harmonic:.2f}", f"{found.saliency.constant:.2f}",
+                f"{min(harmonic):.2f} to {max(harmonic):.2f}"] in [row[:4] for row in rows]
+        summary = next(row for row in rows if row[0] == str(index) and len(row) == 10)
+        assert summary[6:8] == [f"{1 - additive['energy']:.1%}", f"{1 - additive['variance']:.1%}"]
+        assert summary[8:] == [f"{found.saliency.covered_at} of 4", f"{found.top_by_saliency:.0%}"]
+        assert [str(index), *(f"{of.targets} ({of.busiest})" for of in found.redirects.values())] in rows
+        layer = said.split(f"Layer {index}\n")[1]
+        shown = re.search(r"\| index \| (.+) \|", layer)[1].split(" | ")
+        assert shown == [*(f"{share:.2f}" for share in found.index[:-1]), str(found.index.covered_at)]
+
+
+def test_the_end_of_the_model_on_request(small, tmp_path, capsys):
+    options = ["--orders", 1, "--end-to-end", 16, "--calib", tmp_path / "text.txt", *QUICK]
+    assert run(audit, small, "--keep", 4, *options) == 0
+    said = capsys.readouterr().out
+    assert "on 16 tokens" in said and "| 1 | 1.000 |" in said  # no layer comes after the last
+    model = Model(small)
+    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32, 0)[:, :8]
+    barriers = [next(hodgecover.measure_model(model, ids, Settings(readout=readout, max_triangles=0), [0]))[1].barriers
+                for readout in ("lens", "model")]
+    assert f"| 0 | {mathx.spearman(*barriers):.3f} |" in said
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--keep", 2], "--keep 2: the model has"), (["--keep", 4, "--orders", 0], "--orders 0: must be"),
+    (["--keep", 4, "--end-to-end", -1], "--end-to-end -1: must be"), (["--keep", 4, "--out", "x"], "--out"),
+    (["--keep", 4, "--tokens", 1], "--tokens 1: must be"), (["--keep", 4, "--vocab-sample", -1], "--vocab-sample -1"),
+    (["--keep", 4, "--end-to-end", 8, "--dtype", "bfloat16"], "bfloat16"), ([], "--keep"),
+])
+def test_the_audit_refuses_wrong_choices_before_the_work(small, tmp_path, monkeypatch, capsys, options, says):
+    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    text = ["--calib", tmp_path / "text.txt", "--tokens", 64, "--seq-len", 32]
+    assert_refused(capsys, run(audit, small, *text, *options), says)
+
+
+# -------------------------------------------------------------------------------------------------- the three-cycle
+
+
+@pytest.fixture(scope="module")
+def toy():
+    layer = three_cycle.toy_layer(1)
+    return layer, hodgecover.measure_layer(three_cycle.moe_layer(layer), three_cycle.SETTINGS)
+
+
+def plain_damage(toy: dict, kept: list[int]) -> float:
+    """Token by token, expert by expert, in plain loops."""
+    def stream(some: list[int]) -> list[torch.Tensor]:
+        out = []
+        for x, logits, residual in zip(toy["x"], toy["logits"], toy["residual"]):
+            two = sorted(some, key=lambda e: -logits[e])[:2]
+            mass = sum(logits[e].exp() for e in two)
+            gate, up, down = toy["experts"]
+            out.append(residual + sum(logits[e].exp() / mass * (
+                down[e] @ (torch.nn.functional.silu(gate[e] @ x) * (up[e] @ x))) for e in two))
+        return out
+    total = 0.0
+    for y, z in zip(stream([*range(6)]), stream(kept)):
+        p, q = ((toy["head"] @ each).softmax(0) for each in (y, z))
+        total += (p * (p / q).log()).sum().item()
+    return total / len(toy["x"])
+
+
+def test_the_lecture_s_damages_are_those_of_plain_loops(toy):
+    layer, signals = toy
+    for method in three_cycle.METHODS:
+        kept = three_cycle.survivors(layer, signals, method)
+        assert three_cycle.damage(layer, kept) == pytest.approx(plain_damage(layer, kept))
+    assert three_cycle.damage(layer, [*range(6)]) == pytest.approx(0, abs=1e-15)
+
+
+def test_the_lecture_s_claims(toy):
+    """The trio is far more expensive than its pairs; scores drop it whole and the cover keeps one; no filled cycle is
+    harmonic."""
+    layer, signals = toy
+    pairs = three_cycle.barrier_of(signals)
+    trio = hodgecover.plain_barrier(three_cycle.moe_layer(layer), [0, 1, 2]).item()
+    assert trio > 1000 * max(pairs[pair] for pair in itertools.combinations(range(3), 2))
+    kept = {method: three_cycle.survivors(layer, signals, method) for method in three_cycle.METHODS}
+    assert kept["reap"] == kept["greedy-barrier"] == [3, 4, 5]
+    assert len({*kept["hodgecover"]} & {0, 1, 2}) == 1
+    assert three_cycle.damage(layer, kept["hodgecover"]) < three_cycle.damage(layer, kept["reap"])
+    assert three_cycle.cycle_energy([[0, 1, 2]]) == pytest.approx((0, 1, 0), abs=1e-12)
+    assert three_cycle.cycle_energy([]) == pytest.approx((0, 0, 1), abs=1e-12)
+
+
+def test_the_lecture_says_how_often_the_toy_holds(toy, monkeypatch, capsys):
+    """Its numbers: of 8 toys counted one by one; the KLs printed are the damages."""
+    layer, signals = toy
+    monkeypatch.setattr(three_cycle, "TOYS", 8)
+    assert run(three_cycle) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    better = worse = 0
+    for seed in range(1, 9):
+        other = three_cycle.toy_layer(seed)
+        measured = hodgecover.measure_layer(three_cycle.moe_layer(other), three_cycle.SETTINGS)
+        plan = hodgecover.plan_from_signals(measured, 3, three_cycle.SETTINGS)
+        top = sorted(range(6), key=lambda e: -measured.saliency[e])[:3]
+        difference = plain_damage(other, plan.survivors) - plain_damage(other, sorted(top))
+        better, worse = better + (difference < -1e-9), worse + (difference > 1e-9)
+    assert f"in {better}, more in {worse}, the same in {8 - better - worse}." in said and better and worse
+    for method, text in three_cycle.METHODS.items():
+        kept = three_cycle.survivors(layer, signals, method)
+        assert f"{text} {kept} {plain_damage(layer, kept):.4f}" in said
+    best = min(plain_damage(layer, list(kept)) for kept in itertools.combinations(range(6), 3))
+    assert re.search(rf"best of all 20 choices \[.*?\] {best:.4f}", said)
+    betti = re.search(r"has (\d+) eigenvalues 0, which is beta_1 = (\d+)", said)
+    assert betti[1] == betti[2]
+
+
+# ------------------------------------------------------------------------------------------------------- the plots
+
+
+@pytest.fixture
+def planned(small, tmp_path):
+    """small with the records of two outputs: additive-residual and reap, and the barriers beside it."""
+    for method in ("additive-residual", "reap"):
+        assert run(baselines, small, "--keep", 4, "--method", method, "--calib", tmp_path / "text.txt", *QUICK, "--out",
+                   tmp_path / method) == 0
+    return small
+
+
+def test_plots_take_reap_s_retained_energy_from_the_barriers(planned, tmp_path):
+    """As `mathx.retained` of its survivors says; a plan that has diagnostics is left as it is."""
+    entries = [plot_diagnostics.read_entry(tmp_path / method / RECORD) for method in ("additive-residual", "reap")]
+    folder = planned.with_name("small-barriers")
+    own, found = plot_diagnostics.drawable(entries, folder)
+    assert own == entries[0] and plot_diagnostics.label(found) == "reap, K = 4"
+    expected = []
+    for layer in entries[1]["layers"]:
+        signals = plot_diagnostics.cached(folder, entries[0], layer)
+        made = hodgecover.decompose(signals)
+        survivors = [made.rank.tolist().index(e) for e in layer["survivors"]]
+        expected.append(mathx.retained(made.parts.harmonic, mathx.edges(8), survivors))
+        assert found["layers"][layer["layer"]]["survivors"] == layer["survivors"]
+    for kind in ("some", "all"):
+        mean = sum(getattr(kept, kind) for kept in expected) / 2
+        assert plot_diagnostics.mean_retained(found, "harmonic", kind) == pytest.approx(mean)
+
+
+def test_plots_want_the_barriers_of_the_plan(planned, tmp_path):
+    entries = [plot_diagnostics.read_entry(tmp_path / method / RECORD) for method in ("additive-residual", "reap")]
+    with pytest.raises(InputError, match="barriers: needed for reap, K = 4"):
+        plot_diagnostics.drawable(entries, None)
+    folder = planned.with_name("small-barriers")
+    for change in ({"text_sha256": "0"}, {"max_triangles": 7}, {"seed": 1}):
+        other = entries[0] | {"settings": entries[0]["settings"] | change}
+        with pytest.raises(InputError, match="has none of model.layers.0"):
+            plot_diagnostics.cached(folder, other, other["layers"][0])
+    other = entries[0] | {"source": {"fingerprint": "0"}}
+    with pytest.raises(InputError, match="has none of model.layers.0"):
+        plot_diagnostics.cached(folder, other, other["layers"][0])
+
+
+def test_the_matrix_of_barriers_has_the_survivors_first(planned, tmp_path):
+    entry = plot_diagnostics.read_entry(tmp_path / "additive-residual" / RECORD)
+    layer = entry["layers"][1]
+    order = plot_diagnostics.survivors_first(layer)
+    assert sorted(order[:4]) == layer["survivors"] and sorted(order) == list(range(8))
+    assert all(layer["saliency"][a] >= layer["saliency"][b] for part in (order[:4], order[4:])
+               for a, b in itertools.pairwise(part))
+    barriers = plot_diagnostics.cached(planned.with_name("small-barriers"), entry, layer).barriers
+    matrix = plot_diagnostics.barrier_matrix(barriers, order)
+    for value, (i, j) in zip(barriers.tolist(), mathx.edges(8).tolist()):
+        assert matrix[order.index(i), order.index(j)] == matrix[order.index(j), order.index(i)] == value
+    assert matrix.diagonal().isnan().all()
+
+
+class Axes:
+    """Remembers what is drawn on it."""
+
+    def __init__(self):
+        self.calls = []
+        self.figure = self
+
+    def __getattr__(self, name):
+        return lambda *given, **named: self.calls.append((name, given, named))
+
+
+def test_the_bars_of_eta_stack_up_to_1(planned, tmp_path):
+    layers = plot_diagnostics.read_entry(tmp_path / "additive-residual" / RECORD)["layers"]
+    axes = Axes()
+    plot_diagnostics.draw_eta(axes, layers)
+    bars = [(given[1], named["bottom"]) for name, given, named in axes.calls if name == "bar"]
+    assert [round(base + share, 9) for share, base in zip(*map(list, bars[2]))] == [1, 1]
+    marks = next(given[1] for name, given, _ in axes.calls if name == "scatter")
+    assert marks == [1 - layer["diagnostics"]["eta_constant"]["harmonic"] for layer in layers]
+
+
+def test_critical_edges_are_marked_at_their_places(planned, tmp_path):
+    layer = plot_diagnostics.read_entry(tmp_path / "additive-residual" / RECORD)["layers"][0]
+    axes = Axes()
+    plot_diagnostics.draw_barriers(axes, layer, torch.rand(28))
+    order = plot_diagnostics.survivors_first(layer)
+    marked = {tuple(point) for name, given, _ in axes.calls if name == "scatter" for point in zip(*given)}
+    critical = {tuple(order.index(e) for e in pair) for pair in layer["diagnostics"]["critical_edges"]}
+    assert marked == critical | {pair[::-1] for pair in critical} and critical
+
+
+def test_plots_without_matplotlib_get_one_line(planned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    capsys.readouterr()
+    status = run(plot_diagnostics, tmp_path / "reap" / RECORD, "--out", tmp_path / "a.png")
+    assert_refused(capsys, status, "matplotlib is missing; pip install matplotlib")
+
+
+class Pyplot:
+    """A plotting library that draws nothing, and may fail as it saves."""
+
+    def __init__(self, fails: bool):
+        self.fails = fails
+
+    def subplots(self, rows: int, columns: int, **_):
+        axes = {(row, column): Axes() for row in range(rows) for column in range(columns)}
+        return self, axes
+
+    def savefig(self, file, **named):
+        file.write(b"picture")
+        if self.fails:
+            raise ValueError("Format 'x' is not supported")
+
+    def close(self, figure):
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_picture_is_whole_or_absent(planned, tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.setattr(plot_diagnostics, "import_pyplot", lambda: Pyplot(fails))
+    capsys.readouterr()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    status = run(plot_diagnostics, tmp_path / "additive-residual" / RECORD, tmp_path / "reap" / RECORD, "--barriers",
+                 planned.with_name("small-barriers"), "--out", folder / "a.png")
+    if fails:
+        assert_refused(capsys, status, "--out: Format 'x' is not supported")
+    assert [file.read_bytes() for file in folder.iterdir()] == ([] if fails else [b"picture"]) and status == 2 * fails
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--layer", 0], "--layer: goes with --barriers"),
+    (["--layer", 5, "--barriers", "FOLDER"], "--layer 5: the plan has"),
+    (["--barriers", "nowhere"], "--barriers nowhere: has none of"),
+])
+def test_plots_refuse_wrong_choices(planned, tmp_path, monkeypatch, capsys, options, says):
+    monkeypatch.setattr(plot_diagnostics, "import_pyplot", lambda: Pyplot(False))
+    capsys.readouterr()
+    options = [planned.with_name("small-barriers") if option == "FOLDER" else option for option in options]
+    plan = tmp_path / "additive-residual" / RECORD
+    assert_refused(capsys, run(plot_diagnostics, plan, *options, "--out", tmp_path / "a.png"), says)
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("record, says", [
+    ({}, "its last step is no plan"), ({"history": []}, "its last step is no plan"),
+    ({"history": [{"layers": [{"groups": [[0]]}], "settings": {"keep": 1}}]}, "its last step is no plan"),
+    ({"history": [{"layers": [{"survivors": [0]}], "settings": {"keep": 1}}]}, "did not write (KeyError"),
+])
+def test_plots_of_something_else(tmp_path, monkeypatch, capsys, record, says):
+    monkeypatch.setattr(plot_diagnostics, "import_pyplot", lambda: Pyplot(False))
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert_refused(capsys, run(plot_diagnostics, tmp_path / "a.json", "--out", tmp_path / "a.png"), says)
+
+
+def test_the_docstrings_examples_hold():
+    assert sum(doctest.testmod(module).failed for module in (audit, plot_diagnostics, three_cycle)) == 0

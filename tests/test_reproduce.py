@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: MIT
+"""The studies: a cell is what the commands give, the statistics are right, and every table can be filled."""
+import ast
+import re
+from functools import partial
+from statistics import mean
+
+import baselines
+import hodgecover
+import mathx
+import model_io
+import pytest
+import refit
+import refit_study
+import reproduce
+import torch
+import wanda
+from conftest import PROSE, ROOT, assert_refused, run
+from model_io import InputError, Model
+
+CELL = r"[\d.]+ ± [\d.]+ \(KL -?[\d.]+ ± [\d.]+\)"
+DIFFERENCE = r"\*?\*?[+-][\d.]+ ± [\d.]+\*?\*?"
+TEXT = PROSE[:640]
+TEXTS = {"calibration": TEXT, "held-out": TEXT[::-1], "train": TEXT.upper()}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Samples of 64 tokens in sequences of 32, and texts of a page."""
+    monkeypatch.setattr(reproduce, "CALIBRATION", 64)
+    monkeypatch.setattr(reproduce, "SEQ_LEN", 32)
+    monkeypatch.setattr(model_io, "python_documentation", lambda part: (TEXTS[part],))
+    monkeypatch.setitem(refit_study.TEXTS, "documentation", lambda: [TEXTS["calibration"]])
+    monkeypatch.setitem(refit_study.TEXTS, "source code", lambda: ["x = 1\n" * 20])
+    monkeypatch.setitem(refit_study.TEXTS, "licences", lambda: ["As it is. " * 20])
+
+
+@pytest.fixture
+def sample(small, tmp_path) -> reproduce.Sample:
+    """The sample of seed 1 of the small model."""
+    source = Model(small)
+    return reproduce.Sample(source, hodgecover.calibration_ids(source, [], 64, 32, 1), 1, tmp_path / "cache")
+
+
+def shown(capsys, command, model, *arguments) -> list[list[str]]:
+    """The lines of the tables that a study prints on two samples, cell by cell."""
+    assert run(command, "--model", model, "--samples", 2, "--tokens", 64, *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+
+
+# --------------------------------------------------------------------------------------------- a cell is what users get
+
+
+USERS = ["--tokens", 64, "--seq-len", 32, "--seed", 1, "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("label, method", [("reap", ["--method", "reap"]), ("random", ["--method", "random"]),
+                                           ("greedy-barrier", ["--method", "greedy-barrier"]),
+                                           ("hc-smoe", ["--method", "hc-smoe"]),
+                                           ("ream, in all slots", ["--method", "ream", "--all-slots"])])
+def test_cell_of_a_method_is_what_its_command_gives(label, method, sample, tmp_path):
+    source, out = sample.source, tmp_path / "out"
+    assert run(baselines, source.checkpoint.path, "--keep", 4, "--out", out, *method, *USERS) == 0
+    text = reproduce.held_out(source, 64)
+    found = reproduce.score(sample, text, reproduce.method_tables()[0].lines[label], 0.5)
+    expected = model_io.compare(source, Model(out), text)
+    assert found[:2] == (expected.output_perplexity, expected.kl)
+
+
+@pytest.mark.parametrize("label, router", [("hodgecover", "drop"), ("hodgecover, fold", "fold")])
+def test_cell_of_hodgecover_is_what_its_command_gives(label, router, sample, tmp_path):
+    source, out = sample.source, tmp_path / "out"
+    assert run(hodgecover, source.checkpoint.path, "--keep", 4, "--out", out, "--router", router, *USERS) == 0
+    text = reproduce.held_out(source, 64)
+    found = reproduce.score(sample, text, reproduce.method_tables()[0].lines[label], 0.5)
+    output = hodgecover.folded_model(out) if router == "fold" else Model(out)
+    expected = model_io.compare(source, output, text)
+    assert found[:2] == (expected.output_perplexity, expected.kl) and found.gone == 0.5
+
+
+def test_cell_of_a_refitted_hybrid_is_what_three_commands_give(sample, tmp_path):
+    source, text = sample.source, reproduce.held_out(sample.source, 64)
+    path, few, sparse, recovered = (source.checkpoint.path, *(tmp_path / name for name in ("few", "sparse", "out")))
+    assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
+    assert run(wanda, few, "--total-rate", 0.5, "--source", path, "--out", sparse, *USERS) == 0
+    assert run(refit, path, sparse, "--out", recovered, *USERS) == 0
+
+    lines = reproduce.hybrid_lines(["reap"], reproduce.method_lines())
+    for make, folder in ((lines["reap, with Wanda"], sparse),
+                         (partial(refit_study.refitted, make=lines["reap, with Wanda"], tokens=64), recovered)):
+        expected = model_io.compare(source, Model(folder), text)
+        found = reproduce.score(sample, text, make, (0.5, 0.25))
+        assert found[:2] == (expected.output_perplexity, expected.kl)
+        assert 0.45 < found.gone <= 0.5  # of the source's parameters; each row is floored
+
+
+def test_wanda_alone_drops_no_expert(sample, tmp_path):
+    output = reproduce.hybrid_lines([], {})["Wanda alone"](sample, (0.5, 0.25), tmp_path / "out")
+    assert output.config.num_experts == 8
+    zeros = [(model_io.Checkpoint(tmp_path / "out").load(name) == 0).double().mean().item()
+             for name in wanda.expert_matrices(output.checkpoint)]
+    assert zeros == pytest.approx([0.5] * len(zeros))
+
+
+# ------------------------------------------------------------------------------------------------------- the statistics
+
+
+def test_students_t_holds_95_percent():
+    """Of the density (1 + t^2 / m)^(-(m + 1) / 2) with m degrees of freedom, by the substitution t = sqrt(m) tan u."""
+    for m, t in enumerate(reproduce.STUDENT_T, 1):
+        u = torch.linspace(-torch.pi / 2, torch.pi / 2, 200_001, dtype=torch.float64)
+        density = u.cos().clamp(min=0) ** (m - 1)
+        inside = density[(m**0.5 * u.tan()).abs() <= t].sum() / density.sum()
+        assert inside == pytest.approx(0.95, abs=2e-4)
+
+
+def test_half_interval_of_two_values_in_closed_form():
+    half = torch.tan(torch.tensor(0.475 * torch.pi, dtype=torch.float64)).item()  # Cauchy's quantile
+    assert reproduce.half_interval([1.0, 3.0]) == pytest.approx(half, rel=1e-4)  # times |3 - 1| / 2
+
+
+def test_differences_are_taken_sample_by_sample(capsys):
+    def scores(*kls: float) -> list[list[reproduce.Score]]:
+        return [[reproduce.Score(9.0, kl, 0.5) for kl in kls]]
+    reproduce.show_differences({"a": scores(0.1, 0.9), "level": scores(0.2, 0.8), "worse": scores(0.301, 1.099),
+                                "better": scores(0.0, 0.8)}, ["50%"])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "| KL minus that of a | 50% |", "|---|---|", "| level | +0.000 ± 1.271 |", "| worse | **+0.200 ± 0.013** |",
+        "| better | **-0.100 ± 0.000** |"]
+
+
+@pytest.mark.parametrize("found", [{"a": [[reproduce.Score(9.0, 0.1, 0.5)] * 2]},
+                                   {name: [[reproduce.Score(9.0, 0.1, 0.5)]] for name in "ab"}])
+def test_no_differences_of_one_line_or_one_sample(found, capsys):
+    reproduce.show_differences(found, ["50%"])
+    assert capsys.readouterr().out == ""
+
+
+def test_text_is_evenly_spaced_from_the_first_to_the_last():
+    text = torch.arange(22).view(11, 2)
+    assert reproduce.evenly(text, 6)[:, 0].tolist() == [0, 10, 20] and len(reproduce.evenly(text, 999)) == 11
+
+
+def test_settings_are_compared_on_text_that_no_sample_has(sample):
+    text = reproduce.outside(sample.source, [sample], 10**6)
+    everything = model_io.sequences(sample.source.encode([TEXT]), 32).tolist()
+    ours = sample.ids.tolist()
+    assert text.tolist() == [sequence for sequence in everything if sequence not in ours] and len(text)
+
+
+def test_no_text_is_left_for_settings(sample):
+    everything = model_io.sequences(sample.source.encode([TEXT]), 32)
+    with pytest.raises(InputError, match="^samples: "):
+        reproduce.outside(sample.source, [reproduce.Sample(sample.source, everything, 0, sample.cache)], 64)
+
+
+# ----------------------------------------------------------------------------------------------------------- redirects
+
+
+def test_additive_redirect_finds_what_the_additive_part_hides():
+    """Expert 0 is cheapest to merge with everything; without phi_i + phi_j, the planted pair of 5 is 1."""
+    phi = torch.tensor([0.0, 5.0, 6.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    i, j = mathx.edges(6).unbind(1)
+    barriers = phi[i] + phi[j] - 0.5 * ((i == 1) & (j == 5)).double()
+    signals = hodgecover.Signals(torch.ones(6), torch.arange(6).double(), barriers, torch.empty(0, 3).long(),
+                                 torch.empty(0, dtype=torch.float64))
+    found = hodgecover.decompose(signals, hodgecover.Settings(order="index"))
+    papers = mathx.redirect([0, 1, 2], barriers, found.parts.harmonic, alpha=1)
+    selection = hodgecover.select(found, 3)._replace(redirect=papers)
+    assert {*reproduce.REDIRECTS["the paper's rule"](found, selection, [0, 1, 2], None).values()} == {0}
+    assert reproduce.REDIRECTS["least barrier without its additive part"](found, selection, [0, 1, 2], None)[5] == 1
+
+
+def test_redirect_by_router_rows_is_by_expert(sample):
+    """The plan is by expert, the decomposition by vertex: compare with the rule on the experts themselves."""
+    plans = reproduce.hodgecover_plans(sample, 0.5, sample.settings(), "nearest router row")
+    for name, plan in plans.items():
+        rows = sample.source.checkpoint.load(f"{name}.mlp.gate.weight")
+        assert plan.redirect == baselines.nearest_rows(rows, plan.survivors)
+
+
+def test_redirects(small, capsys):
+    table = shown(capsys, reproduce, small, "--redirects", "--columns", "50%")
+    label, folded = "drop", [f"fold, {rule}" for rule in reproduce.REDIRECTS]
+    assert [line[0] for line in table] == ["experts dropped", label, *folded, f"KL minus that of {label}", *folded,
+                                           "targets of the redirect (experts that the busiest one takes)",
+                                           *reproduce.REDIRECTS]
+    source = Model(small)
+    samples = [reproduce.Sample(source, hodgecover.calibration_ids(source, [], 64, 32, seed), seed,
+                                small.with_name("small-samples") / str(seed)) for seed in range(2)]
+    plans = [plan for one in samples for plan in reproduce.hodgecover_plans(one, 0.5, one.settings()).values()]
+    targets = [[*plan.redirect.values()] for plan in plans]
+    busiest = mean(max(map(of.count, of)) for of in targets)
+    assert table[-3][1] == f"{mean(len({*of}) for of in targets):.1f} of 4 ({busiest:.1f})"
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def test_every_line_of_methods_and_hybrids(small, capsys):
+    table = shown(capsys, reproduce, small, "--columns", "50%")
+    methods, hybrids = reproduce.method_tables()
+    names = [re.sub(r" \([\d.]+%\)$", "", line[0]) for line in table]
+    assert names == ["experts dropped", *methods.lines, "KL minus that of hodgecover", *[*methods.lines][1:],
+                     "parameters of the experts gone", *hybrids.lines,
+                     "KL minus that of hodgecover, with Wanda", *[*hybrids.lines][1:]]
+    assert {*baselines.METHODS} < {*methods.lines}
+    cells = [line[1] for line in table if line[1] != "50%"]
+    assert all(re.fullmatch(f"{CELL}|{DIFFERENCE}", cell) for cell in cells)
+    assert "Wanda alone (50.0%)" in [line[0] for line in table]
+
+
+def test_columns_keep_the_named_share(small, capsys):
+    """Of 8 experts stay 6, 5, 4 and 3."""
+    assert [reproduce.survivors(Model(small), dropped) for dropped in reproduce.DROPPED.values()] == [6, 5, 4, 3]
+    head, line = shown(capsys, reproduce, small, "--only", "reap", "--columns", "66%", "25%")
+    assert head == ["experts dropped", "25%", "66%"] and all(re.fullmatch(CELL, cell) for cell in line[1:])
+
+
+def test_settings_table(small, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "VARIANTS", dict([*reproduce.VARIANTS.items()][::5]))
+    table = shown(capsys, reproduce, small, "--settings", "--columns", "50%")
+    assert [line[0] for line in table] == ["setting", *reproduce.VARIANTS, "KL minus that of 5% critical edges and "
+                                           "triangles", *[*reproduce.VARIANTS][1:]]
+
+
+def test_a_setting_reaches_the_plan(sample):
+    for values in reproduce.VARIANTS.values():
+        assert sample.settings(**values) == hodgecover.Settings(seed=1, **values)
+
+
+def test_barriers_are_measured_once(small, capsys, monkeypatch):
+    shown(capsys, reproduce, small, "--only", "hodgecover", "--columns", "50%")
+    monkeypatch.setattr(hodgecover, "measure_layer", None)
+    assert shown(capsys, reproduce, small, "--only", "hodgecover", "--columns", "50%")
+
+
+def test_refitted_methods_and_hybrids(small, capsys):
+    table = shown(capsys, refit_study, small, "--columns", "50%", "--only", "hodgecover", "stun", "random, with Wanda")
+    assert [re.sub(r" \(.*", "", line[0]) for line in table] == [
+        "experts dropped, refitted on 16,384 tokens", "hodgecover", "stun", "KL minus that of hodgecover", "stun",
+        "parameters of the experts gone, refitted on 16,384 tokens", "random, with Wanda"]
+
+
+def test_curves(small, capsys):
+    table = shown(capsys, refit_study, small, "--curves", "--columns", "50%", "--only", "not refitted", "1 sweeps",
+                  "3 sweeps", "factors")
+    assert [line[0] for line in table] == ["tokens", "not refitted", "sweeps", "1 sweeps", "3 sweeps",
+                                           "KL minus that of 1 sweeps", "3 sweeps", "fit", "factors"]
+
+
+def test_curves_do_what_their_lines_say():
+    by_tokens, by_ridge, by_sweeps, by_text, _ = (table.lines for table in refit_study.curve_tables())
+    for label, make in (by_tokens | by_ridge).items():
+        said = re.search(r"([\d,]+) tokens", label)
+        assert not said or make.keywords["tokens"] == int(said[1].replace(",", ""))
+        assert said is None or ("training" in make.keywords["text"]) == ("training" in label)
+    assert all(f"ridge {make.keywords['fit'].keywords['ridge']}," in label for label, make in by_ridge.items())
+    assert all(f"{make.keywords['fit'].keywords['sweeps']} sweeps" == label for label, make in by_sweeps.items())
+    assert all(make.keywords["text"] == label for label, make in by_text.items()) and len(by_tokens | by_ridge) == 18
+
+
+def test_each_fit_and_text_is_one_of_its_own(sample, tmp_path):
+    tables = refit_study.curve_tables()
+    lines = {"not refitted": tables[0].lines["not refitted"]} | tables[3].lines | tables[4].lines
+    made = {label: make(sample, 0.5, tmp_path / str(at)).checkpoint.fingerprint()
+            for at, (label, make) in enumerate(lines.items())}
+    assert made.pop("documentation") == made["factors and down projections (refit.py)"]
+    assert len({*made.values()}) == len(made) == 11
+
+
+def test_where(small, capsys):
+    assert run(refit_study, "--model", small, "--where", "--samples", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all(re.search(r"\| [+-]\d\.\d\d ± \d\.\d\d \|$", line) for line in lines[3:])
+
+
+# -------------------------------------------------------------------------------------------------------- refit_study
+
+
+def pass_and_residual(sample, out):
+    """The first layer of a compressed checkpoint, and what its stream lacks."""
+    output = reproduce.method_lines()["reap"](sample, 0.5, out)
+    target, step = (next(model.stream(sample.ids)) for model in (sample.source, output))
+    return step, target.y - step.y
+
+
+def test_all_directions_are_the_refit(sample, tmp_path):
+    step, residual = pass_and_residual(sample, tmp_path / "out")
+    width = step.layer.experts.down.shape[2]
+    expected = refit.refit_layer(step, residual.clone())
+    found = refit_study.fit_directions(step, residual.clone(), width)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(refit_study.fit_directions(step, residual.clone(), 2), expected, atol=1e-4)
+
+
+def test_directions_are_those_of_largest_energy(sample, tmp_path):
+    step, residual = pass_and_residual(sample, tmp_path / "out")
+    factor = refit.fit_scale(step, residual).to(residual)[:, None, None]
+    change = refit_study.fit_directions(step, residual.clone(), 2) - step.layer.experts.down * factor
+    for e, of_expert in enumerate(change):
+        hidden = torch.cat([x for _, x in refit.gated_hidden(step, e)])
+        if len(hidden) > 2:
+            others = torch.linalg.svd(hidden).Vh[2:]
+            assert (of_expert @ others.T).norm() < 1e-2 * of_expert.norm()
+
+
+def test_unscaled_fit_lowers_the_residual(sample, tmp_path):
+    step, residual = pass_and_residual(sample, tmp_path / "out")
+    before, down = residual.norm(), refit_study.fit_unscaled(step, residual)
+    lacking = next(sample.source.stream(sample.ids)).y - step.y
+    refit.add_outputs(lacking, step, step.layer.experts.down - down)
+    assert torch.allclose(lacking, residual, atol=1e-5) and residual.norm() < 0.9 * before
+    assert not torch.allclose(down, refit.refit_layer(step, lacking), atol=1e-4)
+
+
+def test_router_fit_follows_the_slope_of_the_gates(sample, tmp_path, monkeypatch):
+    """What a change of the router does to the output, by autograd through the softmax, is found again without a ridge;
+    each token counts for the experts it is routed to."""
+    monkeypatch.setattr(refit, "RIDGE", 1e-9)
+    monkeypatch.setattr(refit, "SWEEPS", 60)
+    step = next(reproduce.whole(sample, 0, tmp_path / "out").stream(sample.ids))
+    experts, router, routed = step.layer.experts, step.layer.router, step.gates > 0
+    change = 1e-3 * torch.randn(router.shape, generator=torch.Generator().manual_seed(0))
+    outputs = torch.stack([experts(e, step.x) for e in range(len(router))], 1)
+
+    def output(logits: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("tn,tnd->td", logits.softmax(-1) * routed, outputs)
+    logits = step.x @ router.T
+    mix, wanted = torch.autograd.functional.jvp(output, logits, (step.x @ change.T) * routed)
+    assert torch.allclose(mix, model_io.mix_experts(experts, step.x, step.gates), atol=1e-5)
+    residual = wanted.double()
+    refit_study.fitted_router(step, mix, residual)
+    assert residual.norm() < 0.02 * wanted.norm()
+
+
+def test_router_fit_writes_what_it_found(sample, tmp_path):
+    output = reproduce.method_lines()["reap"](sample, 0.5, tmp_path / "out")
+    unfitted = model_io.compare(sample.source, output, sample.ids).kl
+    refit_study.fit_routers(sample.source, output, sample.ids)
+    assert model_io.compare(sample.source, Model(tmp_path / "out"), sample.ids).kl < unfitted
+
+
+def test_router_fit_refuses_normalised_gates(sample):
+    normalised = next(path for path in (ROOT / "tests" / "golden").iterdir()
+                      if path.is_dir() and Model(path).config.norm_topk_prob)
+    with pytest.raises(InputError, match="normalises its gates"):
+        refit_study.fit_routers(sample.source, Model(normalised), sample.ids)
+
+
+def test_what_foretells_a_change_by_brute_force(sample):
+    found = reproduce.decompositions(sample, sample.settings())
+    for name, plan in reproduce.hodgecover_plans(sample, 0.5, sample.settings()).items():
+        signals, rank = sample.signals(sample.settings())[name], found[name].rank.tolist()
+        pair = {tuple(edge): at for at, edge in enumerate(mathx.edges(8).tolist())}
+        said = refit_study.foretold(found[name], plan)
+        for slot, e in enumerate(plan.survivors):
+            tokens = sum(plan.frequency[d] for d, target in plan.redirect.items() if target == e)
+            barriers = sum(signals.barriers[pair[min(d, e), max(d, e)]] for d in plan.redirect)
+            ranked = [tuple(sorted((rank.index(d), rank.index(e)))) for d in plan.redirect]
+            harmonic = sum(found[name].parts.harmonic[pair[edge]].abs() for edge in ranked)
+            assert [values[slot].item() for values in said.values()] == pytest.approx(
+                [tokens, plan.frequency[e], plan.saliency[e], float(barriers), float(harmonic)])
+
+
+def test_source_code_has_no_docstrings(monkeypatch, tmp_path):
+    documented = '"""Doc."""\nclass A:\n    """Doc."""\ndef f():\n    "Doc."\n    return 1  # why\n'
+    (tmp_path / "module.py").write_text(documented)
+    monkeypatch.setattr(refit_study.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert refit_study.source_code() == [ast.unparse(ast.parse("class A: pass\ndef f(): return 1"))]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("command, arguments, says", [
+    (reproduce, ["--only", "nobody"], "--only nobody: must be one of hodgecover; random"),
+    (reproduce, ["--redirects", "--only", "hc-smoe"], "--only hc-smoe: must be one of drop; fold"),
+    (reproduce, ["--columns", "51%"], "--columns 51%: must be one of 25%"),
+    (reproduce, ["--samples", "11"], "--samples 11: must be from 1 to 10"),
+    (reproduce, ["--samples", "0"], "--samples 0: must be from 1 to 10"),
+    (reproduce, ["--tokens", "31"], "--tokens 31: must be from 32"),
+    (reproduce, ["--settings", "--redirects"], "not allowed with argument"),
+    (reproduce, ["--model", "nowhere"], "nowhere"),
+    (refit_study, ["--where", "--columns", "50%"], "--columns: does not go with --where"),
+    (refit_study, ["--where", "--curves"], "not allowed with argument"),
+    (refit_study, ["--curves", "--columns", "25%"], "--columns 25%: must be one of 50%; 66%")])
+def test_bad_input_is_refused_before_the_work(command, arguments, says, small, capsys, monkeypatch):
+    monkeypatch.setattr(model_io.Model, "stream", None)
+    model = [] if "--model" in arguments else ["--model", small]
+    assert_refused(capsys, run(command, *model, *arguments), says)
+
+
+def test_a_cache_in_the_model_is_refused(small, capsys):
+    assert_refused(capsys, run(reproduce, "--model", small, "--cache", small / "cache"), "--cache ")
+
+
+def test_a_model_that_needs_more_experts_is_refused(small, capsys, monkeypatch):
+    monkeypatch.setitem(reproduce.DROPPED, "90%", 0.9)
+    assert_refused(capsys, run(reproduce, "--model", small, "--only", "reap"), "keep 1")

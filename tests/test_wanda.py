@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""Wanda: its masks entry by entry, its layers in order, and the command on every family."""
+import json
+
+import hodgecover
+import model_io
+import pytest
+import torch
+import wanda
+from conftest import GOLDEN, QUICK, assert_refused, contents, record, run
+from fake_device import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_io import Model
+from safetensors.torch import load_file, save_file
+
+HALF = [0, 2, 3, 5]
+
+
+def matrices(path) -> dict[str, torch.Tensor]:
+    """The matrices of the experts of a checkpoint, and of its dense layers."""
+    checkpoint = model_io.Checkpoint(path)
+    return {name: checkpoint.load(name) for name in checkpoint.tensors if "_proj" in name and ".mlp." in name}
+
+
+def halved(source, out, keep=HALF):
+    """A checkpoint of some of the experts, without a record."""
+    model = Model(source)
+    names = [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
+    model_io.write_checkpoint(model.checkpoint, out, {name: keep for name in names}, {})
+    return out
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10**6), count=st.integers(0, 8), group=st.sampled_from([2, 4, 8]))
+def test_the_masks_keep_the_largest_products(seed, count, group):
+    """Against a plain loop, on few distinct numbers: of equal products the first go."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-3, 4, (5, 8), generator=generator).float()
+    norms = torch.randint(0, 3, (8,), generator=generator).float()
+
+    def best(entries: list[float], kept: int) -> list[bool]:
+        least = sorted(range(len(entries)), key=lambda j: entries[j])[:len(entries) - kept]
+        return [j not in least for j in range(len(entries))]
+    products = (weight.abs() * (norms if norms.any() else 1)).tolist()
+    assert wanda.keep_largest(weight, norms, count).tolist() == [best(row, count) for row in products]
+    kept = min(count, group - 1)
+    expected = [sum((best(row[j:j + group], kept) for j in range(0, 8, group)), []) for row in products]
+    assert wanda.keep_of_groups(weight, norms, kept, group).tolist() == expected
+
+
+def test_the_count_is_floored_as_in_the_published_code():
+    weight = torch.arange(1.0, 11.0).view(2, 5)
+    assert wanda.keep_share(weight, torch.ones(5), 0.59).sum(1).tolist() == [3, 3]
+    assert wanda.keep_share(weight, torch.ones(5), 0.6).sum(1).tolist() == [2, 2]
+    assert wanda.keep_share(weight, torch.zeros(5), 0.6).tolist() == [[False] * 3 + [True] * 2] * 2  # magnitude alone
+    assert int(wanda.rate_of_rest(0.7, 200, 100) * 80) == 32  # not 31.999...
+
+
+def zeroed(weight: torch.Tensor, x: torch.Tensor, rate: float) -> torch.Tensor:
+    """A matrix (o, i) pruned as the paper says, on the inputs x (R, i); by magnitude if there are none."""
+    norms = x.square().sum(0).sqrt() if len(x) else torch.ones(x.shape[1])
+    score = weight.abs() * norms
+    return weight.scatter(1, score.argsort(dim=1)[:, :int(rate * score.shape[1])], 0)
+
+
+@pytest.mark.parametrize("name", ["olmoe-plain", "qwen2-dense-between", "qwen3_5-vision-mtp"])
+def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(tmp_path, name):
+    """Each matrix against the paper's rule, on the pass of a checkpoint whose earlier layers are pruned already. Some
+    experts have no token."""
+    source, idle = Model(GOLDEN[0].with_name(name), torch.float64), 0
+    ids = torch.arange(5)[None]
+    for out in ("out", "so-far"):
+        halved(source.checkpoint.path, tmp_path / out, range(8))
+    output, so_far = (Model(tmp_path / out, torch.float64) for out in ("out", "so-far"))
+    shares = []
+    pruned = wanda.prune(output, ids, lambda weight, norms: wanda.keep_share(weight, norms, 0.4), shares.append)
+    assert pruned == sum((weight == 0).sum().item() for weight in matrices(tmp_path / "out").values())
+    assert len(shares) == len(source.layer_names) and shares == sorted(shares) and shares[-1] == 1
+
+    for index, layer in enumerate(source.layer_names):
+        step = next(step for step in so_far.stream(ids) if step.index == index)
+        if step.gates is None:
+            continue
+        found = output.layer(index)
+        for e in range(8):
+            gate, up, down = (part[e] for part in step.layer.experts)
+            x = step.x[step.gates[:, e] > 0]
+            idle += not len(x)
+            assert torch.equal(found.experts.gate[e], zeroed(gate, x, 0.4))
+            assert torch.equal(found.experts.up[e], zeroed(up, x, 0.4))
+            assert torch.equal(found.experts.down[e], zeroed(down, step.layer.experts.hidden(e, x), 0.4))
+        for key, weight in step.layer.weights.items():
+            if "shared_expert." in key:
+                x = model_io.gated(step.x, step.layer.weights, "mlp.shared_expert") if "down" in key else step.x
+                assert torch.equal(found.weights[key], zeroed(weight, x, 0.4))
+        for key in so_far.checkpoint.tensors:
+            if key.startswith(f"{layer}."):
+                so_far.checkpoint.overwrite(key, output.checkpoint.load(key))
+    assert idle, "give fewer tokens, so that an expert has none"
+
+
+@pytest.mark.parametrize("options", [["--rate", 0.5], ["--nm", "2:4"]], ids=["rate", "groups"])
+def test_every_family(family, tmp_path, options):
+    """All experts, shared and fused ones among them, and nothing else; the record; the input as it was."""
+    before, given_files = matrices(family), contents(family)
+    calib = ["--calib", tmp_path / "text.txt"]
+    assert run(wanda, family, *options, *calib, *QUICK, "--out", tmp_path / "out") == 0
+    after = matrices(tmp_path / "out")
+    for name, weight in before.items():
+        zeros = after[name] == 0
+        assert torch.equal(after[name], weight.masked_fill(zeros, 0))  # the others bit for bit
+        if "expert" not in name:
+            assert torch.equal(after[name], weight)
+        elif options[0] == "--rate":
+            assert (zeros.sum(-1) == weight.shape[-1] // 2).all()
+        else:
+            assert (zeros.view(-1, 4).sum(1) == 2).all()
+    assert contents(family) == given_files
+    others = {name: content for name, content in contents(tmp_path / "out").items() if ".safetensors" not in name}
+    assert others.keys() == {"hodgecover.json"} | {name for name in given_files if ".safetensors" not in name}
+    entry = record(tmp_path / "out")
+    assert entry["pruned"] == {"checkpoint": 0.5}
+    assert entry["checkpoint"]["fingerprint"] == model_io.Checkpoint(family).fingerprint()
+    assert Model(tmp_path / "out").logits(torch.arange(9)[None]).isfinite().all()
+
+
+def test_a_total_rate_counts_the_experts_that_are_gone(small, tmp_path, capsys):
+    ckpt, work = halved(small, tmp_path / "half"), ["--calib", tmp_path / "text.txt", *QUICK]
+    total = ["--total-rate", 0.75, "--source", small]
+    assert run(wanda, ckpt, *total, *work, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    left = sum((weight != 0).sum().item() for weight in matrices(tmp_path / "out").values())
+    before = sum(weight.numel() for weight in matrices(small).values())
+    entry = record(tmp_path / "out")
+    assert entry["settings"]["rate"] == 0.5 and entry["settings"]["total_rate"] == 0.75
+    assert entry["pruned"] == {"checkpoint": 0.5, "source": 1 - left / before} and 1 - left / before == 0.75
+    assert "50.00% of the checkpoint's expert parameters are gone" in said
+    assert "75.00% of the source's expert parameters are gone" in said
+    assert entry["source"]["fingerprint"] == model_io.Checkpoint(small).fingerprint()
+    assert run(wanda, ckpt, *total, *work, "--out", tmp_path / "again") == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert run(wanda, tmp_path / "out", "--rate", 0.5, *work, "--out", tmp_path / "more") == 0  # the history goes on
+    history = json.loads((tmp_path / "more" / "hodgecover.json").read_text())["history"]
+    assert [step["command"] for step in history] == ["wanda.py"] * 2 and history[0] == entry
+    assert all(torch.equal(weight, weight.masked_fill(matrices(tmp_path / "out")[name] == 0, 0))
+               for name, weight in matrices(tmp_path / "more").items())  # zeros go first
+
+
+def test_on_another_device(small, tmp_path):
+    for device in ("fake", "cpu"):
+        with Accelerator():
+            assert run(wanda, small, "--rate", 0.5, "--calib", tmp_path / "text.txt", *QUICK, "--device", device,
+                       "--out", tmp_path / device) == 0
+    assert contents(tmp_path / "fake") == contents(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("options, says", [
+    ([], "one of the arguments --rate --total-rate --nm is required"),
+    (["--rate", 0.5, "--nm", "2:4"], "not allowed with"),
+    (["--rate", 1], "--rate 1.0: must be from 0 to 0.99"),
+    (["--rate", "nan"], "--rate nan: must be"),
+    (["--total-rate", 0.5], "--source: goes with --total-rate"),
+    (["--rate", 0.5, "--source", "SMALL"], "--source: goes with --total-rate"),
+    (["--total-rate", 0.25, "--source", "SMALL"], "--total-rate 0.25: of the source's expert parameters 0.5000"),
+    (["--total-rate", 1.5, "--source", "SMALL"], "--total-rate 1.5: must be from 0 to 0.99"),
+    (["--nm", "4:2"], "--nm 4:2: N must be below M"), (["--nm", "0:4"], "--nm 0:4: N must be below M"),
+    (["--nm", "2:5"], "every expert's matrices, 16, 32"), (["--nm", "2"], "two numbers such as 2:4"),
+    (["--rate", 0.5, "--memory", "1GB"], "--memory"),
+    (["--rate", 0.5, "--out", "SMALL/out"], "lies in the checkpoint"),
+    (["--total-rate", 0.75, "--source", "SMALL", "--out", "SMALL/out"], "lies in the checkpoint"),
+    (["--rate", 0.5, "--tokens", 1], "--tokens 1: must be"),
+])
+def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.setattr(Model, "stream", None)
+    ckpt = small if says == "lies in the checkpoint" and "--source" not in options else halved(small, tmp_path / "half")
+    options = [str(option).replace("SMALL", str(small)) for option in options]
+    status = run(wanda, ckpt, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out", *options)
+    assert_refused(capsys, status, says)
+    assert not (tmp_path / "out").exists() and not (small / "out").exists()
+
+
+def test_a_source_of_another_family_is_refused(small, tmp_path, capsys):
+    source = GOLDEN[0].with_name("qwen3-plain-tied")
+    status = run(wanda, small, "--total-rate", 0.75, "--source", source, *QUICK, "--out", tmp_path / "out")
+    assert_refused(capsys, status, "its family is olmoe; must be qwen3_moe")
+
+
+def test_a_dense_model_is_refused(small, tmp_path, capsys):
+    weights = load_file(small / "model.safetensors")
+    width = json.loads((small / "config.json").read_text())["intermediate_size"]
+    for name in [name for name in weights if ".mlp." in name]:
+        del weights[name]
+    for layer in range(2):
+        shapes = {"gate_proj": (width, 32), "up_proj": (width, 32), "down_proj": (32, width)}
+        weights |= {f"model.layers.{layer}.mlp.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    save_file(weights, small / "model.safetensors")
+    status = run(wanda, small, "--rate", 0.5, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out")
+    assert_refused(capsys, status, "it is dense")
+
+
+@pytest.mark.parametrize("file, content, says", [
+    ("hodgecover-fold.st", b"", "router fold"), ("hodgecover.json", b'{"layers": []}', "not a record")])
+def test_a_checkpoint_that_cannot_be_continued_is_refused_before_the_work(small, tmp_path, capsys, monkeypatch, file,
+                                                                          content, says):
+    monkeypatch.setattr(Model, "stream", None)
+    (small / file).write_bytes(content)
+    status = run(wanda, small, "--rate", 0.5, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out")
+    assert_refused(capsys, status, says)
+    assert not (tmp_path / "out").exists()
