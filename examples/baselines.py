@@ -116,29 +116,35 @@ def descending(score: torch.Tensor) -> list[int]:
     return score.sort(descending=True, stable=True).indices.tolist()
 
 
-def least_joint(joint: torch.Tensor, count: int) -> list[int]:
-    """`count` experts P of small p'Fp, F (n, n): one after the other that adds least, ties to the lowest; then the swap
-    of one in P for one outside that helps most, as long as one helps.
-
-    >>> joint = torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
-    >>> least_joint(joint, 2)  # of the two least alone, both together cost 20
-    [0, 2]
-    """
+def greedy_joint(joint: torch.Tensor, count: int) -> list[int]:
+    """`count` experts P, one after the other that adds least to p'Fp, F (n, n); ties to the lowest."""
     chosen: list[int] = []
     for _ in range(count):
         added = joint.diagonal() + 2 * joint[:, chosen].sum(1)
         added[chosen] = torch.inf
         chosen.append(int(added.argmin()))
-    while chosen:
-        others = [e for e in range(len(joint)) if e not in chosen]
+    return chosen
+
+
+def least_joint(joint: torch.Tensor, count: int) -> list[int]:
+    """`count` experts P of small p'Fp, F (n, n): `greedy_joint`, then the swap of one in P for one outside that helps
+    most, as long as one helps.
+
+    >>> joint = torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+    >>> least_joint(joint, 2)  # of the two least alone, both together cost 20
+    [0, 2]
+    """
+    chosen = greedy_joint(joint, count)
+    others = [e for e in range(len(joint)) if e not in chosen]
+    while chosen and others:
         shared = joint[:, chosen].sum(1)  # F p
         removed = 2 * shared[chosen] - joint.diagonal()[chosen]
         added = 2 * shared[others] + joint.diagonal()[others]
         change = added - removed[:, None] - 2 * joint[chosen][:, others]  # (in P, outside)
-        if not others or change.min() >= -1e-12 * joint.sum():
+        if change.min() >= -1e-12 * joint.sum():
             break
-        out, into = divmod(int(change.argmin()), len(others))
-        chosen[out] = others[into]
+        i, j = divmod(int(change.argmin()), len(others))
+        chosen[i], others[j] = others[j], chosen[i]
     return sorted(chosen)
 
 

@@ -193,7 +193,7 @@ def test_hope_s_search_is_no_worse_than_greedy_and_leaves_no_swap_that_helps(see
     for _ in range(count):
         greedy.append(min({*range(n)} - {*greedy}, key=lambda e: cost_of(joint, [*greedy, e])))
     cost = cost_of(joint, found)
-    assert cost <= cost_of(joint, greedy) + 1e-9
+    assert baselines.greedy_joint(joint, count) == greedy and cost <= cost_of(joint, greedy) + 1e-9
     for i, j in itertools.product(found, {*range(n)} - {*found}):
         assert cost_of(joint, {*found} - {i} | {j}) >= cost - 1e-9
 
@@ -247,7 +247,7 @@ def test_weighted_cover_weighs_each_edge_by_its_barrier(measured):
     found = hodgecover.decompose(measured[2], WIDE)
     edges, b, saliency = mathx.edges(8).tolist(), found.signals.barriers.tolist(), found.signals.saliency.tolist()
     triangles = found.triangles[sorted(top(found.triplets.tolist())[:-(-len(found.triplets) * 15 // 100)])].tolist()
-    for lambda_edge, lambda_triangle in ((1.0, 1.0), (3.0, 0.0), (0.0, 2.0)):
+    for lambda_edge, lambda_triangle in ((1.0, 1.0), (3.0, 0.0), (0.0, 2.0), (0.0, 0.1), (0.0, 0.2), (0.3, 0.1)):
         chosen = Settings(max_triangles=20, edge_percent=15, triangle_percent=15, lambda_edge=lambda_edge,
                           lambda_triangle=lambda_triangle)
 
