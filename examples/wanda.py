@@ -67,9 +67,13 @@ def keep_of_groups(weight: torch.Tensor, norms: torch.Tensor, kept: int, group: 
 
 
 def keep_share(weight: torch.Tensor, norms: torch.Tensor, rate: float) -> torch.Tensor:
-    """Return the entries that stay if int(rate * i) of each row go: weight (o, i), norms (i,) -> (o, i) bool."""
+    """Return the entries that stay if int(rate * i) of each row go: weight (o, i), norms (i,) -> (o, i) bool.
+
+    >>> keep_share(torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(3), 1 - 2 / 3)  # 1 / 3, but for rounding
+    tensor([[False,  True,  True]])
+    """
     columns = weight.shape[1]
-    return keep_largest(weight, norms, columns - int(rate * columns))
+    return keep_largest(weight, norms, columns - int(rate * columns + 1e-9))
 
 
 # -------------------------------------------------------------------------------------------------------- the layers
@@ -152,14 +156,14 @@ def rate_of_rest(total_rate: float, before: int, after: int) -> float:
     """Return the rate at which `after` parameters are pruned so that the share total_rate of `before` is gone. Raises
     InputError if more are gone already.
 
-    >>> rate_of_rest(0.6, 200, 100)
+    >>> round(rate_of_rest(0.6, 200, 100), 9)
     0.2
     """
-    rate = round(1 - (1 - total_rate) * before / after, 12)  # so that int(rate * columns) is not one too few
-    if rate < 0:
+    rate = 1 - (1 - total_rate) * before / after
+    if rate < -1e-12:
         raise InputError(f"total_rate {total_rate}: of the source's expert parameters {1 - after / before:.4f} are "
                          "gone already; must be at least that")
-    return rate
+    return max(rate, 0.0)
 
 
 def check_groups(model: Model, kept: int, group: int) -> None:

@@ -54,7 +54,9 @@ def test_the_count_is_floored_as_in_the_published_code():
     assert wanda.keep_share(weight, torch.ones(5), 0.59).sum(1).tolist() == [3, 3]
     assert wanda.keep_share(weight, torch.ones(5), 0.6).sum(1).tolist() == [2, 2]
     assert wanda.keep_share(weight, torch.zeros(5), 0.6).tolist() == [[False] * 3 + [True] * 2] * 2  # magnitude alone
-    assert int(wanda.rate_of_rest(0.7, 200, 100) * 80) == 32  # not 31.999...
+    for before, after, total, columns, gone in ((64, 48, 0.5, 96, 32), (200, 100, 0.7, 80, 32)):  # not 31.999...
+        rate = wanda.rate_of_rest(total, before, after)
+        assert wanda.keep_share(torch.ones(1, columns), torch.ones(columns), rate).sum() == columns - gone
 
 
 def zeroed(weight: torch.Tensor, x: torch.Tensor, rate: float) -> torch.Tensor:
@@ -145,6 +147,17 @@ def test_a_total_rate_counts_the_experts_that_are_gone(small, tmp_path, capsys):
     assert [step["command"] for step in history] == ["wanda.py"] * 2 and history[0] == entry
     assert all(torch.equal(weight, weight.masked_fill(matrices(tmp_path / "out")[name] == 0, 0))
                for name, weight in matrices(tmp_path / "more").items())  # zeros go first
+
+
+def test_a_total_rate_counts_shared_experts_whole(tmp_path):
+    """They do not go when routed ones do."""
+    source = Model(GOLDEN[0].with_name("qwen2-renormalised"))
+    model = Model(halved(source.checkpoint.path, tmp_path / "half"))
+    before, after = (sum(weight.numel() for name, weight in matrices(of.checkpoint.path).items() if "expert" in name)
+                     for of in (source, model))
+    args = wanda.command_line().parse_args(["CKPT", "--total-rate", "0.6", "--source", "SOURCE", "--out", "DIR"])
+    said, _ = wanda.choose_mask(args, model, source)
+    assert said["rate"] == pytest.approx(1 - 0.4 * before / after) and after > before / 2
 
 
 def test_on_another_device(small, tmp_path):
