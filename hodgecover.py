@@ -641,6 +641,7 @@ def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKE
     """
     check_range("tokens", tokens, 2, 10**9)
     check_range("seq_len", seq_len, 2, tokens)
+    check_range("seed", seed, 0, 2**63 - 1)
     documents = model_io.read_documents(files) if files else model_io.python_documentation("calibration")
     ids = model_io.sequences(model.encode(documents), seq_len, tokens // seq_len, seed)
     if len(ids) < tokens // seq_len:
@@ -1264,8 +1265,7 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
         log.error("error: %s", option + str(err)[parameter.end():] if option else err)
         return 2
     except OSError as err:  # a disk that is full, a folder that vanished
-        log.error("error: %s: %s; the output is whole or absent, and the same command continues from the layers that "
-                  "are done", err.filename or "writing", err.strerror or err)
+        log.error("error: %s: %s; the output is whole or absent", err.filename or "writing", err.strerror or err)
         return 2
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(err):
@@ -1274,7 +1274,7 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
                   "--memory 200MB")
         return 2
     except KeyboardInterrupt:
-        log.error("interrupted; the same command continues from the layers that are done")
+        log.error("interrupted; the output is absent, and a cache keeps the layers that are done")
         return 130
     finally:
         log.removeHandler(handler)

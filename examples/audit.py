@@ -92,13 +92,23 @@ def shared(some: list, others: list) -> float:
     return sum(item in others for item in some) / max(len(some), 1)
 
 
+def without_additive_part(found: Decomposition, kept: list[int]) -> dict[int, int]:
+    """The redirect to the survivor of least barrier after the additive part phi_i + phi_j is taken out, by vertex."""
+    residual = mathx.additive_model(found.signals.barriers, found.d1).residual
+    return mathx.redirect(kept, residual, found.parts.harmonic, alpha=0.0)
+
+
+# By name: (decomposition, selection, survivors, router rows (n, d)) -> redirect by vertex
+REDIRECTS = {
+    "the paper's rule": lambda found, selection, kept, rows: selection.redirect,
+    "least barrier without its additive part": lambda found, selection, kept, rows: without_additive_part(found, kept),
+    "nearest router row": lambda found, selection, kept, rows: baselines.nearest_rows(rows[found.rank], kept)}
+
+
 def redirect_spreads(found: Decomposition, selection: Selection, rows: torch.Tensor, keep: int) -> dict[str, Spread]:
-    """The spread of the paper's redirect and of two others, for the same survivors; rows (n, d) of the router."""
-    barriers, kept = found.signals.barriers, selection.picks[:keep]
-    residual = mathx.additive_model(barriers, found.d1).residual
-    return {"the paper's rule": spread(selection.redirect),
-            "least b_ij - phi_i - phi_j": spread(mathx.redirect(kept, residual, found.parts.harmonic, alpha=0.0)),
-            "nearest router row": spread(baselines.nearest_rows(rows[found.rank], kept))}
+    """The spread of each of REDIRECTS, for the same survivors; rows (n, d) of the router."""
+    kept = selection.picks[:keep]
+    return {name: spread(redirect(found, selection, kept, rows)) for name, redirect in REDIRECTS.items()}
 
 
 def spread(redirect: dict[int, int]) -> Spread:

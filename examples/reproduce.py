@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 
+import audit
 import baselines
 import common
 import evaluate
@@ -113,12 +114,12 @@ def decompositions(sample: Sample, settings: Settings) -> dict[str, Decompositio
 
 def hodgecover_plans(sample: Sample, dropped: float, settings: Settings, rule: str = "the paper's rule"
                      ) -> dict[str, LayerPlan]:
-    """HodgeCover's plans by layer name, with the redirect of one of REDIRECTS."""
+    """HodgeCover's plans by layer name, with one of audit.REDIRECTS."""
     keep, plans = survivors(sample.source, dropped), {}
     for name, found in decompositions(sample, settings).items():
         rows = sample.source.checkpoint.load(f"{name}.mlp.gate.weight")
         selection = hodgecover.select(found, keep, settings)
-        redirect = REDIRECTS[rule](found, selection, selection.picks[:keep], rows)
+        redirect = audit.REDIRECTS[rule](found, selection, selection.picks[:keep], rows)
         plans[name] = hodgecover.report(found, selection._replace(redirect=redirect), keep, settings)
     return plans
 
@@ -162,19 +163,6 @@ def with_wanda(sample: Sample, rates: tuple[float, float], out: Path, make: Make
     return model
 
 
-def additive_redirect(found: Decomposition, selection: Selection, kept: list[int], rows: torch.Tensor
-                      ) -> dict[int, int]:
-    """The survivor of least barrier after the additive part phi_i + phi_j is taken out."""
-    residual = mathx.additive_model(found.signals.barriers, found.d1).residual
-    return mathx.redirect(kept, residual, found.parts.harmonic, alpha=0.0)
-
-
-REDIRECTS = {
-    "the paper's rule": lambda found, selection, kept, rows: selection.redirect,
-    "least barrier without its additive part": additive_redirect,
-    "nearest router row": lambda found, selection, kept, rows: baselines.nearest_rows(rows[found.rank], kept)}
-
-
 # --------------------------------------------------------------------------------------------------------- the tables
 
 
@@ -213,7 +201,7 @@ def method_tables() -> list[Table]:
 
 def redirect_table() -> Table:
     """HodgeCover's survivors with the router drop, and with fold by each redirect."""
-    folded = {f"fold, {rule}": partial(hodgecover_way, router="fold", rule=rule) for rule in REDIRECTS}
+    folded = {f"fold, {rule}": partial(hodgecover_way, router="fold", rule=rule) for rule in audit.REDIRECTS}
     return Table("experts dropped", DROPPED, {"drop": hodgecover_way} | folded)
 
 
@@ -335,7 +323,7 @@ def show_targets(columns: dict[str, object], samples: list[Sample]) -> None:
     """Print how many survivors each redirect uses, and how many experts the busiest of them takes: means over layers
     and samples."""
     print_head("targets of the redirect (experts that the busiest one takes)", columns)
-    for rule in REDIRECTS:
+    for rule in audit.REDIRECTS:
         cells = []
         for dropped in columns.values():
             said = [plan.diagnostics for sample in samples

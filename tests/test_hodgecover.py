@@ -132,11 +132,13 @@ def test_barriers_from_samples_of_the_vocabulary():
 
 
 def test_the_audit_holds_what_the_sweep_estimates_and_the_exact_kl():
-    """With one simplex and one token, the audited pair is the barrier; with many, all differ and their mean is near."""
-    layer, simplex = random_layer(vocab=200, tokens=1, n=3, k=3), torch.tensor([[0, 2]])
-    audit = hodgecover.audit_sample(layer, simplex, vocab_sample=20, seed=4)
-    estimated, exact = hodgecover.lens_barriers(layer, simplex, 20, 4), hodgecover.lens_barriers(layer, simplex)
-    torch.testing.assert_close(audit, torch.stack((estimated, exact), 1))
+    """With one simplex that only the last of two tokens touches, the audited pair is twice the barrier, its sample that
+    of the last token; with many, all differ and their mean is near."""
+    layer, simplex = random_layer(vocab=200, tokens=2, n=3, k=3), torch.tensor([[0, 2]])
+    layer.gates[0] = 0
+    audit = hodgecover.audit_sample(layer, simplex, vocab_sample=20, seed=1)
+    estimated, exact = hodgecover.lens_barriers(layer, simplex, 20, 1), hodgecover.lens_barriers(layer, simplex)
+    torch.testing.assert_close(audit, 2 * torch.stack((estimated, exact), 1))
     assert audit.shape == (1, 2) and audit[0, 0] != audit[0, 1]
     many, pairs = random_layer(vocab=200, tokens=300), mathx.edges(7)
     audit = hodgecover.audit_sample(many, pairs, vocab_sample=20)
@@ -293,6 +295,8 @@ def test_tau_is_the_first_threshold_of_the_largest_betti_number():
     inside, tau, curve = hodgecover.curate_triangles(signals, 10)
     assert curve.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 1]
     assert tau == fourth and inside.tolist() == [True, False]  # at most tau*, whatever its edges
+    found = hodgecover.plan_from_signals(signals, 2, Settings(order="index", thresholds=10)).diagnostics
+    assert (found.triangles, found.candidates, found.discordance) == (1, 2, 0.5)  # of the candidates, 023
 
 
 @pytest.mark.parametrize("choices", [{}, dict(lambda_edge=0.1, lambda_triangle=0.01, alpha=50.0, seed=3, thresholds=7,

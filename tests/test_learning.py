@@ -78,7 +78,7 @@ def test_the_audit_shows_where_redirects_go(audited):
     cosine = torch.nn.functional.cosine_similarity(rows[:, None].double(), rows[None].double(), dim=2)
     dropped = [e for e in range(8) if e not in plan.survivors]
     by_rule = {"the paper's rule": [plan.redirect[e] for e in dropped],
-               "least b_ij - phi_i - phi_j": [min(plan.survivors, key=lambda j: left[min(e, j), max(e, j)])
+               "least barrier without its additive part": [min(plan.survivors, key=lambda j: left[min(e, j), max(e, j)])
                                               for e in dropped],
                "nearest router row": [max(plan.survivors, key=lambda j: cosine[e, j]) for e in dropped]}
     expected = {rule: (len({*targets}), max(map(targets.count, targets))) for rule, targets in by_rule.items()}

@@ -64,6 +64,9 @@ def test_norms_and_router_are_computed_wide():
     gates = model_io.route(x, layer, cfg)
     p = (x @ layer.router.T).softmax(-1, dtype=torch.float32)
     assert torch.equal(gates[gates > 0], p[gates > 0].bfloat16())
+    renormalised = model_io.route(x, layer, dataclasses.replace(cfg, norm_topk_prob=True))
+    top = p.masked_fill(gates == 0, 0)
+    assert torch.equal(renormalised, (top / top.sum(1, keepdim=True)).bfloat16())
 
 
 def test_a_fold_renormalises_where_the_model_does():
@@ -355,12 +358,17 @@ def test_models_run_without_the_tokenizers_package():
     assert done.stdout.split() == ["1", "3", "96", "named"], done.stderr
 
 
-def test_padding_and_truncation_of_the_tokenizer_file_are_not_applied(tiny, tmp_path):
+def test_padding_truncation_and_special_tokens_of_the_tokenizer_file_are_not_applied(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "c")
     raw = json.loads((tiny / "tokenizer.json").read_text(encoding="utf-8"))
     raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     raw["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                       "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    first, text, second = ({kind: {"id": name, "type_id": 0}} for kind, name in (
+        ("SpecialToken", "<|endoftext|>"), ("Sequence", "A"), ("Sequence", "B")))
+    raw["post_processor"] = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second],
+                             "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0],
+                                                                  "tokens": ["<|endoftext|>"]}}}
     (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(raw))
     texts = ["a text of more than four tokens", "b"]
     assert Model(tmp_path / "c").encode(texts).tolist() == Model(tiny).encode(texts).tolist()
@@ -383,6 +391,8 @@ def compressed(golden, tmp_path) -> tuple[Path, Path]:
         index = json.loads((source / model_io.INDEX).read_text())
         index["metadata"]["note"] = "kept"
         (source / model_io.INDEX).write_text(json.dumps(index))
+    else:
+        (source / model_io.INDEX).write_text("of shards that are gone")
     (source / ".gitattributes").write_text("x")
     (source / "record.json").write_text("of an earlier run")
     survivors = dict.fromkeys(Model(source).layer_names, SURVIVORS)
@@ -744,6 +754,17 @@ def test_new_weights_that_overflow_are_refused_and_not_written(tmp_path):
     with pytest.raises(InputError, match=r"down_proj.weight: its new weights overflow torch.float16"):
         model.store_down("model.layers.0", model.layer(0).experts.down * 1e9)
     assert Checkpoint(tmp_path / "c").fingerprint() == before
+
+
+def test_experts_are_held_in_bfloat16_only_if_all_are_stored_so(tmp_path):
+    """Else those of float32 keep their digits."""
+    whole = Model(PLAIN).layer(0).experts
+    for some, dtype in (("experts.", torch.bfloat16), ("experts.3.", torch.float32)):
+        found = Model(rewrite(tmp_path / some, lambda tensors: {
+            name: tensor.bfloat16() if some in name else tensor for name, tensor in tensors.items()})).layer(0).experts
+        for part, stored in zip(found, whole):
+            assert part.dtype == dtype and torch.equal(part[4], stored[4].to(dtype))
+            assert torch.equal(part[3], stored[3].bfloat16().to(dtype))
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)

@@ -5,6 +5,7 @@ import re
 from functools import partial
 from statistics import mean
 
+import audit
 import baselines
 import hodgecover
 import mathx
@@ -168,8 +169,8 @@ def test_additive_redirect_finds_what_the_additive_part_hides():
     found = hodgecover.decompose(signals, hodgecover.Settings(order="index"))
     papers = mathx.redirect([0, 1, 2], barriers, found.parts.harmonic, alpha=1)
     selection = hodgecover.select(found, 3)._replace(redirect=papers)
-    assert {*reproduce.REDIRECTS["the paper's rule"](found, selection, [0, 1, 2], None).values()} == {0}
-    assert reproduce.REDIRECTS["least barrier without its additive part"](found, selection, [0, 1, 2], None)[5] == 1
+    assert {*audit.REDIRECTS["the paper's rule"](found, selection, [0, 1, 2], None).values()} == {0}
+    assert audit.REDIRECTS["least barrier without its additive part"](found, selection, [0, 1, 2], None)[5] == 1
 
 
 def test_redirect_by_router_rows_is_by_expert(sample):
@@ -182,10 +183,10 @@ def test_redirect_by_router_rows_is_by_expert(sample):
 
 def test_redirects(small, capsys):
     table = shown(capsys, reproduce, small, "--redirects", "--columns", "50%")
-    label, folded = "drop", [f"fold, {rule}" for rule in reproduce.REDIRECTS]
+    label, folded = "drop", [f"fold, {rule}" for rule in audit.REDIRECTS]
     assert [line[0] for line in table] == ["experts dropped", label, *folded, f"KL minus that of {label}", *folded,
                                            "targets of the redirect (experts that the busiest one takes)",
-                                           *reproduce.REDIRECTS]
+                                           *audit.REDIRECTS]
     source = Model(small)
     samples = [reproduce.Sample(source, hodgecover.calibration_ids(source, [], 64, 32, seed), seed,
                                 small.with_name("small-samples") / str(seed)) for seed in range(2)]

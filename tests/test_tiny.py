@@ -54,6 +54,13 @@ def test_a_random_checkpoint_runs(shape, tmp_path, capsys):
         assert len(shard) == 1 or 2 * sum(tensor.numel() for tensor in shard.values()) <= 150_000
 
 
+def test_a_shard_that_is_full_is_followed_by_another(monkeypatch):
+    """Each tensor counts, the first of a shard too; one that is too large has a shard of its own."""
+    monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 100)
+    shapes = {"a": [20], "b": [2, 15], "c": [40], "d": [20], "e": [2, 50], "f": [1]}
+    assert [[*shard] for shard in random_checkpoint.into_shards(shapes)] == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
+
+
 def test_a_hollow_checkpoint_has_the_same_shapes_and_no_numbers(shape, tmp_path):
     assert run(random_checkpoint, shape, tmp_path / "hollow", "--hollow") == 0
     assert run(random_checkpoint, shape, tmp_path / "full") == 0
