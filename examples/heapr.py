@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: MIT
+"""Make all experts of a checkpoint narrower: of each one's hidden units, the least important go.
+
+    python examples/heapr.py CKPT --rate 0.5 --out DIR                    half of each expert's hidden units go
+    python examples/heapr.py CKPT --width 512 --score camera --out DIR    512 of each expert's hidden units stay
+
+Hidden unit j of an expert adds h_j w_j to its output, h_j = silu(gate_j x) (up_j x), w_j column j of the down
+projection. --score says what a unit is worth:
+
+heapr      1/2 mean[h_j^2] w_j' G w_j, G = mean[g g'], means over the tokens routed to the expert (HEAPr, arXiv
+           2509.22299). g is the gradient of the mean next-token loss with respect to the expert's output: its gate
+           times dL/dy, by the chain rule. w_j' G w_j = mean[(g' w_j)^2], so that G is never formed
+camera     |w_j|^2 sum[(gate h_j)^2] over these tokens: no gradient (CAMERA-P with alpha 1, arXiv 2508.02322)
+magnitude  |gate_j| |up_j| |w_j|: no text
+random     nothing, by --seed: no text
+
+The gradients are exact, with one layer in memory: a pass forward keeps each layer's input, on disk if they need more
+than --memory; a pass back reads each layer again, runs it on its input and takes dL/dh from dL/dy. There is no cache:
+both passes take minutes, and a killed run starts from the beginning.
+
+Ours: equally many units of every expert stay, in their old order, since a configuration has one width; the papers rank
+all units of a model or a layer together, which gives each expert a width of its own that no stock loader takes. An
+expert whose scores are all 0 (no token is routed to it) ranks by magnitude. A multi-token head, whose loss is not the
+model's, ranks by camera. Shared experts and dense layers stay as they are.
+
+Take a multiple of 8 for the width: the grouped products that transformers uses by default want rows of 16 bytes. A
+file of another width loads there with experts_implementation="eager".
+
+    n experts of a layer    f width of an expert    d hidden size    T tokens, B sequences of L
+    h stream before a layer, y after it             slope dL/dy (B, L, d), or (T, d)
+"""
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import hodgecover
+import model_io
+import refit
+import torch
+from hodgecover import Tick, no_tick
+from model_io import Experts, InputError, Layer, LayerPass, Model
+from torch.nn import functional
+
+SCORES = ("heapr", "camera", "magnitude", "random")
+GRAPH_TOKENS = 1024  # tokens whose graph of a layer is held at a time, or one sequence
+ALIGNED = 8  # numbers of 2 bytes that make 16 bytes
+MATRIX = re.compile(r"(.+)\.mlp\.experts\.(?:(\d+)\.)?(gate|up|gate_up|down)_proj(?:\.weight)?")
+NOTICE = ("> **This is a compressed model.** The experts of the model described below were made narrower; the scores "
+          f"below are the source model's. `{hodgecover.RECORD}` says how.\n\n")
+
+
+# ------------------------------------------------------------------------------------------------- scores of one layer
+
+
+class Moments(NamedTuple):
+    """Sums over the tokens of each expert, float64: their number (n,), h_j^2 (n, f), (g' w_j)^2 (n, f)."""
+
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    slope: torch.Tensor
+
+    def add(self, experts: Experts, x: torch.Tensor, gates: torch.Tensor, slope: torch.Tensor) -> None:
+        """Add tokens: the experts' input x (T, d), their gates (T, n), dL/dy (T, d)."""
+        for e, down in enumerate(experts.down):
+            t = gates[:, e].nonzero().squeeze(1)
+            g = gates[t, e, None] * slope[t]
+            self.tokens[e] += len(t)
+            self.hidden[e] += experts.hidden(e, x[t]).double().square().sum(0)
+            self.slope[e] += (g @ down.to(g)).double().square().sum(0)
+
+    def heapr(self) -> torch.Tensor:
+        """Return 1/2 mean[h_j^2] w_j' G w_j, (n, f); 0 for an expert without a token."""
+        tokens = self.tokens.clamp(min=1)[:, None]
+        return 0.5 * (self.hidden / tokens) * (self.slope / tokens)
+
+
+def camera(step: LayerPass) -> torch.Tensor:
+    """Return |w_j|^2 sum[(gate h_j)^2] of each unit of a layer, (n, f) float64."""
+    experts = step.layer.experts
+    score = torch.stack([down.double().square().sum(0) for down in experts.down])
+    for e, row in enumerate(score):
+        row *= sum((x.double().square().sum(0) for _, x in refit.gated_hidden(step, e)), torch.zeros_like(row))
+    return score
+
+
+def magnitude(experts: Experts) -> torch.Tensor:
+    """Return |gate_j| |up_j| |w_j| of each unit, (n, f) float64."""
+    return torch.stack([gate.double().norm(dim=1) * up.double().norm(dim=1) * down.double().norm(dim=0)
+                        for gate, up, down in zip(*experts)])
+
+
+def settled(score: torch.Tensor, experts: Experts, name: str) -> torch.Tensor:
+    """Return the scores (n, f) of layer `name` on the CPU, with magnitudes for an expert whose scores are all 0. Raises
+    InputError if they are not finite."""
+    idle = ~score.any(1, keepdim=True)
+    if idle.any():
+        score = torch.where(idle, magnitude(experts), score)
+    if not score.isfinite().all():
+        raise InputError(f"{name}: its scores are not finite: NaN or infinity in its weights, or a gradient that "
+                         "overflows")
+    return score.cpu()
+
+
+# --------------------------------------------------------------------------------------------------- the pass back
+
+
+def loss_slope(model: Model, step: LayerPass, ids: torch.Tensor) -> torch.Tensor:
+    """Return the gradient (B, L, d) of the mean next-token loss over ids (B, L) with respect to the stream after the
+    last layer, whose pass this is."""
+    head = model.unembedding()
+    slope = torch.empty_like(step.h)
+    for y, out, tokens in zip(step.y.view_as(step.h), slope, ids.to(model.device)):
+        y = y.detach().requires_grad_()
+        logits = step.norm(y)[:-1] @ head.T
+        loss = functional.cross_entropy(logits.to(model_io.widened(logits.dtype)), tokens[1:], reduction="sum")
+        out.copy_(torch.autograd.grad(loss / ids[:, 1:].numel(), y)[0])
+    return slope
+
+
+def back_through(layer: Layer, config: model_io.Config, h: torch.Tensor, slope: torch.Tensor) -> Moments | None:
+    """Take `slope` (B, L, d), in place, from dL/dy to dL/dh of a layer that reads h (B, L, d). Returns the moments of
+    its units; None if it is dense."""
+    moments = None
+    if layer.experts is not None:
+        n, _, f = layer.experts.down.shape
+        shapes = (n,), (n, f), (n, f)
+        moments = Moments(*(torch.zeros(shape, dtype=torch.float64, device=h.device) for shape in shapes))
+    at_once = max(1, GRAPH_TOKENS // h.shape[1])  # sequences
+    for h_part, slope_part in zip(h.split(at_once), slope.split(at_once)):
+        h_part = h_part.detach().requires_grad_()
+        x, gates, y = model_io.run_layer(h_part, layer, config)
+        rows = slope_part.flatten(0, 1)
+        if moments:
+            moments.add(layer.experts, x.detach(), gates.detach(), rows)
+        slope_part.copy_(torch.autograd.grad(y, h_part, rows)[0])
+    return moments
+
+
+def heapr_scores(model: Model, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty,
+                 tick: Tick = no_tick) -> Iterator[tuple[str, torch.Tensor]]:
+    """Run ids (B, L) forward and back; yield (name, scores (n, f)) of each sparse layer: of a multi-token head by
+    camera, on the way forward, then of the decoder layers, the last one first. `empty` makes the inputs that are
+    kept."""
+    inputs, count = [], model.config.num_layers
+    for step in model.stream(ids, empty):
+        if step.index < count:
+            inputs.append(step.h)
+            last = step
+        elif step.gates is not None:
+            yield step.name, settled(camera(step), step.layer.experts, step.name)
+        tick((step.index + 1) / len(model.layer_names) / 4)  # the pass back runs each layer again, and back
+    step.layer.unload()
+    slope = loss_slope(model, last, ids)
+    for index in reversed(range(count)):
+        layer, name = model.layer(index), model.layer_names[index]
+        moments = back_through(layer, model.config, inputs.pop(), slope)
+        if moments:
+            yield name, settled(moments.heapr(), layer.experts, name)
+        layer.unload()
+        tick(1 - 0.75 * index / count)
+
+
+def camera_scores(model: Model, ids: torch.Tensor, tick: Tick = no_tick) -> Iterator[tuple[str, torch.Tensor]]:
+    """Run ids (B, L) forward; yield (name, scores (n, f)) of each sparse layer."""
+    for step in model.stream(ids):
+        if step.gates is not None:
+            yield step.name, settled(camera(step), step.layer.experts, step.name)
+        tick((step.index + 1) / len(model.layer_names))
+
+
+def magnitude_scores(model: Model, tick: Tick = no_tick) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, scores (n, f)) of each sparse layer, from its weights."""
+    for index in hodgecover.sparse_layers(model):
+        experts, name = model.layer(index).experts, model.layer_names[index]
+        yield name, settled(magnitude(experts), experts, name)
+        tick((index + 1) / len(model.layer_names))
+
+
+def random_scores(model: Model, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, scores (n, f)) of each sparse layer, others in each."""
+    shape = model.config.num_experts, model.config.expert_width
+    for index in hodgecover.sparse_layers(model):
+        generator = torch.Generator().manual_seed(seed + index)
+        yield model.layer_names[index], torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- the whole model
+
+
+def score_units(model: Model, score: str, ids: torch.Tensor | None = None, seed: int = 0,
+                empty: Callable[..., torch.Tensor] = torch.empty, tick: Tick = no_tick) -> dict[str, torch.Tensor]:
+    """Return what each hidden unit is worth by one of SCORES: of each sparse layer, by its name, (n, f) float64.
+
+    ids (B, L) are for heapr and camera, `seed` is for random, `empty` makes what heapr keeps. Raises InputError if
+    there is no sparse layer, and for scores that are not finite.
+    """
+    hodgecover.sparse_layers(model)
+    found = {"heapr": lambda: heapr_scores(model, ids, empty, tick), "camera": lambda: camera_scores(model, ids, tick),
+             "magnitude": lambda: magnitude_scores(model, tick), "random": lambda: random_scores(model, seed)}
+    return dict(found[score]())
+
+
+def best_units(score: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the `width` units of largest score of each expert, in ascending order, ties to the lowest: score (n, f)
+    -> (n, width).
+
+    >>> best_units(torch.tensor([[0.3, 0.1, 0.2, 0.3]]), 2)
+    tensor([[0, 3]])
+    """
+    return score.sort(dim=1, descending=True, stable=True).indices[:, :width].sort(dim=1).values
+
+
+def narrowed(matrix: torch.Tensor, units: torch.Tensor, projection: str) -> torch.Tensor:
+    """Return an expert's matrix with these hidden units (width,): columns of `down` (d, f), rows of `gate` and `up`
+    (f, d), of both in `gate_up` (2 f, d)."""
+    if projection == "down":
+        return matrix[:, units]
+    return torch.cat([part[units] for part in matrix.chunk(2 if projection == "gate_up" else 1)])
+
+
+def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[str, bytes]) -> None:
+    """Write the checkpoint whose experts have the units kept[layer] (n, width) alone, one width in all sparse layers,
+    to the folder `out`; `files`, name -> content, lie beside the weights."""
+    width = next(iter(kept.values())).shape[1]
+
+    def edit(matrix: torch.Tensor, row: int, layer: str, expert: str | None, projection: str) -> torch.Tensor:
+        return narrowed(matrix, kept[layer][row if expert is None else int(expert)], projection)
+    edits, shapes = {}, {}
+    for name, info in model.checkpoint.tensors.items():
+        match = MATRIX.fullmatch(name)
+        if match and match[1] in kept:
+            layer, expert, projection = match.groups()
+            edits[name] = partial(edit, layer=layer, expert=expert, projection=projection)
+            axis = -1 if projection == "down" else -2
+            shapes[name] = [*info.shape]
+            shapes[name][axis] = info.shape[axis] // model.config.expert_width * width
+    everyone = {layer: list(range(len(units))) for layer, units in kept.items()}
+    config = model_io.with_expert_width(model.checkpoint.raw_config, width)
+    files = files | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    model_io.write_checkpoint(model.checkpoint, out, everyone, files, edits, NOTICE, shapes)
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def choose_width(model: Model, rate: float | None = None, width: int | None = None) -> int:
+    """Return the width that stays: `width`, or round((1 - rate) f); warn if it is no multiple of 8. Raises InputError
+    if it is not from 1 to f, and for a model whose experts cannot have a width of their own."""
+    cfg = model.config
+    sparse = hodgecover.sparse_layers(model)
+    if cfg.model_type == "olmoe" and len(sparse) < len(model.layer_names):
+        raise InputError(f"{model.checkpoint.path}: intermediate_size is the width of its dense layers, too, so that "
+                         "its experts cannot be made narrower alone")
+    if rate is not None:
+        hodgecover.check_range("rate", rate, 0, 1)
+        width = round((1 - rate) * cfg.expert_width)
+        if width < 1:
+            raise InputError(f"rate {rate}: no hidden unit of {cfg.expert_width} would stay; must be lower")
+    if not 1 <= width <= cfg.expert_width:
+        raise InputError(f"width {width}: must be from 1 to {cfg.expert_width}, the width of the experts")
+    if width % ALIGNED:
+        hodgecover.log.warning("width %d: no multiple of %d; transformers loads it with "
+                               'experts_implementation="eager" alone', width, ALIGNED)
+    return width
+
+
+def activation_bytes(model: Model, tokens: int) -> int:
+    """Return the bytes of the tensors (T, d) that `heapr_scores` holds: each layer's input, x and y of the last layer
+    and of the one that runs."""
+    return (len(model.layer_names) + 4) * tokens * model.config.hidden_size * model.dtype.itemsize
+
+
+UNUSED = {"memory": ("camera", "magnitude", "random"), "seed": ("magnitude",)} | dict.fromkeys(
+    ("calib", "tokens", "seq_len"), ("magnitude", "random"))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for an option that the score does not use, and for a seed out of range."""
+    for name, scores in UNUSED.items():
+        if args.score in scores and getattr(args, name) != command_line().get_default(name):
+            raise InputError(f"{name}: --score {args.score} does not use it; leave it out")
+    hodgecover.check_range("seed", args.seed, *hodgecover.RANGES["seed"])
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__)
+    how_many = parser.add_mutually_exclusive_group(required=True)
+    how_many.add_argument("--rate", metavar="R", type=float, help="share of each expert's hidden units that goes")
+    how_many.add_argument("--width", metavar="W", type=int, help="hidden units of each expert that stay")
+    parser.add_argument("--score", choices=SCORES, default="heapr", help="what a unit is worth, as above [%(default)s]")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    check_options(args)
+    model = common.open_model(args.checkpoint, args)
+    width, before = choose_width(model, args.rate, args.width), model.config.expert_width
+    hodgecover.check_out(model, args.out)
+    settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
+                "dtype": str(model.dtype).removeprefix("torch.")}
+    ids = None
+    if args.score != "magnitude":
+        settings["seed"] = args.seed
+    if args.score in ("heapr", "camera"):
+        ids = common.calibration_ids(model, args)
+        settings |= hodgecover.describe_text(ids, args.calib)
+    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, common.entry("heapr.py", settings,
+                                                                                       source=model))}
+    bar = hodgecover.progress_bar()
+    with model_io.new_folder(args.out) as folder:
+        large = args.score == "heapr" and activation_bytes(model, ids.numel()) > args.memory
+        empty = common.scratch(folder) if large and model.device.type == "cpu" else torch.empty
+        scores = score_units(model, args.score, ids, args.seed, empty, bar)
+        bar(None)
+        export(model, {name: best_units(score, width) for name, score in scores.items()}, folder, files)
+    print(f"hidden units of each expert: {before} -> {width}, by {args.score}")
+    common.show_output(model, args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
