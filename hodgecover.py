@@ -10,6 +10,9 @@ and the command line. `plan_layer` plans one layer from tensors in memory, for p
     T  calibration tokens         B  sequences of L tokens          d  hidden size
     f  width of an expert         V  vocabulary                     E  n (n - 1) / 2 edges
     F  triangles                  M  simplices of one size          R  (token, simplex) pairs
+
+Left out: the paper's allocator of a budget across layers, since `num_experts` is one number in these configurations.
+Wanda on the survivors (section 4.2) is a command of its own: examples/wanda.py.
 """
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ if __name__ == "__main__":
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 if __package__:
     from . import mathx, model_io
@@ -68,24 +71,24 @@ def no_tick(share: float) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice of the method. The paper names these quantities; the values are ours (README).
+    """Every choice of the method. All values are ours; so are the quantities, unless a section of the paper is named.
 
     Raises InputError for a value out of range.
     """
 
-    readout: str = "lens"
-    order: str = "saliency"
-    router: str = "drop"
-    edge_percent: float = 5.0
-    triangle_percent: float = 5.0
-    lambda_edge: float = 1.0
-    lambda_triangle: float = 1.0
-    alpha: float = 1.0
-    max_triangles: int = 500
-    vocab_sample: int = 0
-    thresholds: int = 80
-    margin: float = 0.1
-    seed: int = 0
+    readout: str = "lens"  # next-token distributions at the layer (lens), or at the end of the model
+    order: str = "saliency"  # the total order of 3.2
+    router: str = "drop"  # renormalise over the survivors; `fold` also applies the redirect of 4.1
+    edge_percent: float = 5.0  # of E*, 4.1
+    triangle_percent: float = 5.0  # of T*, 4.1
+    lambda_edge: float = 1.0  # equation 10
+    lambda_triangle: float = 1.0  # equation 10
+    alpha: float = 1.0  # of the redirect, 4.1
+    max_triangles: int = 500  # candidates, A.9
+    vocab_sample: int = 0  # outcomes a token is read out on; 0: all
+    thresholds: int = 80  # of the filtration, A.9
+    margin: float = 0.1  # of the discordance, 3.4
+    seed: int = 0  # of the samples of text, triangles and vocabulary
 
     def __post_init__(self) -> None:
         order_seed(self.order)
@@ -121,11 +124,11 @@ def order_seed(order: str) -> int | None:
     return int(match[1])
 
 
-# ----------------------------------------------------------------------------------------------------- 1 calibrate
+# --------------------------------------------------------------------------------- 1 the layer and its saliency
 
 
 class MoELayer(NamedTuple):
-    """One layer on the calibration tokens: all that its barriers depend on.
+    """One layer on the calibration tokens: all that its barriers depend on (under the readout `lens`).
 
     experts      gate (n, f, d), up (n, f, d), down (n, d, f)
     x            input of the MoE block (T, d)
@@ -217,7 +220,7 @@ def merges_of(layer: MoELayer, simplices: torch.Tensor) -> Merges:
 
 def padded_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """rows @ matrix, by a product whose row count is a multiple of 256: torch keeps some 0.3 MB for every new shape."""
-    return (F.pad(rows, (0, 0, 0, -len(rows) % 256)) @ matrix)[:len(rows)]
+    return (functional.pad(rows, (0, 0, 0, -len(rows) % 256)) @ matrix)[:len(rows)]
 
 
 def merge_change(layer: MoELayer, merges: Merges) -> torch.Tensor:
@@ -238,8 +241,8 @@ def merge_change(layer: MoELayer, merges: Merges) -> torch.Tensor:
     def of_merged(pre_activation: torch.Tensor) -> torch.Tensor:
         return sum(weights[:, c, None] * pre_activation[t, members[:, c]] for c in range(members.shape[1]))
     gate_mass = gates[t[:, None], members].sum(1, keepdim=True)
-    merged_hidden = F.silu(of_merged(pre_gate)) * of_merged(pre_up) * gate_mass  # (R, f)
-    own_hidden = F.silu(pre_gate) * pre_up * gates[:, :, None]  # (T, n, f)
+    merged_hidden = functional.silu(of_merged(pre_gate)) * of_merged(pre_up) * gate_mass  # (R, f)
+    own_hidden = functional.silu(pre_gate) * pre_up * gates[:, :, None]  # (T, n, f)
 
     change = x.new_zeros(len(t), x.shape[1])
     for e, down in enumerate(experts.down):
@@ -286,7 +289,8 @@ def lens_kl(layer: MoELayer, merges: Merges, outcomes: int, offsets: torch.Tenso
 
 def sweep_bytes(layer: MoELayer, touched: torch.Tensor) -> torch.Tensor:
     """What one step of the sweep takes for each token, (T,) bytes: the hidden activations and the changes of its
-    touched simplices, the pre-activations of all experts, its distribution over the vocabulary in float32."""
+    touched simplices, the pre-activations of all experts, its distribution over the vocabulary in some ten copies (of
+    float32, or half as many of float64)."""
     n, f, d = layer.experts.gate.shape
     size = layer.x.itemsize
     return touched.sum(1) * (size * (5 * f + d) + 64) + 5 * size * n * f + 40 * len(layer.unembedding)
@@ -325,7 +329,7 @@ def lens_barriers(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int = 
     vocab = len(layer.unembedding)
     outcomes = min(vocab_sample or vocab, vocab)
     total = torch.zeros(len(simplices), dtype=torch.float64, device=layer.x.device)
-    for chunk in token_chunks(sweep_bytes(layer, merges.touched), memory * 3 // 4):
+    for chunk in token_chunks(sweep_bytes(layer, merges.touched), memory * 3 // 4):  # the rest is for logits
         few = merges._replace(touched=merges.touched[chunk])
         kl = lens_kl(layer.tokens(chunk), few, outcomes, offsets[chunk], memory // 4)
         total.index_add_(0, few.touched.nonzero()[:, 1], kl.double())
@@ -336,7 +340,7 @@ def lens_barriers(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int = 
 def audit_sample(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int, seed: int = 0, memory: int = MEMORY,
                  size: int = 128) -> torch.Tensor:
     """KL of up to `size` (token, simplex) pairs, one random simplex that touches each of so many random tokens: as
-    `lens_barriers` estimates it from its sample of the vocabulary, and exactly, (up to `size`, 2) float64."""
+    `lens_barriers` estimates it from its sample of the vocabulary, and exactly, (R, 2) float64."""
     merges, vocab = merges_of(layer, simplices), len(layer.unembedding)
     generator = torch.Generator().manual_seed(seed)
     changed = merges.touched.any(1).nonzero().squeeze(1).cpu()
@@ -376,6 +380,9 @@ def model_barriers(layer: MoELayer, simplices: torch.Tensor, later: Callable[[to
     return barriers / len(layer.x)
 
 
+# ----------------------------------------------------------------------------------- 2 barriers: measure a layer
+
+
 class Signals(NamedTuple):
     """What was measured on a layer: its plan for any K, order, percentages and weights depends on nothing else.
 
@@ -384,7 +391,7 @@ class Signals(NamedTuple):
     barriers    of the pairs `mathx.edges(n)` (E,), nats
     candidates  candidate triangles, the members of each ascending (F, 3)
     triplets    their barriers (F,), nats
-    audit       sampled and exact KL of some pairs (A, 2), see `audit_sample`; empty without `vocab_sample`
+    audit       sampled and exact KL (R, 2), see `audit_sample`; empty without `vocab_sample`
     """
 
     frequency: torch.Tensor
@@ -399,9 +406,9 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
                   later: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Signals:
     """Saliency, the barriers of all pairs, and the triplet barriers of the candidate triangles of one layer.
 
-    If there are more candidates than `max_triangles`, they are sampled in saliency order, however the experts are
-    numbered. `later` is what `model_barriers` needs, for the readout of that name. Raises InputError for a result that
-    is not finite.
+    If there are more candidates than `max_triangles`, they are sampled in saliency order, whatever the order of the
+    complex: so one measurement serves every order, and the numbering of the experts does not matter. `later` is what
+    `model_barriers` needs, for the readout of that name. Raises InputError for a result that is not finite.
     """
     sample = dict(vocab_sample=settings.vocab_sample, seed=settings.seed, memory=memory)
     barriers_of = partial(lens_barriers, layer, **sample)
@@ -413,9 +420,10 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
     barriers = barriers_of(pairs, tick=lambda done: tick(share * done))
 
-    rank = saliency.sort(stable=True).indices
-    cliques = mathx.candidate_triangles(n, mathx.relabel_edges(barriers, rank), settings.max_triangles, settings.seed)
-    candidates = rank[cliques].sort(1).values
+    expert_of = saliency.sort(stable=True).indices
+    by_saliency = mathx.relabel_edges(barriers, expert_of)
+    cliques = mathx.candidate_triangles(n, by_saliency, settings.max_triangles, settings.seed)
+    candidates = expert_of[cliques].sort(1).values
     triplets = barriers_of(candidates, tick=lambda done: tick(share + (1 - share) * done))
     if not torch.cat((saliency, barriers, triplets)).isfinite().all():
         raise InputError("a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an "
@@ -431,22 +439,27 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
 
 
 def expert_order(order: str, saliency: torch.Tensor) -> torch.Tensor:
-    """The experts in the total order that orients the complex, (n,): ascending saliency, index or random:SEED."""
+    """The experts in the total order that orients the complex (section 3.2), (n,): ascending saliency, index or
+    random:SEED.
+
+    The paper fixes any order. It matters: barriers have no sign, so that another order gives the same edges other
+    signs, other Hodge parts and other critical edges.
+    """
     seed = order_seed(order)
     if seed is not None:
         return torch.randperm(len(saliency), generator=torch.Generator().manual_seed(seed))
     return saliency.sort(stable=True).indices if order == "saliency" else torch.arange(len(saliency))
 
 
-def in_order(signals: Signals, rank: torch.Tensor) -> Signals:
-    """The signals by vertex, if vertex r is expert rank[r]; the triangles are lexicographic again."""
-    n = len(rank)
-    vertex = rank.argsort()
-    triangles = vertex[signals.candidates].sort(1).values
+def in_order(signals: Signals, expert_of: torch.Tensor) -> Signals:
+    """The signals by vertex, if vertex r is expert expert_of[r]; the triangles are lexicographic again."""
+    n = len(expert_of)
+    vertex_of = expert_of.argsort()
+    triangles = vertex_of[signals.candidates].sort(1).values
     lexicographic = (triangles @ torch.tensor([n * n, n, 1])).argsort()
     return signals._replace(
-        frequency=signals.frequency[rank], saliency=signals.saliency[rank],
-        barriers=mathx.relabel_edges(signals.barriers, rank),
+        frequency=signals.frequency[expert_of], saliency=signals.saliency[expert_of],
+        barriers=mathx.relabel_edges(signals.barriers, expert_of),
         candidates=triangles[lexicographic], triplets=signals.triplets[lexicographic])
 
 
@@ -454,8 +467,9 @@ def curate_triangles(signals: Signals, thresholds: int) -> tuple[torch.Tensor, f
     """Stage 2 of the curation (A.9): the candidates with barrier <= tau*, the first of evenly spaced thresholds, from
     the smallest to the largest barrier of edges and candidates, that maximises beta_1 of K_tau.
 
-    Returns (mask of the candidates, tau*, beta_1 at each threshold). K_tau has only the edges up to tau; the complex
-    of the decomposition then has all edges, whatever tau* is.
+    Returns (mask of the candidates, tau*, beta_1 at each threshold). K_tau has only the edges up to tau, and the
+    triangles whose edges are in; the complex of the decomposition then has all edges, and all candidates up to tau*.
+    So its beta_1 is not the curve's at tau*.
     """
     both = torch.cat((signals.barriers, signals.triplets))
     taus = torch.linspace(both.min().item(), both.max().item(), thresholds, dtype=torch.float64)
@@ -465,10 +479,10 @@ def curate_triangles(signals: Signals, thresholds: int) -> tuple[torch.Tensor, f
 
 
 class Decomposition(NamedTuple):
-    """The mergeability complex of a layer and the Hodge parts of its barriers. Vertex r is expert rank[r] (n,);
+    """The mergeability complex of a layer and the Hodge parts of its barriers. Vertex r is expert expert_of[r] (n,);
     everything else is by vertex: the signals, the triangles (F, 3) of the complex and their barriers (F,)."""
 
-    rank: torch.Tensor
+    expert_of: torch.Tensor
     signals: Signals
     triangles: torch.Tensor
     triplets: torch.Tensor
@@ -481,13 +495,13 @@ class Decomposition(NamedTuple):
 
 def decompose(signals: Signals, settings: Settings = Settings()) -> Decomposition:
     """Order the experts, build the complex, and decompose the barriers of its edges."""
-    rank = expert_order(settings.order, signals.saliency)
-    ranked = in_order(signals, rank)
-    inside, tau, curve = curate_triangles(ranked, settings.thresholds)
-    triangles = ranked.candidates[inside]
-    d1, d2 = mathx.boundary_matrices(len(rank), triangles)
-    parts = mathx.hodge_decompose(ranked.barriers, d1, d2)
-    return Decomposition(rank, ranked, triangles, ranked.triplets[inside], tau, curve, d1, d2, parts)
+    expert_of = expert_order(settings.order, signals.saliency)
+    ordered = in_order(signals, expert_of)
+    inside, tau, curve = curate_triangles(ordered, settings.thresholds)
+    triangles = ordered.candidates[inside]
+    d1, d2 = mathx.boundary_matrices(len(expert_of), triangles)
+    parts = mathx.hodge_decompose(ordered.barriers, d1, d2)
+    return Decomposition(expert_of, ordered, triangles, ordered.triplets[inside], tau, curve, d1, d2, parts)
 
 
 # ------------------------------------------------------------------------------------------- 4 select (section 4.1)
@@ -505,9 +519,10 @@ class Selection(NamedTuple):
 def select(found: Decomposition, keep: int, settings: Settings = Settings()) -> Selection:
     """Cover the harmonic-critical edges E* and the triplet-critical triangles T*, greedily; redirect the rest.
 
-    The first `keep` picks survive. The triplet barriers enter here and nowhere else.
+    The first `keep` picks survive. Triplet barriers enter the objective here; before, they only choose the triangles of
+    the complex.
     """
-    n, barriers = len(found.rank), found.signals.barriers
+    n, barriers = len(found.expert_of), found.signals.barriers
     floor = 1e-12 * barriers.norm().item()
     harmonic = mathx.critical(found.parts.harmonic.abs(), settings.edge_percent, floor)
     expensive = mathx.critical(found.triplets, settings.triangle_percent, floor)
@@ -526,19 +541,19 @@ class Diagnostics:
     """What the barriers of a layer say (section 3.4), and what the decomposition cannot say (README), by expert."""
 
     eta: mathx.EnergyFractions  # shares of the barriers' energy (equation 8)
-    eta_constant: mathx.EnergyFractions  # the same of a constant signal on the same complex
+    eta_constant: mathx.EnergyFractions  # of a constant signal on the same complex: what eta is if barriers say nothing
     additive: dict[str, float]  # shares of energy and variance that b_ij ~ phi_i + phi_j explains
     betti_1: int
     betti_curve: list[int]  # beta_1 of K_tau at each threshold
     tau: float
     triangles: int
     candidates: int
-    discordance: float
+    discordance: float  # of the candidates
     discordance_quantiles: list[float]
     critical_edges: list[list[int]]
     critical_triangles: list[list[int]]
     covered_at: dict[str, int]  # picks after which all critical simplices are covered
-    retained: dict[str, mathx.Retained]  # shares of each part's energy on simplices with some, all vertices surviving
+    retained: dict[str, mathx.Retained]  # shares of each part's energy that survivors retain
     redirect_targets: int  # survivors that any dropped expert is redirected to
     redirect_largest: int  # dropped experts that the busiest of them takes
     mean_barrier: float
@@ -547,8 +562,9 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The plan of one layer: survivors ascending, all experts in the order of the picks, the target of each dropped
-    one; the share of the tokens' choices that fall on survivors. Diagnostics are None if no barriers were measured."""
+    """The plan of one layer: survivors ascending, all experts in the order of the picks, the target of each dropped one
+    (recorded; only the router `fold` applies it), the share of the tokens' choices that fall on survivors. Diagnostics
+    are None if no barriers were measured."""
 
     survivors: list[int]
     order: list[int]
@@ -570,7 +586,7 @@ def layer_plan(order: list[int], redirect: dict[int, int], keep: int, frequency:
 
 def diagnose(found: Decomposition, selection: Selection, keep: int, margin: float) -> Diagnostics:
     """All that is reported of a layer's barriers."""
-    n, signals = len(found.rank), found.signals
+    n, signals = len(found.expert_of), found.signals
     b, picks = signals.barriers, selection.picks
     additive = mathx.additive_model(b, found.d1)
     discordance = mathx.discordance(n, b, signals.candidates, signals.triplets, margin)
@@ -580,7 +596,7 @@ def diagnose(found: Decomposition, selection: Selection, keep: int, margin: floa
     targets = list(selection.redirect.values())
 
     def by_expert(simplices: torch.Tensor) -> list[list[int]]:
-        return found.rank[simplices].sort(-1).values.tolist()
+        return found.expert_of[simplices].sort(-1).values.tolist()
     return Diagnostics(
         eta=mathx.energy_fractions(found.parts),
         eta_constant=mathx.energy_fractions(constant),
@@ -605,16 +621,17 @@ def diagnose(found: Decomposition, selection: Selection, keep: int, margin: floa
 
 def report(found: Decomposition, selection: Selection, keep: int, settings: Settings = Settings()) -> LayerPlan:
     """The plan of a layer by expert, with its diagnostics."""
-    rank = found.rank.tolist()
-    order = [rank[vertex] for vertex in selection.picks]
-    redirect = {rank[dropped]: rank[target] for dropped, target in selection.redirect.items()}
-    expert = found.rank.argsort()  # by expert again
-    return layer_plan(order, redirect, keep, found.signals.frequency[expert], found.signals.saliency[expert],
-                      diagnose(found, selection, keep, settings.margin))
+    expert_of = found.expert_of.tolist()
+    order = [expert_of[vertex] for vertex in selection.picks]
+    redirect = {expert_of[dropped]: expert_of[target] for dropped, target in selection.redirect.items()}
+    vertex_of = found.expert_of.argsort()
+    frequency, saliency = found.signals.frequency[vertex_of], found.signals.saliency[vertex_of]
+    return layer_plan(order, redirect, keep, frequency, saliency, diagnose(found, selection, keep, settings.margin))
 
 
 def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings()) -> LayerPlan:
-    """Decompose, select, report. Raises InputError if a layer of fewer than two experts, or not of `keep`."""
+    """Decompose, select, report. Raises InputError if the layer has fewer than two experts, or `keep` is not from 1 to
+    their number."""
     n = len(signals.frequency)
     if not 1 <= keep <= n or n < 2:
         raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, and these at least two")
@@ -623,7 +640,7 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
 
 
 def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> LayerPlan:
-    """Plan one MoE layer from tensors in memory: which `keep` experts stay, and where the others' tokens go.
+    """Plan one MoE layer from tensors in memory: which `keep` experts stay, and which of them stands for each other.
 
     Raises InputError for barriers that are not finite, and if `keep` is not from 1 to n. The `lens` readout alone.
     """
@@ -846,10 +863,11 @@ def describe(model: Model) -> dict:
             "num_experts": cfg.num_experts, "top_k": cfg.top_k, "fingerprint": model.checkpoint.fingerprint()}
 
 
-def describe_text(ids: torch.Tensor, files: Sequence[Path] = ()) -> dict:
-    """What a record says of a calibration text."""
-    return {"tokens": ids.numel(), "seq_len": ids.shape[1], "text_sha256": text_hash(ids),
-            "text": [Path(file).name for file in files] or "python documentation"}
+def describe_text(ids: torch.Tensor, files: Sequence[Path] | None = None) -> dict:
+    """What a record says of a calibration text: ids (B, L) of these files, of Python's documentation if there are none,
+    or of unknown origin."""
+    names = "token ids" if files is None else [Path(file).name for file in files] or "python documentation"
+    return {"tokens": ids.numel(), "seq_len": ids.shape[1], "text_sha256": text_hash(ids), "text": names}
 
 
 def read_history(path: Path) -> list[dict]:
@@ -885,7 +903,10 @@ def layer_entries(model: Model, plans: dict[str, LayerPlan]) -> list[dict]:
 
 
 def fold_bytes(model: Model, plans: dict[str, LayerPlan]) -> bytes:
-    """What the router `fold` needs beside the survivors (section 4.1): p'_j = sum of p_i over pi(i) = j."""
+    """What the router `fold` needs beside the survivors (section 4.1): p'_j = p_j + sum of p_i over pi(i) = j.
+
+    Ours: probabilities are folded, where the paper says logits. Loaders that ignore the file give the router `drop`.
+    """
     tensors = {}
     for name, plan in plans.items():
         slots = [plan.survivors.index(target) for target in plan.redirect.values()]
@@ -923,7 +944,9 @@ def compress(model: Model, ids: torch.Tensor, keep: int, out: str | os.PathLike,
     Without a `cache` folder no barriers are kept. Returns the plans by layer name. Raises InputError if something
     given is wrong; then nothing is written.
     """
-    check_out(model, Path(out))
+    if cache:
+        refuse_inside(model, cache, "cache")
+    check_out(model, Path(out), cache)
     plans = dict(plan_model(model, ids, keep, settings, cache, memory))
     export(model, plans, Path(out), plan_entry(model, plans, keep, settings, describe_text(ids)), settings.router)
     return plans
@@ -1103,8 +1126,8 @@ def command_line() -> Parser:
     return parser
 
 
-CONSTANTS = {"order": ("ORDER", str), "edge_percent": ("P", float), "triangle_percent": ("Q", float),
-             "lambda_edge": ("A", float), "lambda_triangle": ("B", float), "alpha": ("C", float),
+CONSTANTS = {"order": ("ORDER", str), "edge_percent": ("PERCENT", float), "triangle_percent": ("PERCENT", float),
+             "lambda_edge": ("WEIGHT", float), "lambda_triangle": ("WEIGHT", float), "alpha": ("WEIGHT", float),
              "max_triangles": ("N", int)}
 HELP = {"readout": "measure barriers at the layer's own next-token distribution, or end to end, which is far more "
                    "expensive [%(default)s]",
@@ -1209,8 +1232,9 @@ def run(args: argparse.Namespace) -> None:
         held_out = model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
         model.unembedding()  # refused now rather than after the work
     ids = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed)
-    plans = show_plans(model, plan_model(model, ids, args.keep, settings, cache, args.memory, bar := progress_bar()),
-                       bar, settings.vocab_sample)
+    bar = progress_bar()
+    planning = plan_model(model, ids, args.keep, settings, cache, args.memory, bar)
+    plans = show_plans(model, planning, bar, settings.vocab_sample)
     entry = plan_entry(model, plans, args.keep, settings, describe_text(ids, args.calib))
     if args.plan_only:
         model_io.write_whole(out, record_bytes(model.checkpoint, entry))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The mathematics of HodgeCover (arXiv 2605.13997) as pure functions on tensors, in the order of the paper; then its
-audit, which is ours. Nothing here knows of models or files.
+"""The mathematics of HodgeCover (arXiv 2605.13997) as pure functions on tensors, in the order of the paper; then
+samples of the vocabulary and the audit, which are ours. Nothing here knows of models or files.
 
 Symbols
     n experts = vertices of the complex      E = n (n - 1) / 2 edges          F triangles (the paper's |T|)
@@ -14,7 +14,7 @@ Conventions
     Vertices are 0..n-1, in the total order that orients the complex (section 3.2).
     Edges are all pairs, lexicographic: a signal on edges is a vector (E,).
     Triangles are an (F, 3) int64 tensor, each row increasing, the rows lexicographic.
-    Numbers are float64, except that the KL of a logit change keeps the dtype it is given.
+    Numbers are float64, except that KL divergences and samples of the vocabulary keep the dtype that they are given.
     Sections, equations (eq.), theorems and propositions are the paper's.
 """
 from __future__ import annotations
@@ -25,6 +25,34 @@ from typing import NamedTuple
 import torch
 
 __version__ = "0.2.0"
+
+
+# -------------------------------------------------------------------------- KL divergence of barriers (section 3.1)
+
+
+def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats, (R,), if q has the logits of p plus delta (section 3.1).
+
+    With m = E_p[delta], KL = log1p(E_p[expm1(x) - x]), x = delta - m. The mean is of terms >= 0: KL is never
+    negative, and its relative error is about eps / |delta| for small delta; a difference of log-softmaxes has
+    eps / delta^2. Rows whose exponentials overflow take log E_p[exp x] instead, which is accurate there.
+
+    Parameters
+    ----------
+    log_p : (V,) for all rows, or (R, V): log-probabilities
+    delta : (R, V)
+    """
+    p = log_p.exp()
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values @ p if p.dim() == 1 else torch.linalg.vecdot(values, p)
+    x = delta - mean(delta)[:, None]
+    kl = mean(torch.expm1(x).sub_(x)).clamp_(min=0).log1p_()
+    overflow = ~kl.isfinite()
+    if overflow.any():
+        log_p_there = log_p if log_p.dim() == 1 else log_p[overflow]
+        kl[overflow] = (log_p_there + x[overflow]).logsumexp(-1).clamp(min=0)
+    return kl
 
 
 # --------------------------------------------------------------------------------------- the complex (section 3.2)
@@ -118,8 +146,12 @@ class HodgeParts(NamedTuple):
 def hodge_decompose(signal: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> HodgeParts:
     """Hodge decomposition of an edge signal (E,) float64 (section 3.3: theorem 1, and the projections of A.5).
 
-    gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl. Only n x n and
-    F x F pseudo-inverses are formed.
+    gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl: what neither a vertex
+    potential nor a triangle boundary explains, by least squares (proposition 1). Only n x n and F x F pseudo-inverses
+    are formed.
+
+    The vertices' order gives each edge its sign. A signal without signs, such as barriers, has other parts in another
+    order.
 
     >>> d1, d2 = boundary_matrices(3, torch.empty(0, 3, dtype=torch.int64))  # an unfilled 3-cycle
     >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
@@ -193,7 +225,7 @@ def betti_curve(n: int, barriers: torch.Tensor, triangles: torch.Tensor, triplet
     """Stage 2 (A.9): beta_1 of the complex K_tau for each threshold tau, int64 of the shape of `thresholds`.
 
     K_tau has the edges with barrier <= tau, and the triangles with barrier <= tau whose three edges are in; barriers
-    (E,), triangles (F, 3) with barriers `triplets` (F,).
+    (E,) of all edges, triangles (F, 3) with barriers `triplets` (F,).
 
     As tau grows, simplices only enter, and beta_1 = edges - rank d1 - rank d2. An edge raises rank d1 if it joins two
     components; a triangle raises rank d2 if its column is independent of the earlier ones. So one pass finds the
@@ -244,96 +276,6 @@ def independent_columns(matrix: torch.Tensor) -> list[int]:
             factor[rank, rank] = pivot.sqrt()
             kept.append(column)
     return kept
-
-
-# -------------------------------------------------------------------------- KL divergence of barriers (section 3.1)
-
-
-def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats, (R,), if q has the logits of p plus delta (section 3.1).
-
-    With m = E_p[delta], KL = log1p(E_p[expm1(x) - x]), x = delta - m. The mean is of terms >= 0: KL is never
-    negative, and its relative error is about eps / |delta| for small delta; a difference of log-softmaxes has
-    eps / delta^2. Rows whose exponentials overflow take log E_p[exp x] instead, which is accurate there.
-
-    Parameters
-    ----------
-    log_p : (V,) for all rows, or (R, V): log-probabilities
-    delta : (R, V)
-    """
-    p = log_p.exp()
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return values @ p if p.dim() == 1 else torch.linalg.vecdot(values, p)
-    x = delta - mean(delta)[:, None]
-    kl = mean(torch.expm1(x).sub_(x)).clamp_(min=0).log1p_()
-    overflow = ~kl.isfinite()
-    if overflow.any():
-        log_p_there = log_p if log_p.dim() == 1 else log_p[overflow]
-        kl[overflow] = (log_p_there + x[overflow]).logsumexp(-1).clamp(min=0)
-    return kl
-
-
-def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted samples of distributions, to estimate expectations from `count` outcomes each (ours).
-
-    Likely outcomes, those with p >= tau, are certain to be in, with their own weight. Any other is in with
-    probability p / tau, and then weighs tau; tau is such that `count` outcomes are in. The weights sum to 1, and
-    E_p[v] is estimated without bias for every v. By Jensen's inequality, KL = log E_p[exp delta] - E_p[delta] is
-    then underestimated on average.
-
-    Parameters
-    ----------
-    log_p : (T, V) log-probabilities
-    count : from 1 to V
-    offset : (T,), uniform in [0, 1): where the systematic draw starts
-
-    Returns (outcomes (T, count), log-weights (T, count)).
-
-    >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
-    >>> sample_outcomes(p.log(), 3, torch.tensor([0.5]))[1].exp()
-    tensor([[0.6000, 0.2000, 0.2000]])
-    """
-    p = log_p.double().exp()
-    largest, likely = p.topk(count)  # (T, count), descending
-    unlikely = p.scatter(1, likely, 0.0)  # (T, V), all but those
-    certain = certain_slots(largest, unlikely.sum(1, keepdim=True))
-    uncertain = unlikely.scatter(1, likely, largest.masked_fill(certain, 0))  # (T, V), all that may be drawn
-    drawn, tau = systematic_draw(uncertain, certain, offset.double())
-    outcomes = torch.where(certain, likely, drawn)
-    weights = torch.where(certain, largest, tau)
-    return outcomes, weights.log().to(log_p.dtype)
-
-
-def certain_slots(largest: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """Which of a sample's slots hold an outcome that is certain to be in it: (T, count) bool, a run from the first.
-
-    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it. largest
-    (T, count): the largest probabilities, descending; remainder (T, 1): the mass of all others.
-    """
-    count = largest.shape[1]
-    slots_left = count - torch.arange(count, device=largest.device)
-    mass_left = largest.flip(1).cumsum(1).flip(1) + remainder
-    at_least_its_share = largest * slots_left >= mass_left * (1 - 1e-12)
-    return at_least_its_share.cumprod(1).bool()
-
-
-def systematic_draw(mass: torch.Tensor, certain: torch.Tensor, offset: torch.Tensor
-                    ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill the slots that are not certain: lay the outcomes' mass (T, V) end to end, read it off at steps of tau.
-
-    tau (T, 1) is the mass per drawn slot; the first reading is at offset (T,) times tau. Returns (outcomes (T, count),
-    tau); the outcomes at certain slots mean nothing.
-    """
-    count = certain.shape[1]
-    draws = (~certain).sum(1, keepdim=True)
-    ends = mass.cumsum(1)  # (T, V): where each outcome's stretch ends
-    total = ends[:, -1:]
-    tau = total / draws.clamp(min=1)
-    step = torch.arange(count, device=mass.device) - (count - draws)  # 0 at the first slot that is drawn
-    at = (step + offset[:, None]) * tau
-    at = torch.minimum(at, total * (1 - 1e-12))  # rounding must not lead past the last outcome
-    return torch.searchsorted(ends, at, right=True), tau
 
 
 # ------------------------------------------------------------------------------------------- HodgeCover (section 4.1)
@@ -403,7 +345,8 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
 def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:
     """Where each dropped vertex goes: argmin over survivors j of b_ij (1 + alpha |b_harm,ij| / |b|) (section 4.1).
 
-    Ties go to the lowest survivor; the factor is 1 if |b| < 1e-12. barriers and harmonic: (E,).
+    Ties go to the lowest survivor; the factor is 1 if |b| < 1e-12. barriers and harmonic: (E,). |b| is the norm over
+    all E edges, so that the factor is near 1 unless alpha is of the size of sqrt(E).
     """
     norm = barriers.norm()
     cost = barriers * (1 + alpha * harmonic.abs() / norm) if norm >= 1e-12 else barriers
@@ -415,6 +358,72 @@ def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tenso
     kept = sorted(survivors)
     dropped = sorted(set(range(n)) - set(kept))
     return {vertex: kept[int(table[vertex, kept].argmin())] for vertex in dropped}
+
+
+# ------------------------------------------------------------------------------- samples of the vocabulary (ours)
+
+
+def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted samples of distributions, to estimate expectations from `count` outcomes each (ours).
+
+    Likely outcomes, those with p >= tau, are certain to be in, with their own weight. Any other is in with
+    probability p / tau, and then weighs tau; tau is such that `count` outcomes are in. The weights sum to 1, and
+    E_p[v] is estimated without bias for every v. By Jensen's inequality, KL = log E_p[exp delta] - E_p[delta] is
+    then underestimated on average.
+
+    Parameters
+    ----------
+    log_p : (T, V) log-probabilities
+    count : from 1 to V
+    offset : (T,), uniform in [0, 1): where the systematic draw starts
+
+    Returns (outcomes (T, count), log-weights (T, count)).
+
+    >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
+    >>> sample_outcomes(p.log(), 3, torch.tensor([0.5]))[1].exp()
+    tensor([[0.6000, 0.2000, 0.2000]])
+    """
+    p = log_p.double().exp()
+    largest, likely = p.topk(count)  # (T, count), descending
+    unlikely = p.scatter(1, likely, 0.0)  # (T, V), all but those
+    certain = certain_slots(largest, unlikely.sum(1, keepdim=True))
+    uncertain = unlikely.scatter(1, likely, largest.masked_fill(certain, 0))  # (T, V), all that may be drawn
+    drawn, tau = systematic_draw(uncertain, certain, offset.double())
+    outcomes = torch.where(certain, likely, drawn)
+    weights = torch.where(certain, largest, tau)
+    return outcomes, weights.log().to(log_p.dtype)
+
+
+def certain_slots(largest: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """Which of a sample's slots hold an outcome that is certain to be in it: (T, count) bool, a run from the first.
+
+    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it. Of
+    probabilities 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first is: 0.6 >= 1 / 3. The second is not: 0.1 < 0.4 / 2.
+    largest (T, count): the largest probabilities, descending; remainder (T, 1): the mass of all others.
+    """
+    count = largest.shape[1]
+    slots_left = count - torch.arange(count, device=largest.device)
+    mass_left = largest.flip(1).cumsum(1).flip(1) + remainder
+    at_least_its_share = largest * slots_left >= mass_left * (1 - 1e-12)
+    return at_least_its_share.cumprod(1).bool()
+
+
+def systematic_draw(mass: torch.Tensor, certain: torch.Tensor, offset: torch.Tensor
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill the slots that are not certain: lay the outcomes' mass (T, V) end to end, read it off at steps of tau.
+
+    tau (T, 1) is the mass per drawn slot; the first reading is at offset (T,) times tau. Returns (outcomes (T, count),
+    tau); the outcomes at certain slots mean nothing.
+    """
+    count = certain.shape[1]
+    draws = (~certain).sum(1, keepdim=True)
+    ends = mass.cumsum(1)  # (T, V): where each outcome's stretch ends
+    total = ends[:, -1:]
+    tau = total / draws.clamp(min=1)
+    step = torch.arange(count, device=mass.device) - (count - draws)  # 0 at the first slot that is drawn
+    at = (step + offset[:, None]) * tau
+    at = torch.minimum(at, total * (1 - 1e-12))  # rounding must not lead past the last outcome
+    return torch.searchsorted(ends, at, right=True), tau
 
 
 # -------------------------------------------------------------------------------------------------- the audit (ours)

@@ -3,7 +3,9 @@
 
 A checkpoint is a folder with `config.json`, safetensors weights (one file, or shards with an index) and
 `tokenizer.json`. `Model` runs it and never holds more than one decoder layer, the embedding or the head, and the
-activations. `write_checkpoint` copies the weights of the surviving experts byte for byte.
+activations. `write_checkpoint` copies the weights of the surviving experts byte for byte. For callers that change
+weights there are `Model.rerun`, `Model.store_down`, `Checkpoint.overwrite`, and the edits and shapes of
+`write_checkpoint`.
 
 Symbols
     n  experts of a layer       k  experts per token (top-k)      K  survivors of a layer

@@ -102,7 +102,7 @@ def without_additive_part(found: Decomposition, kept: list[int]) -> dict[int, in
 REDIRECTS = {
     "the paper's rule": lambda found, selection, kept, rows: selection.redirect,
     "least barrier without its additive part": lambda found, selection, kept, rows: without_additive_part(found, kept),
-    "nearest router row": lambda found, selection, kept, rows: baselines.nearest_rows(rows[found.rank], kept)}
+    "nearest router row": lambda found, selection, kept, rows: baselines.nearest_rows(rows[found.expert_of], kept)}
 
 
 def redirect_spreads(found: Decomposition, selection: Selection, rows: torch.Tensor, keep: int) -> dict[str, Spread]:

@@ -178,19 +178,19 @@ def critical_simplices(found: Decomposition, signal: torch.Tensor, settings: Set
     floor = 1e-12 * found.signals.barriers.norm().item()
     edges = mathx.critical(signal.abs(), settings.edge_percent, floor)
     triangles = mathx.critical(found.triplets, settings.triangle_percent, floor)
-    return mathx.edges(len(found.rank))[edges], found.triangles[triangles]
+    return mathx.edges(len(found.expert_of))[edges], found.triangles[triangles]
 
 
 def cover(found: Decomposition, signal: torch.Tensor, settings: Settings) -> Selection:
     """HodgeCover's greedy cover (section 4.1) of the critical edges of any signal (E,)."""
     edges, triangles = critical_simplices(found, signal, settings)
     families = [(edges, settings.lambda_edge), (triangles, settings.lambda_triangle)]
-    return Selection(mathx.greedy_cover(found.signals.saliency, families, len(found.rank)), {}, edges, triangles)
+    return Selection(mathx.greedy_cover(found.signals.saliency, families, len(found.expert_of)), {}, edges, triangles)
 
 
 def greedy_barrier(found: Decomposition, settings: Settings) -> Selection:
     """Rank the experts by the sum of their pair barriers."""
-    vertex = found.rank.argsort()  # of each expert: ties go to the lowest expert
+    vertex = found.expert_of.argsort()  # of each expert: ties go to the lowest expert
     barriers = mathx.relabel_edges(found.signals.barriers, vertex)
     total = torch.zeros(len(vertex), dtype=torch.float64)
     for ends in mathx.edges(len(vertex)).unbind(1):
@@ -223,7 +223,7 @@ def additive_residual(found: Decomposition, settings: Settings) -> Selection:
 def weighted_cover(found: Decomposition, settings: Settings) -> Selection:
     """Cover every edge by its share of the sum of all barriers, and the triangles (ours)."""
     edges, triangles = critical_simplices(found, found.parts.harmonic, settings)
-    b, n = found.signals.barriers, len(found.rank)
+    b, n = found.signals.barriers, len(found.expert_of)
     smallest = torch.finfo(torch.float64).tiny
     share = settings.lambda_edge * b / b.sum().clamp(min=smallest)
     of_each = torch.full((len(triangles),), settings.lambda_triangle / max(len(triangles), 1), dtype=torch.float64)

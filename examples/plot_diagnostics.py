@@ -72,7 +72,7 @@ def diagnosed(entry: dict, layer: dict, settings: Settings, folder: Path) -> dic
     keep = len(layer["survivors"])
     measured = entry | {"settings": entry["settings"] | asdict(settings)}
     found = hodgecover.decompose(cached(folder, measured, layer), settings)
-    vertex = found.rank.argsort()
+    vertex = found.expert_of.argsort()
     selection = hodgecover.select(found, keep, settings)._replace(picks=vertex[layer["order"]].tolist())
     said = hodgecover.diagnose(found, selection, keep, settings.margin)
     return layer | {"diagnostics": json.loads(hodgecover.to_json(said))}

@@ -210,9 +210,9 @@ def curve_tables() -> list[Table]:
 
 def foretold(found: hodgecover.Decomposition, plan: hodgecover.LayerPlan) -> dict[str, torch.Tensor]:
     """What might foretell how far each survivor of a layer is changed: (K,) numbers by name."""
-    kept, dropped, n = plan.survivors, list(plan.redirect), len(found.rank)
+    kept, dropped, n = plan.survivors, list(plan.redirect), len(found.expert_of)
     frequency = torch.tensor(plan.frequency, dtype=torch.float64)
-    i, j = found.rank[mathx.edges(n)].unbind(1)
+    i, j = found.expert_of[mathx.edges(n)].unbind(1)
 
     def to_dropped(edges: torch.Tensor) -> torch.Tensor:
         table = torch.zeros(n, n, dtype=torch.float64)

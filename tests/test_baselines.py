@@ -73,11 +73,12 @@ def test_equal_scores_go_to_the_lowest_expert(measured):
 
 
 def test_random_differs_by_seed_and_by_layer(measured):
-    model, _, signals = measured
+    model, ids, signals = measured
     orders = [baselines.choose(signals, rows_of(model, 0), "random", 4, Settings(seed=seed), layer).order
               for seed, layer in ((0, 0), (0, 1), (1, 0), (5, 0))]
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert orders[1] == orders[2] and len({*map(tuple, orders)}) == 3  # of seed + layer
+    assert [plan.order for _, plan in baselines.select_model(model, ids, "random", 4)] == orders[:2]
 
 
 def test_covers_differ_in_their_critical_edges(measured):
@@ -90,7 +91,7 @@ def test_covers_differ_in_their_critical_edges(measured):
     signal = {"triplet-penalty": b, "hodge-no-triangle": found.parts.harmonic,
               "additive-residual": mathx.additive_model(b, found.d1).residual}
     triangles = found.triangles[sorted(top(found.triplets.tolist())[:-(-len(found.triplets) * 15 // 100)])]
-    rank = found.rank.tolist()
+    rank = found.expert_of.tolist()
     for method, of in signal.items():
         plan = baselines.choose(signals, rows_of(model, 0), method, 4, WIDE)
         critical = edges[sorted(top(of.abs().tolist())[:count])]

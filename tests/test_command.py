@@ -500,6 +500,11 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
     assert capsys.readouterr().err == " 25% done, 0:02:30 left\n"  # 0.15 in 30 s
 
 
+def test_sizes_of_memory_are_decimal():
+    sizes = [hodgecover.byte_count(text) for text in ("200MB", "1.5GB", "20000000")]
+    assert sizes == [200_000_000, 1_500_000_000, 20_000_000]
+
+
 def test_auto_is_bfloat16_only_if_the_device_multiplies_it(monkeypatch):
     for able, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
                            ({"bf16": True}, torch.bfloat16), ({"avx2": True, "avx512_bf16": False}, torch.float32)):

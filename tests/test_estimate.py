@@ -166,6 +166,9 @@ def test_every_family_has_a_cost(family, fixed_rates, capsys):
         f"{layer}." for layer in model.layer_names))]
     assert len(held) == depth and sum(held) <= 4 * sum(torch.Size(shape).numel() for shape in shapes)
     assert 0 < active < sum(torch.Size(shape).numel() for shape in shapes)
+    rest = 4 * model.config.hidden_size * (model.config.vocab_size + 16 * 64)  # the head, streams of 64 tokens
+    cost = estimate.estimate(model, Settings(), 64, memory=0)
+    assert cost.memory == estimate.PROCESS_BYTES + max(held) + rest  # of the largest layer, wherever it lies
 
 
 @pytest.mark.parametrize("options, says", [

@@ -246,7 +246,7 @@ def test_plots_take_reap_s_retained_energy_from_the_barriers(planned, tmp_path):
     for layer in entries[1]["layers"]:
         signals = plot_diagnostics.cached(folder, entries[0], layer)
         made = hodgecover.decompose(signals)
-        survivors = [made.rank.tolist().index(e) for e in layer["survivors"]]
+        survivors = [made.expert_of.tolist().index(e) for e in layer["survivors"]]
         expected.append(mathx.retained(made.parts.harmonic, mathx.edges(8), survivors))
         assert found["layers"][layer["layer"]]["survivors"] == layer["survivors"]
     for kind in ("some", "all"):

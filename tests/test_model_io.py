@@ -541,7 +541,10 @@ def test_a_folder_that_cannot_be_new_is_named(tmp_path):
         assert str(found.value).startswith(str(tmp_path)) and "--" not in str(found.value)
 
 
-def test_the_folder_above_the_output_is_made(tmp_path):
+def test_the_folder_above_the_output_is_made_and_goes_if_the_work_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), model_io.new_folder(tmp_path / "a" / "b" / "c"):
+        1 / 0
+    assert not list(tmp_path.iterdir())
     with model_io.new_folder(tmp_path / "a" / "b") as folder:
         (folder / "x").touch()
     assert (tmp_path / "a" / "b" / "x").exists() and len(list((tmp_path / "a").iterdir())) == 1

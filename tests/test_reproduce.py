@@ -353,7 +353,7 @@ def test_router_fit_refuses_normalised_gates(sample):
 def test_what_foretells_a_change_by_brute_force(sample):
     found = reproduce.decompositions(sample, sample.settings())
     for name, plan in reproduce.hodgecover_plans(sample, 0.5, sample.settings()).items():
-        signals, rank = sample.signals(sample.settings())[name], found[name].rank.tolist()
+        signals, rank = sample.signals(sample.settings())[name], found[name].expert_of.tolist()
         pair = {tuple(edge): at for at, edge in enumerate(mathx.edges(8).tolist())}
         said = refit_study.foretold(found[name], plan)
         for slot, e in enumerate(plan.survivors):

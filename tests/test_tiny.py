@@ -49,6 +49,9 @@ def test_a_random_checkpoint_runs(shape, tmp_path, capsys):
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     index = json.loads((tmp_path / "a" / model_io.INDEX).read_text())
     assert index["metadata"]["total_size"] == 2 * parameters and index["weight_map"].keys() == stored.keys()
+    for index in range(4):
+        norms = [weight for name, weight in model.layer(index).weights.items() if name.endswith("norm.weight")]
+        assert len(norms) >= 3 and all((weight == 1).all() for weight in norms)
     assert len(shards) > 2
     for shard in shards:
         assert len(shard) == 1 or 2 * sum(tensor.numel() for tensor in shard.values()) <= 150_000

@@ -160,6 +160,12 @@ def test_a_total_rate_counts_shared_experts_whole(tmp_path):
     assert said["rate"] == pytest.approx(1 - 0.4 * before / after) and after > before / 2
 
 
+def test_the_copy_is_run_in_the_dtype_of_the_checkpoint(small, tmp_path):
+    with wanda.common.copied(Model(small, torch.float64), tmp_path / "out", {"command": "a test"}) as output:
+        assert output.dtype == torch.float64 and output.checkpoint.path != tmp_path / "out"
+    assert record(tmp_path / "out")["command"] == "a test"
+
+
 def test_on_another_device(small, tmp_path):
     for device in ("fake", "cpu"):
         with Accelerator():
