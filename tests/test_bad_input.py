@@ -27,7 +27,7 @@ def compress(path: Path, *options: object) -> int:
     return run(hodgecover, path, *keep, "--calib", path.parent / "text.txt", *QUICK, *options)
 
 
-def refused(capsys, path: Path, says: str, *options: object, late: bool = False) -> None:
+def check_refused(capsys, path: Path, says: str, *options: object, late: bool = False) -> None:
     """Assert status 2, one line on stderr that says this, nothing printed, and nothing on disk changed but, if the
     fault is found late, for layers that were done."""
     before = contents(path.parent)
@@ -187,7 +187,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("change, says", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_checkpoints(small, capsys, change, says):
     change(small)
-    refused(capsys, small, says, late="finit" in says)
+    check_refused(capsys, small, says, late="finit" in says)
 
 
 def test_links_to_shards_are_fine(small):
@@ -218,7 +218,7 @@ def test_texts(small, capsys, data, says, option):
         text.mkdir()
     elif data is not None:
         text.write_bytes(data)
-    refused(capsys, small, says, option, text)
+    check_refused(capsys, small, says, option, text)
 
 
 def test_a_byte_order_mark_and_capitals_are_fine(small):
@@ -280,7 +280,7 @@ def test_options(small, capsys, monkeypatch, options, says):
     """All found before the work."""
     monkeypatch.chdir(small.parent)
     monkeypatch.setattr(hodgecover, "lens_kl", refuse)
-    refused(capsys, small, says, *options)
+    check_refused(capsys, small, says, *options)
 
 
 def test_something_must_be_asked_for(small, capsys):
