@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -127,3 +127,13 @@ def scratch(folder: Path) -> Callable[..., torch.Tensor]:
             file.flush()
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
     return empty
+
+
+def clear(cache: Path, key: dict[str, str], entries: Iterable[str]) -> None:
+    """Remove these entries, what a killed run left of them, and the folder if it is empty then."""
+    for entry in entries:
+        file = hodgecover.cache_file(cache, entry, key)
+        for path in (file, *cache.glob(f".{file.name}.*")):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty
+        cache.rmdir()

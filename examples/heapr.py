@@ -15,8 +15,8 @@ magnitude  |gate_j| |up_j| |w_j|: no text
 random     nothing, by --seed: no text
 
 The gradients are exact, with one layer in memory: a pass forward keeps each layer's input, on disk if they need more
-than --memory; a pass back reads each layer again, runs it on its input and takes dL/dh from dL/dy. There is no cache:
-both passes take minutes, and a killed run starts from the beginning.
+than --memory; a pass back reads each layer again, runs it on its input and takes dL/dh from dL/dy. A killed run
+continues from the layers that the pass back has done, which lie in OUT-heapr until the output is whole.
 
 Ours: equally many units of every expert stay, in their old order, since a configuration has one width; the papers rank
 all units of a model or a layer together, which gives each expert a width of its own that no stock loader takes. An
@@ -24,7 +24,8 @@ expert whose scores are all 0 (no token is routed to it) ranks by magnitude. A m
 model's, ranks by camera. Shared experts and dense layers stay as they are.
 
 Take a multiple of 8 for the width: the grouped products that transformers uses by default want rows of 16 bytes. A
-file of another width loads there with experts_implementation="eager".
+file of another width runs there with experts_implementation="eager". --rate takes the nearest multiple of 8 if that
+moves the rate by at most one point.
 
     n experts of a layer    f width of an expert    d hidden size    T tokens, B sequences of L
     h stream before a layer, y after it             slope dL/dy (B, L, d), or (T, d)
@@ -35,6 +36,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +52,8 @@ from torch.nn import functional
 SCORES = ("heapr", "camera", "magnitude", "random")
 GRAPH_TOKENS = 1024  # tokens whose graph of a layer is held at a time, or one sequence
 ALIGNED = 8  # numbers of 2 bytes that make 16 bytes
+ROUNDING = 0.01  # share of the width that --rate may be off to be a multiple of that
+CACHE_VERSION = "1"
 MATRIX = re.compile(r"(.+)\.mlp\.experts\.(?:(\d+)\.)?(gate|up|gate_up|down)_proj(?:\.weight)?")
 NOTICE = ("> **This is a compressed model.** The experts of the model described below were made narrower; the scores "
           f"below are the source model's. `{hodgecover.RECORD}` says how.\n\n")
@@ -142,28 +146,61 @@ def back_through(layer: Layer, config: model_io.Config, h: torch.Tensor, slope: 
     return moments
 
 
+def heapr_key(model: Model, ids: torch.Tensor) -> dict[str, str]:
+    """Return all that the scores of a layer and the slope below it depend on, by name."""
+    return {"format": CACHE_VERSION, "weights": model.checkpoint.fingerprint(),
+            "calibration text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "dtype": str(model.dtype)}
+
+
 def heapr_scores(model: Model, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty,
-                 tick: Tick = no_tick) -> Iterator[tuple[str, torch.Tensor]]:
+                 tick: Tick = no_tick, cache: Path | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Run ids (B, L) forward and back; yield (name, scores (n, f)) of each sparse layer: of a multi-token head by
-    camera, on the way forward, then of the decoder layers, the last one first. `empty` makes the inputs that are
-    kept."""
-    inputs, count = [], model.config.num_layers
-    for step in model.stream(ids, empty):
-        if step.index < count:
+    camera, on the way forward, then of the decoder layers, the last one first.
+
+    `empty` makes the inputs that are kept. `cache` is a folder of the layers that are done: the pass back goes on below
+    them.
+    """
+    names, count = model.layer_names, model.config.num_layers
+    key = heapr_key(model, ids) if cache else {}
+
+    def keep(name: str, score: torch.Tensor, slope: torch.Tensor) -> None:
+        if cache:
+            hodgecover.write_entry(cache, f"heapr-{name}", {"score": score, "slope": slope}, key)
+
+    def kept(name: str) -> dict[str, torch.Tensor] | None:
+        return hodgecover.read_entry(cache, f"heapr-{name}", key, ["score", "slope"]) if cache else None
+    slope, nothing, todo = None, torch.empty(0), count
+    while todo and (done := kept(names[todo - 1])):
+        todo, slope = todo - 1, done["slope"].to(model.device)
+        if len(done["score"]):
+            yield names[todo], done["score"]
+    heads = {name: done["score"] for name in names[count:] if (done := kept(name))}
+    yield from heads.items()
+
+    inputs, passes = [], todo if len(heads) == len(names) - count else len(names)
+    for step in islice(model.stream(ids, empty), passes):
+        if step.index < todo:
             inputs.append(step.h)
+        if step.index == count - 1:
             last = step
-        elif step.gates is not None:
-            yield step.name, settled(camera(step), step.layer.experts, step.name)
-        tick((step.index + 1) / len(model.layer_names) / 4)  # the pass back runs each layer again, and back
-    step.layer.unload()
-    slope = loss_slope(model, last, ids)
-    for index in reversed(range(count)):
-        layer, name = model.layer(index), model.layer_names[index]
-        moments = back_through(layer, model.config, inputs.pop(), slope)
+        if step.index >= count and step.gates is not None:
+            score = settled(camera(step), step.layer.experts, step.name)
+            keep(step.name, score, nothing)
+            yield step.name, score
+        tick((step.index + 1) / passes / 4)  # the pass back runs each layer again, and back
+    if passes:
+        step.layer.unload()
+    if slope is None:
+        slope = loss_slope(model, last, ids)
+    for index in reversed(range(todo)):
+        layer, name = model.layer(index), names[index]
+        moments, score = back_through(layer, model.config, inputs.pop(), slope), nothing
         if moments:
-            yield name, settled(moments.heapr(), layer.experts, name)
+            score = settled(moments.heapr(), layer.experts, name)
+            yield name, score
+        keep(name, score, slope)
         layer.unload()
-        tick(1 - 0.75 * index / count)
+        tick(1 - 0.75 * index / todo)
 
 
 def camera_scores(model: Model, ids: torch.Tensor, tick: Tick = no_tick) -> Iterator[tuple[str, torch.Tensor]]:
@@ -194,14 +231,16 @@ def random_scores(model: Model, seed: int) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def score_units(model: Model, score: str, ids: torch.Tensor | None = None, seed: int = 0,
-                empty: Callable[..., torch.Tensor] = torch.empty, tick: Tick = no_tick) -> dict[str, torch.Tensor]:
+                empty: Callable[..., torch.Tensor] = torch.empty, tick: Tick = no_tick, cache: Path | None = None
+                ) -> dict[str, torch.Tensor]:
     """Return what each hidden unit is worth by one of SCORES: of each sparse layer, by its name, (n, f) float64.
 
-    ids (B, L) are for heapr and camera, `seed` is for random, `empty` makes what heapr keeps. Raises InputError if
+    ids (B, L) are for heapr and camera, `seed` is for random, `empty` and `cache` for heapr. Raises InputError if
     there is no sparse layer, and for scores that are not finite.
     """
     hodgecover.sparse_layers(model)
-    found = {"heapr": lambda: heapr_scores(model, ids, empty, tick), "camera": lambda: camera_scores(model, ids, tick),
+    found = {"heapr": lambda: heapr_scores(model, ids, empty, tick, cache),
+             "camera": lambda: camera_scores(model, ids, tick),
              "magnitude": lambda: magnitude_scores(model, tick), "random": lambda: random_scores(model, seed)}
     return dict(found[score]())
 
@@ -250,8 +289,8 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
 
 
 def choose_width(model: Model, rate: float | None = None, width: int | None = None) -> int:
-    """Return the width that stays: `width`, or round((1 - rate) f); warn if it is no multiple of 8. Raises InputError
-    if it is not from 1 to f, and for a model whose experts cannot have a width of their own."""
+    """Return the width that stays: `width`, or (1 - rate) f, rounded as above; warn if it is no multiple of 8. Raises
+    InputError if it is not from 1 to f, and for a model whose experts cannot have a width of their own."""
     cfg = model.config
     sparse = hodgecover.sparse_layers(model)
     if cfg.model_type == "olmoe" and len(sparse) < len(model.layer_names):
@@ -259,7 +298,9 @@ def choose_width(model: Model, rate: float | None = None, width: int | None = No
                          "its experts cannot be made narrower alone")
     if rate is not None:
         hodgecover.check_range("rate", rate, 0, 1)
-        width = round((1 - rate) * cfg.expert_width)
+        exact = (1 - rate) * cfg.expert_width
+        aligned = ALIGNED * round(exact / ALIGNED)
+        width = aligned if abs(aligned - exact) <= ROUNDING * cfg.expert_width else round(exact)
         if width < 1:
             raise InputError(f"rate {rate}: no hidden unit of {cfg.expert_width} would stay; must be lower")
     if not 1 <= width <= cfg.expert_width:
@@ -303,7 +344,8 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     model = common.open_model(args.checkpoint, args)
     width, before = choose_width(model, args.rate, args.width), model.config.expert_width
-    hodgecover.check_out(model, args.out)
+    cache = args.out.absolute().with_name(f"{args.out.absolute().name}-heapr") if args.score == "heapr" else None
+    hodgecover.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
                 "dtype": str(model.dtype).removeprefix("torch.")}
     ids = None
@@ -318,9 +360,13 @@ def run(args: argparse.Namespace) -> None:
     with model_io.new_folder(args.out) as folder:
         large = args.score == "heapr" and activation_bytes(model, ids.numel()) > args.memory
         empty = common.scratch(folder) if large and model.device.type == "cpu" else torch.empty
-        scores = score_units(model, args.score, ids, args.seed, empty, bar)
+        if cache:
+            hodgecover.make_cache(cache)
+        scores = score_units(model, args.score, ids, args.seed, empty, bar, cache)
         bar(None)
         export(model, {name: best_units(score, width) for name, score in scores.items()}, folder, files)
+    if cache:
+        common.clear(cache, heapr_key(model, ids), [f"heapr-{name}" for name in model.layer_names])
     print(f"hidden units of each expert: {before} -> {width}, by {args.score}")
     common.show_output(model, args.out)
 

@@ -20,7 +20,6 @@ gate and up projections, routers, shared experts, attention and norms stay as th
     R tokens of an expert  D_e down projection (d, f)    x_te gated hidden activation of token t in expert e (f,)
 """
 import argparse
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -270,16 +269,6 @@ def resumable(fit: Fit, cache: Path, key: dict[str, str], tick: Callable[[int], 
     return fit_or_read
 
 
-def clear(cache: Path, key: dict[str, str], layers: list[str]) -> None:
-    """Remove the entries of these layers, what a killed run left of them, and the folder if it is empty then."""
-    for layer in layers:
-        file = hodgecover.cache_file(cache, f"refit-{layer}", key)
-        for path in (file, *cache.glob(f".{file.name}.*")):
-            path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it is not empty
-        cache.rmdir()
-
-
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -320,7 +309,7 @@ def run(args: argparse.Namespace) -> None:
             bar(None)
             print(f"{layer.name}: output error {layer.before:.4f} -> {layer.after:.4f}", flush=True)
             entry["output_error"].append(layer)
-    clear(cache, key, model.layer_names)
+    common.clear(cache, key, [f"refit-{name}" for name in model.layer_names])
     print(f"output: {args.out}")
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Narrower experts: the scores against brute force and plain autograd, and the command on every family."""
+import dataclasses
 import json
 import os
 import weakref
@@ -12,7 +13,7 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import GOLDEN, QUICK, assert_refused, contents, record, refuse, run
+from conftest import GOLDEN, PROSE, QUICK, assert_refused, contents, record, refuse, run, with_tokenizer
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -412,14 +413,55 @@ def test_on_another_device(small, tmp_path, score):
     assert contents(tmp_path / "fake") == contents(tmp_path / "cpu")
 
 
-def test_a_killed_run_leaves_nothing(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("score", ["heapr", "camera"])
+def test_a_killed_run_leaves_no_output(small, tmp_path, monkeypatch, score):
     before = sorted(os.listdir(tmp_path))
 
     def interrupted(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(heapr, "export", interrupted)
-    assert run(heapr, small, "--width", 8, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out") == 130
-    assert sorted(os.listdir(tmp_path)) == before
+    assert run(heapr, small, "--width", 8, "--score", score, "--calib", tmp_path / "text.txt", *QUICK, "--out",
+               tmp_path / "out") == 130
+    assert sorted(os.listdir(tmp_path)) == sorted(before + ["out-heapr"] * (score == "heapr"))
+
+
+@pytest.mark.parametrize("name", ["olmoe-plain", "qwen3-dense-first", "qwen3_5-vision-mtp"])
+def test_a_killed_run_continues_below_the_layers_that_are_done(name, tmp_path, monkeypatch):
+    """To the same bytes, killed again and again: each layer is run back once. Then the folder of the layers goes."""
+    source = with_tokenizer(named(name), tmp_path / "source")
+    (tmp_path / "text.txt").write_text(PROSE)
+    work = [source, "--width", 8, "--calib", tmp_path / "text.txt", *QUICK, "--out"]
+    assert run(heapr, *work, tmp_path / "undisturbed") == 0
+    passed, real, count = [], heapr.back_through, Model(source).config.num_layers
+
+    def killed_after_one(*given):
+        passed.append(given)
+        if len(passed) % 2 == 0:
+            raise KeyboardInterrupt
+        return real(*given)
+    monkeypatch.setattr(heapr, "back_through", killed_after_one)
+    for _ in range(count - 1):
+        assert run(heapr, *work, tmp_path / "out") == 130 and not (tmp_path / "out").exists()
+    assert run(heapr, *work, tmp_path / "out") == 0 and len(passed) == 2 * count - 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / "out-heapr").exists()
+
+
+def test_layers_of_another_problem_are_not_taken():
+    """Another checkpoint, text or dtype, by its key."""
+    model, ids = Model(named("olmoe-plain")), some_ids()
+    keys = [heapr.heapr_key(*given) for given in (
+        (model, ids), (Model(named("olmoe-sharded")), ids), (model, ids + 1), (model, ids.view(1, -1)),
+        (Model(named("olmoe-plain"), torch.float64), ids))]
+    assert len({json.dumps(key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("rate, width, taken", [(0.5, 1024, 512), (0.66, 1024, 352), (0.25, 16, 12), (0.66, 32, 11),
+                                                (0.0, 1000, 1000), (0.5, 1000, 496), (0.66, 768, 264)])
+def test_a_rate_is_a_multiple_of_8_if_that_moves_it_little(monkeypatch, rate, width, taken):
+    model = Model(named("qwen3-plain-tied"))
+    model.config = dataclasses.replace(model.config, expert_width=width)
+    assert heapr.choose_width(model, rate) == taken
 
 
 @pytest.mark.parametrize("options, says", [
