@@ -6,6 +6,7 @@ the functions whose docstrings say what they return.
 """
 import argparse
 import contextlib
+import io
 import math
 import sys
 import tempfile
@@ -137,3 +138,30 @@ def clear(cache: Path, key: dict[str, str], entries: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it is not empty
         cache.rmdir()
+
+
+def import_pyplot(path: Path):
+    """Return matplotlib's pyplot, without a display, to draw a picture in a file of that name. Raises InputError if it
+    is not installed, or does not know the format of the name's ending."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib is missing; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    known = pyplot.Figure().canvas.get_supported_filetypes()
+    if picture_format(path) not in known:
+        raise InputError(f"{path}: no picture can have this ending; must be one of {', '.join(sorted(known))}")
+    return pyplot
+
+
+def picture_format(path: Path) -> str:
+    """Return the format that a picture's name asks for, such as png."""
+    return path.suffix[1:].lower() or "png"
+
+
+def write_picture(figure, path: Path, dpi: int) -> None:
+    """Write a figure to a file in the format of its name, whole or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=dpi, format=picture_format(path), bbox_inches="tight")
+    model_io.write_whole(path, data.getvalue())

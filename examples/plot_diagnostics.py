@@ -10,7 +10,6 @@ kept. With it the matrix of one --layer is drawn too, survivors first, with the 
 selectors that measure no barriers have their retained energy taken from there. The format is that of the name's ending.
 """
 import argparse
-import io
 import json
 import sys
 from dataclasses import asdict, fields
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-import common  # noqa: F401  the three files are on the path now
+import common
 import hodgecover
 import mathx
 import model_io
@@ -157,19 +156,8 @@ def draw_barriers(axes, layer: dict, barriers: torch.Tensor) -> None:
     axes.figure.colorbar(image, ax=axes)
 
 
-def import_pyplot():
-    """matplotlib's pyplot, without a display. Raises InputError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("matplotlib is missing; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def draw(pyplot, entries: list[dict], layer: dict, barriers: torch.Tensor | None, kind: str) -> bytes:
-    """The picture, as a file's content of a format such as png."""
+def draw(pyplot, entries: list[dict], layer: dict, barriers: torch.Tensor | None):
+    """The picture, as a figure."""
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
     draw_eta(axes[0, 0], entries[0]["layers"])
     draw_discordance(axes[0, 1], entries[0]["layers"])
@@ -178,14 +166,7 @@ def draw(pyplot, entries: list[dict], layer: dict, barriers: torch.Tensor | None
         axes[1, 1].axis("off")
     else:
         draw_barriers(axes[1, 1], layer, barriers)
-    picture = io.BytesIO()
-    try:
-        figure.savefig(picture, dpi=70, format=kind)
-    except ValueError as err:
-        raise InputError(f"out: {err}") from None
-    finally:
-        pyplot.close(figure)
-    return picture.getvalue()
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -218,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     if args.layer is not None and args.barriers is None:
         raise InputError("layer: goes with --barriers, which holds the matrix to draw")
-    pyplot = import_pyplot()
+    pyplot = common.import_pyplot(args.out)
     entries = [read_entry(path) for path in args.plans]
     try:
         entries = drawable(entries, args.barriers)
@@ -227,10 +208,10 @@ def run(args: argparse.Namespace) -> None:
         if wanted not in layers:
             raise InputError(f"layer {wanted}: the plan has the layers {', '.join(map(str, layers))}")
         barriers = cached(args.barriers, entries[0], layers[wanted]).barriers if args.barriers else None
-        picture = draw(pyplot, entries, layers[wanted], barriers, args.out.suffix[1:] or "png")
+        figure = draw(pyplot, entries, layers[wanted], barriers)
     except (KeyError, IndexError, TypeError) as err:
         raise InputError(f"a plan that hodgecover.py did not write ({type(err).__name__}: {err})") from None
-    model_io.write_whole(args.out, picture)
+    common.write_picture(figure, args.out, dpi=70)
     print(args.out)
 
 

@@ -226,12 +226,13 @@ def picked(tables: list[Table], only: list[str], columns: list[str]) -> list[Tab
 
 
 class Score(NamedTuple):
-    """A compressed checkpoint on a text: perplexity, KL from the source in nats a token; and the share of the source's
-    expert parameters that are absent or 0."""
+    """A compressed checkpoint on a text: perplexity, KL from the source in nats a token; the share of the source's
+    expert parameters that are absent or 0; the checkpoint's parameters."""
 
     perplexity: float
     kl: float
     gone: float
+    parameters: evaluate.Parameters
 
 
 def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Score:
@@ -240,7 +241,8 @@ def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Scor
         output = make(sample, value, Path(folder) / "out")
         found = model_io.compare(sample.source, output, text)
         left = wanda.parameters(output) * (1 - evaluate.expert_zeros(output))
-    return Score(found.output_perplexity, found.kl, 1 - left / wanda.parameters(sample.source))
+        size = evaluate.count_parameters(output)
+    return Score(found.output_perplexity, found.kl, 1 - left / wanda.parameters(sample.source), size)
 
 
 def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> dict[str, list[list[Score]]]:

@@ -7,6 +7,7 @@ import re
 
 import audit
 import baselines
+import common
 import hodgecover
 import mathx
 import plot_diagnostics
@@ -333,22 +334,19 @@ class Pyplot:
     def savefig(self, file, **named):
         file.write(b"picture")
         if self.fails:
-            raise ValueError("Format 'x' is not supported")
-
-    def close(self, figure):
-        pass
+            raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_picture_is_whole_or_absent(planned, tmp_path, monkeypatch, capsys, fails):
-    monkeypatch.setattr(plot_diagnostics, "import_pyplot", lambda: Pyplot(fails))
+    monkeypatch.setattr(common, "import_pyplot", lambda path: Pyplot(fails))
     capsys.readouterr()
     folder = tmp_path / "pictures"
     folder.mkdir()
     status = run(plot_diagnostics, tmp_path / "additive-residual" / RECORD, tmp_path / "reap" / RECORD, "--barriers",
                  planned.with_name("small-barriers"), "--out", folder / "a.png")
     if fails:
-        assert_refused(capsys, status, "--out: Format 'x' is not supported")
+        assert_refused(capsys, status, "No space left on device")
     assert [file.read_bytes() for file in folder.iterdir()] == ([] if fails else [b"picture"]) and status == 2 * fails
 
 
@@ -358,7 +356,7 @@ def test_the_picture_is_whole_or_absent(planned, tmp_path, monkeypatch, capsys, 
     (["--barriers", "nowhere"], "--barriers nowhere: has none of"),
 ])
 def test_plots_refuse_wrong_choices(planned, tmp_path, monkeypatch, capsys, options, says):
-    monkeypatch.setattr(plot_diagnostics, "import_pyplot", lambda: Pyplot(False))
+    monkeypatch.setattr(common, "import_pyplot", lambda path: Pyplot(False))
     capsys.readouterr()
     options = [planned.with_name("small-barriers") if option == "FOLDER" else option for option in options]
     plan = tmp_path / "additive-residual" / RECORD
@@ -372,7 +370,7 @@ def test_plots_refuse_wrong_choices(planned, tmp_path, monkeypatch, capsys, opti
     ({"history": [{"layers": [{"survivors": [0]}], "settings": {"keep": 1}}]}, "did not write (KeyError"),
 ])
 def test_plots_of_something_else(tmp_path, monkeypatch, capsys, record, says):
-    monkeypatch.setattr(plot_diagnostics, "import_pyplot", lambda: Pyplot(False))
+    monkeypatch.setattr(common, "import_pyplot", lambda path: Pyplot(False))
     (tmp_path / "a.json").write_text(json.dumps(record))
     assert_refused(capsys, run(plot_diagnostics, tmp_path / "a.json", "--out", tmp_path / "a.png"), says)
 

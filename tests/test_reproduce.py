@@ -7,6 +7,9 @@ from statistics import mean
 
 import audit
 import baselines
+import evaluate
+import frontier
+import heapr
 import hodgecover
 import mathx
 import model_io
@@ -123,7 +126,7 @@ def test_half_interval_of_two_values_in_closed_form():
 
 def test_differences_are_taken_sample_by_sample(capsys):
     def scores(*kls: float) -> list[list[reproduce.Score]]:
-        return [[reproduce.Score(9.0, kl, 0.5) for kl in kls]]
+        return [[reproduce.Score(9.0, kl, 0.5, None) for kl in kls]]
     reproduce.show_differences({"a": scores(0.1, 0.9), "level": scores(0.2, 0.8), "worse": scores(0.301, 1.099),
                                 "better": scores(0.0, 0.8)}, ["50%"])
     assert capsys.readouterr().out.splitlines()[1:] == [
@@ -131,8 +134,8 @@ def test_differences_are_taken_sample_by_sample(capsys):
         "| better | **-0.100 ± 0.000** |"]
 
 
-@pytest.mark.parametrize("found", [{"a": [[reproduce.Score(9.0, 0.1, 0.5)] * 2]},
-                                   {name: [[reproduce.Score(9.0, 0.1, 0.5)]] for name in "ab"}])
+@pytest.mark.parametrize("found", [{"a": [[reproduce.Score(9.0, 0.1, 0.5, None)] * 2]},
+                                   {name: [[reproduce.Score(9.0, 0.1, 0.5, None)]] for name in "ab"}])
 def test_no_differences_of_one_line_or_one_sample(found, capsys):
     reproduce.show_differences(found, ["50%"])
     assert capsys.readouterr().out == ""
@@ -154,6 +157,91 @@ def test_no_text_is_left_for_settings(sample):
     everything = model_io.sequences(sample.source.encode([TEXT]), 32)
     with pytest.raises(InputError, match="^samples: "):
         reproduce.outside(sample.source, [reproduce.Sample(sample.source, everything, 0, sample.cache)], 64)
+
+
+# ----------------------------------------------------------------------------------------- fewer and narrower experts
+
+
+def test_cell_of_the_frontier_is_what_three_commands_give(sample, tmp_path, monkeypatch):
+    """Experts dropped, the rest made narrower, refitted."""
+    monkeypatch.setattr(frontier, "TOKENS", 64)
+    source, text = sample.source, reproduce.held_out(sample.source, 64)
+    path, few, thin, recovered = (source.checkpoint.path, *(tmp_path / name for name in ("few", "thin", "out")))
+    assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
+    assert run(heapr, few, "--width", 11, "--out", thin, *USERS) == 0
+    assert run(refit, path, thin, "--out", recovered, *USERS) == 0
+    ways = frontier.lines()
+    for make, folder in ((ways["both, heapr"], thin),
+                         (partial(refit_study.refitted, make=ways["both, heapr"], tokens=64), recovered)):
+        expected = model_io.compare(source, Model(folder), text)
+        found = reproduce.score(sample, text, make, 0.5)
+        assert found[:2] == (expected.output_perplexity, expected.kl)
+        assert found.gone == 1 - 6 * 11 / (8 * 16) and found.parameters == evaluate.count_parameters(Model(folder))
+
+
+@pytest.mark.parametrize("label, command, arguments", [
+    ("drop, hope", baselines, ["--keep", 4, "--method", "hope"]), ("drop, hodgecover", hodgecover, ["--keep", 4]),
+    ("narrow, camera", heapr, ["--width", 8, "--score", "camera"]),
+    ("narrow, random", heapr, ["--width", 8, "--score", "random"])])
+def test_way_of_the_frontier_is_what_one_command_gives(label, command, arguments, sample, tmp_path):
+    users = USERS if label != "narrow, random" else ["--seed", 1]
+    assert run(command, sample.source.checkpoint.path, *arguments, "--out", tmp_path / "out", *users) == 0
+    made = frontier.lines()[label](sample, 0.5, tmp_path / "made")
+    weights = [folder.joinpath("model.safetensors").read_bytes() for folder in (tmp_path / "out", tmp_path / "made")]
+    assert weights[0] == weights[1] and made.config == Model(tmp_path / "out").config
+
+
+def test_a_way_on_more_tokens_sees_them(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "TOKENS", 128)
+    made = frontier.lines()["narrow, heapr, 128 tokens"](sample, 0.5, tmp_path / "made")
+    assert frontier.larger(sample).ids.numel() == 128 and made.config.expert_width == 8
+    found = heapr.score_units(sample.source, "heapr", frontier.larger(sample).ids)
+    plain = frontier.write_narrow(sample.source, found, 8, tmp_path / "plain")
+    assert torch.equal(made.logits(sample.ids), plain.logits(sample.ids))
+
+
+def test_frontier_table_is_filled(small, capsys):
+    table = shown(capsys, frontier, small, "--columns", "50%", "--only", "drop, reap", "narrow, magnitude")
+    heads = ["expert parameters gone", "KL minus that of drop, reap (50.0%)", "expert parameters gone, refitted on "
+             "16,384 tokens", "KL minus that of drop, reap (50.0%)", "parameters, of the source's (active for a token)"]
+    assert [line[0] for line in table if line[1] == "50%"] == heads
+    assert all(re.fullmatch(f"{CELL}|{DIFFERENCE}|[\\d.]+% \\([\\d.]+%\\)", line[1]) for line in table
+               if line[1] != "50%") and len(table) == 13
+
+
+class Figure:
+    """A plotting library that notes what is drawn."""
+
+    def __init__(self):
+        self.curves, self.rows = {}, []
+
+    def subplots(self, *_, **__):
+        return self, (self, self)
+
+    def errorbar(self, x, y, spread, label, **_):
+        self.curves.setdefault(label, []).append((x, y, spread))
+
+    def axhline(self, perplexity, **_):
+        self.rows.append(perplexity)
+
+    def __getattr__(self, name):
+        return lambda *_, **__: self
+
+    yaxis = property(lambda self: self)
+
+
+def test_the_frontier_draws_parameters_against_perplexity(sample):
+    size = evaluate.count_parameters(sample.source)
+    half = evaluate.Parameters(size.total // 2, size.active // 4)
+
+    def scores(*values: float) -> list[list[reproduce.Score]]:
+        return [[reproduce.Score(value, 0.1, 0.5, half) for value in values]]
+    found = {"drop, reap": scores(3.0, 5.0), "drop, hope": scores(9.0, 9.0), "narrow, camera": scores(2.0, 2.0)}
+    figure = frontier.draw(Figure(), found, {"narrow, camera": scores(1.5)}, sample.source, 1.25)
+    (x, y, spread), (active, *_) = figure.curves["drop"]
+    assert (x, active) == (pytest.approx([50], rel=1e-3), pytest.approx([25], rel=1e-3))
+    assert (y, spread, figure.curves["narrow"][0][1], figure.rows) == ([4.0], [2**0.5], [2.0], [1.25, 1.25])
+    assert figure.curves["narrow, refitted"][0][1:] == ([1.5], [0])
 
 
 # ----------------------------------------------------------------------------------------------------------- redirects
@@ -384,6 +472,8 @@ def test_source_code_has_no_docstrings(monkeypatch, tmp_path):
     (reproduce, ["--tokens", "31"], "--tokens 31: must be from 32"),
     (reproduce, ["--settings", "--redirects"], "not allowed with argument"),
     (reproduce, ["--model", "nowhere"], "nowhere"),
+    (frontier, ["--only", "drop"], "--only drop: must be one of drop, reap; drop, hope"),
+    (frontier, ["--columns", "33%"], "--columns 33%: must be one of 25%; 50%; 66%"),
     (refit_study, ["--where", "--columns", "50%"], "--columns: does not go with --where"),
     (refit_study, ["--where", "--curves"], "not allowed with argument"),
     (refit_study, ["--curves", "--columns", "25%"], "--columns 25%: must be one of 50%; 66%")])
