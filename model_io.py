@@ -95,11 +95,16 @@ class Experts(NamedTuple):
 
     def hidden(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """Return the input of expert e's down projection on x (T, d): silu(gate_e x) * up_e x, (T, f)."""
-        return functional.silu(x @ self.gate[e].to(x).T) * (x @ self.up[e].to(x).T)
+        return gated_units(x, self.gate[e], self.up[e])
 
     def __call__(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """Return the output of expert e on x (T, d): down_e (silu(gate_e x) * up_e x), (T, d)."""
         return self.hidden(e, x) @ self.down[e].to(x).T
+
+
+def gated_units(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate x) * up x of one expert, (T, f): x (T, d), gate and up (f, d) of x's dtype or a narrower one."""
+    return functional.silu(x @ gate.to(x).T) * (x @ up.to(x).T)
 
 
 @dataclass(eq=False)
@@ -306,12 +311,15 @@ def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
 
 
 def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it."""
+    """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it.
+
+    The experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once.
+    """
     out = torch.zeros_like(x)
-    for e in range(gates.shape[1]):
-        t = gates[:, e].nonzero().squeeze(1)
+    for own, gate, up, down in zip(gates.T, *experts):
+        t = own.nonzero().squeeze(1)
         if len(t):
-            out.index_add_(0, t, gates[t, e, None] * experts(e, x[t]))
+            out.index_add_(0, t, own[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
     return out
 
 
@@ -411,12 +419,15 @@ class Model:
     def _tensor(self, name: str) -> torch.Tensor:
         """Return a tensor in the model's dtype. Norms stored less 1 and the recurrence's parameters stay wide."""
         tensor = self.checkpoint.load(name).to(self.device)
-        norm = re.search(r"norm(_\w+)?\.weight$", name)
-        less_1 = FAMILIES[self.config.model_type].norms_less_1
-        if not less_1 or not (norm or name.endswith(("A_log", "dt_bias"))):
-            return tensor.to(self.dtype)
-        tensor = tensor.to(widened(self.dtype))
-        return tensor + 1 if norm and "linear_attn." not in name else tensor
+        if self._less_1(name):
+            return tensor.to(widened(self.dtype)) + 1
+        wide = FAMILIES[self.config.model_type].norms_less_1 and name.endswith(("norm.weight", "A_log", "dt_bias"))
+        return tensor.to(widened(self.dtype) if wide else self.dtype)
+
+    def _less_1(self, name: str) -> bool:
+        """Return whether a tensor is a norm weight that is stored less 1: all but the recurrence's, in some families."""
+        norm = re.search(r"norm(_\w+)?\.weight$", name) and "linear_attn." not in name
+        return bool(norm) and FAMILIES[self.config.model_type].norms_less_1
 
     def layer(self, index: int) -> Layer:
         """Read the weights of decoder layer `index` (those of the multi-token head come last)."""
@@ -453,14 +464,38 @@ class Model:
     def store_down(self, layer: str, down: torch.Tensor) -> torch.Tensor:
         """Write the down projections (n, d, f) of a layer, by its name, over those in the checkpoint's files. Return
         them as stored. Raises InputError if they overflow that type."""
-        tensors = self.checkpoint.tensors
         fused = f"{layer}.mlp.experts.down_proj"
-        names = [fused if fused in tensors else f"{layer}.mlp.experts.{e}.down_proj.weight" for e in range(len(down))]
-        stored = down.to(DTYPES[tensors[names[0]].dtype])
+        if fused in self.checkpoint.tensors:
+            return self._store(fused, down)
+        return torch.stack([self._store(f"{layer}.mlp.experts.{e}.down_proj.weight", each)
+                            for e, each in enumerate(down)])
+
+    def store(self, layer: str, weights: dict[str, torch.Tensor]) -> None:
+        """Write weights of a layer, by their name in `Layer.weights`, over those in the checkpoint's files: the router
+        as `mlp.gate.weight`, the experts' as `mlp.experts.gate`, `.up` (these two together) and `.down`, stacked.
+
+        Raises InputError if one overflows the type that it is stored in.
+        """
+        weights = dict(weights)
+        stacks = {part: weights.pop(f"mlp.experts.{part}") for part in Experts._fields
+                  if f"mlp.experts.{part}" in weights}
+        if f"{layer}.mlp.experts.gate_up_proj" in self.checkpoint.tensors:
+            if "gate" in stacks:
+                weights["mlp.experts.gate_up_proj"] = torch.cat((stacks["gate"], stacks["up"]), 1)
+            if "down" in stacks:
+                weights["mlp.experts.down_proj"] = stacks["down"]
+        else:
+            weights |= {f"mlp.experts.{e}.{part}_proj.weight": each for part, stack in stacks.items()
+                        for e, each in enumerate(stack)}
+        for name, weight in weights.items():
+            self._store(f"{layer}.{name}", weight)
+
+    def _store(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Write a tensor, by its name, over that in the checkpoint's files. Return it as stored."""
+        stored = (weight - int(self._less_1(name))).to(DTYPES[self.checkpoint.tensors[name].dtype])
         if not stored.isfinite().all():
-            raise InputError(f"{names[0]}: its new weights overflow {stored.dtype}")
-        for e, (name, weight) in enumerate(zip(names, stored)):
-            self.checkpoint.overwrite(name, weight, e if name == fused else None)
+            raise InputError(f"{name}: its new weights overflow {stored.dtype}")
+        self.checkpoint.overwrite(name, stored)
         return stored
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

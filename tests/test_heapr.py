@@ -136,30 +136,28 @@ def test_a_unit_that_goes_takes_its_own_part_of_the_output_along():
 # ------------------------------------------------------------------------------------------------------ the gradients
 
 
-class Watched(Experts):
-    """Experts that keep their outputs, whose gradients autograd then gives."""
-
-    def __call__(self, e, x):
-        out = super().__call__(e, x)
-        out.retain_grad()
-        self.outputs[e] = self.hidden(e, x).detach(), out
-        return out
-
-
 def plain_backward(model: Model, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[dict]]:
     """The whole model as one graph: the stream before each decoder layer with its gradient, and (h, E_e(x) with its
     gradient) of each layer's experts that have a token."""
     h = model.embed(ids).requires_grad_()
     streams, outputs = [], []
-    for index in range(model.config.num_layers):
-        layer = model.layer(index)
-        outputs.append({})
-        if layer.experts is not None:
-            layer.experts = Watched(*layer.experts)
-            layer.experts.outputs = outputs[-1]
-        streams.append(h)
-        h.retain_grad()
-        h = model_io.run_layer(h, layer, model.config)[2].view_as(h)
+
+    def watched(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        mixed = torch.zeros_like(x)
+        for e in gates.any(0).nonzero().flatten().tolist():
+            t = gates[:, e].nonzero().squeeze(1)
+            out = experts(e, x[t])
+            out.retain_grad()
+            outputs[-1][e] = experts.hidden(e, x[t]).detach(), out
+            mixed = mixed.index_add(0, t, gates[t, e, None] * out)
+        return mixed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_io, "mix_experts", watched)
+        for index in range(model.config.num_layers):
+            outputs.append({})
+            streams.append(h)
+            h.retain_grad()
+            h = model_io.run_layer(h, model.layer(index), model.config)[2].view_as(h)
     logits = model.norm(f"{model.prefix}norm.weight")(h) @ model.unembedding().T
     functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     return streams, outputs
