@@ -656,14 +656,19 @@ def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKE
 
     Raises InputError for a text without one whole sequence.
     """
+    read = partial(model_io.read_documents, files) if files else partial(model_io.python_documentation, "calibration")
+    return sample_ids(model, read, tokens, seq_len, seed)
+
+
+def sample_ids(model: Model, read: Callable[[], Sequence[str]], tokens: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Sequences (tokens // seq_len, seq_len) sampled from the documents that `read` gives. Raises InputError as
+    `calibration_ids` does."""
     check_range("tokens", tokens, 2, 10**9)
     check_range("seq_len", seq_len, 2, tokens)
     check_range("seed", seed, 0, 2**63 - 1)
-    documents = model_io.read_documents(files) if files else model_io.python_documentation("calibration")
-    ids = model_io.sequences(model.encode(documents), seq_len, tokens // seq_len, seed)
+    ids = model_io.sequences(model.encode(read()), seq_len, tokens // seq_len, seed)
     if len(ids) < tokens // seq_len:
-        log.warning("the calibration text has only %d tokens in whole sequences, all used; %d were asked",
-                    ids.numel(), tokens)
+        log.warning("the text has only %d tokens in whole sequences, all used; %d were asked", ids.numel(), tokens)
     return ids
 
 

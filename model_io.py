@@ -416,7 +416,7 @@ class Model:
         self._embedding = f"{self.prefix}embed_tokens.weight"
         self._head = self._embedding if self.config.tie_word_embeddings else "lm_head.weight"
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor in the model's dtype. Norms stored less 1 and the recurrence's parameters stay wide."""
         tensor = self.checkpoint.load(name).to(self.device)
         if self._less_1(name):
@@ -434,7 +434,7 @@ class Model:
         layer = self.layer_names[index]
         names = [name for name in self.checkpoint.tensors if name.startswith(f"{layer}.")]
         experts = self._experts(layer) if f"{layer}.mlp.gate.weight" in names else None
-        weights = {name.removeprefix(f"{layer}."): self._tensor(name) for name in names
+        weights = {name.removeprefix(f"{layer}."): self.tensor(name) for name in names
                    if not name.startswith(f"{layer}.mlp.experts.")}
         fold = None
         if layer in self.folds:
@@ -513,7 +513,7 @@ class Model:
         return self._finite(self._head)
 
     def _finite(self, name: str) -> torch.Tensor:
-        tensor = self._tensor(name)
+        tensor = self.tensor(name)
         if not all(rows.isfinite().all() for rows in tensor.split(PASS_TOKENS)):
             raise InputError(f"{self.checkpoint.path}: {name} has NaN or infinity in it")
         return tensor
@@ -539,14 +539,14 @@ class Model:
             h = step.y.view_as(h)
             yield step
 
-    def rerun(self, step: LayerPass) -> LayerPass:
-        """Read the layer of a pass again from the files and run it on step.h.
+    def rerun(self, step: LayerPass, empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
+        """Read the layer of a pass again from the files and run it on step.h; `empty` makes x and y.
 
         `step.layer` holds the new weights, too: both passes share it, and the stream unloads it.
         """
         step.layer.unload()
         vars(step.layer).update(vars(self.layer(step.index)))
-        return self._run(step.index, step.layer, step.h, step.norm)
+        return self._run(step.index, step.layer, step.h, step.norm, empty)
 
     def _run(self, index: int, layer: Layer, h: torch.Tensor, norm: Callable,
              empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
@@ -573,7 +573,7 @@ class Model:
         token t + 1 beside the last hidden state at t, each normed, projected to the width of the stream."""
         pair = (self.norm("mtp.pre_fc_norm_embedding.weight")(self.embed(ids[:, 1:])),
                 self.norm("mtp.pre_fc_norm_hidden.weight")(norm(h[:, :-1])))
-        return torch.cat(pair, dim=-1) @ self._tensor("mtp.fc.weight").T
+        return torch.cat(pair, dim=-1) @ self.tensor("mtp.fc.weight").T
 
     def hidden(self, ids: torch.Tensor, tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
         """Return the normed residual stream that the head reads, (B, L, d), for ids (B, L) int64. `tick` is told the

@@ -1,0 +1,545 @@
+# SPDX-License-Identifier: MIT
+"""Distil a compressed checkpoint: train it to its source's next-token distributions.
+
+    python examples/distil.py SOURCE CKPT --out DIR --calib FILE --tokens 600000
+    python examples/distil.py SOURCE CKPT --out DIR --calib FILE --tokens 600000 --layerwise
+
+CKPT is any compressed checkpoint of SOURCE, whichever tool made it: experts dropped, merged or made narrower, refitted
+or not. Weights that were pruned to 0 do not stay 0.
+
+End to end (the default): the loss is KL(source || CKPT) over the whole vocabulary, a mean over positions, in nats. With
+--kl-weight W below 1 it is W times that, and 1 - W times the loss of the next token. The source runs once, layer by
+layer, before the training, and its last stream is kept. The weights, their gradients and two moments of Adam are in
+memory, 16 bytes a trained parameter: the command says beforehand what it needs, and refuses if that is not free.
+
+--layerwise: one layer after the other, in memory alone. Its loss is |y - y_source|^2 / |y_source|^2, a mean over
+tokens: y is the residual stream after the layer at the compressed model's own inputs, the layers before it trained,
+y_source the source's. A layer whose loss is not lower at the end keeps its weights.
+
+Adam with betas 0.9 and 0.95, warm-up over a tenth of the steps, then a cosine to 0; the gradient is clipped to norm 1.
+--lr is in units of each matrix's root mean square (ours; Adafactor's scaling, arXiv 1804.04235), so that one number
+suits models of any scale. A step takes 8 sequences. Weights are trained in float32 and stored in CKPT's own types.
+
+--train names the parts that are trained: experts (routed, shared and dense feed-forward), router, norms, attention.
+The embedding, the head and a multi-token head stay as they are. Each line of progress says how the load of the routed
+experts lies: how much the busiest of a layer takes, of an even share, and how many take nothing. A killed run continues
+from its last saved step, which lies in OUT-distil until the output is whole.
+
+    n experts of a layer    d hidden size    V vocabulary    B sequences of L tokens, T = B L
+    h (B, L, d) stream before a layer    y (T, d) after it
+"""
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import evaluate
+import hodgecover
+import model_io
+import torch
+from model_io import Config, Experts, InputError, Layer, LayerPass, Model
+from torch.nn import functional
+
+TOKENS = 600_000  # default sample
+LR = 0.02
+BETAS, WARM_UP, CLIP = (0.9, 0.95), 0.1, 1.0
+BATCH = 8  # sequences a step
+REPORTS = 10  # lines of progress
+EVAL_TOKENS = 8192  # of held-out text
+SAVE_SECONDS = 60  # between two saved steps
+SMALLEST = 1e-3  # a matrix's root mean square for --lr, at least
+PIECE = 4096  # tokens that are compared at a time
+STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
+CACHE_VERSION = "1"
+PARTS = {"norms": r"norm(_\w+)?\.weight$", "router": r"mlp\.(gate|shared_expert_gate)\.weight$", "experts": r"mlp\.",
+         "attention": r"(self_attn|linear_attn)\."}  # the first that fits a weight's name
+
+Weights = dict[str, torch.Tensor]  # by name in the checkpoint; the experts' stacked, as in Model.store
+
+
+# --------------------------------------------------------------------------------------------------------- the weights
+
+
+def layer_weights(layer: Layer) -> Weights:
+    """Return the weights of a layer by their name in it, as `Model.store` takes them."""
+    weights = dict(layer.weights)
+    if layer.experts is not None:
+        weights["mlp.gate.weight"] = layer.router
+        weights |= {f"mlp.experts.{part}": stack for part, stack in layer.experts._asdict().items()}
+    return weights
+
+
+def as_layer(weights: Weights, dtypes: dict[str, torch.dtype]) -> Layer:
+    """Return the layer with these weights, each in the dtype that it is multiplied in: `layer_weights`, inverted."""
+    weights = {name: weight.to(dtypes[name]) for name, weight in weights.items()}
+    router, experts = weights.pop("mlp.gate.weight", None), None
+    if router is not None:
+        experts = Experts(*(weights.pop(f"mlp.experts.{part}") for part in Experts._fields))
+    return Layer(experts, router, weights)
+
+
+def part_of(name: str) -> str | None:
+    """Return which of PARTS a weight belongs to, None for the embedding and the head.
+
+    >>> [part_of(name) for name in ("mlp.gate.weight", "mlp.experts.gate", "self_attn.q_norm.weight")]
+    ['router', 'experts', 'norms']
+    """
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
+
+
+class Student(NamedTuple):
+    """Layers in training: all their weights by layer and name, float32 or wider, of which some have gradients; and the
+    dtypes that they are multiplied in."""
+
+    weights: dict[str, Weights]
+    dtypes: dict[str, dict[str, torch.dtype]]
+
+    def layer(self, name: str) -> Layer:
+        """Return a layer as the forward pass takes it."""
+        return as_layer(self.weights[name], self.dtypes[name])
+
+    def trained(self) -> Weights:
+        """Return the weights with gradients, by their name in the checkpoint."""
+        return {f"{layer}.{name}": weight for layer, weights in self.weights.items() for name, weight in weights.items()
+                if weight.requires_grad}
+
+    def store(self, output: Model) -> None:
+        """Write the trained weights into a checkpoint's files."""
+        for layer, weights in self.weights.items():
+            output.store(layer, {name: weight.detach() for name, weight in weights.items() if weight.requires_grad})
+
+
+def read_student(output: Model, layers: list[str], parts: list[str]) -> Student:
+    """Read layers of a checkpoint, by name, to train these PARTS of theirs; a name that is none stands for the final
+    norm."""
+    wide = Model(output.checkpoint.path, model_io.widened(output.dtype), str(output.device))
+
+    def read(model: Model, name: str) -> Weights:
+        if name not in model.layer_names:
+            return {"norm.weight": model.tensor(f"{name}.norm.weight")}
+        return layer_weights(model.layer(model.layer_names.index(name)))
+    weights = {name: {part: weight.to(wide.dtype).requires_grad_(part_of(part) in parts)
+                      for part, weight in read(wide, name).items()} for name in layers}
+    dtypes = {name: {part: output.dtype if part.startswith("mlp.experts.") else weight.dtype
+                     for part, weight in read(output, name).items()} for name in layers}
+    return Student(weights, dtypes)
+
+
+# -------------------------------------------------------------------------------------------------------- the training
+
+
+class Plan(NamedTuple):
+    """How to train: passes over the text, learning rate, weight of the KL, PARTS to train, seed of the order, bytes of
+    a graph, and the folder and key of what is saved."""
+
+    epochs: int
+    lr: float
+    kl_weight: float
+    parts: list[str]
+    seed: int
+    memory: int
+    cache: Path | None = None
+    key: dict[str, str] = {}
+
+
+def batches(count: int, plan: Plan) -> list[torch.Tensor]:
+    """Return the sequences of each step, (BATCH,) of 0 to count - 1, shuffled anew for each pass; the last step of a
+    pass may have fewer."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    return [batch for _ in range(plan.epochs) for batch in torch.randperm(count, generator=generator).split(BATCH)]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: a linear warm-up, then a cosine to 0.
+
+    >>> [round(schedule(step, 20), 3) for step in (0, 1, 2, 11, 19)]
+    [0.5, 1.0, 1.0, 0.5, 0.008]
+    """
+    warm = max(1, round(WARM_UP * steps))
+    return (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+
+
+def train(weights: Weights, steps: list[torch.Tensor], slope: Callable[[torch.Tensor], float], plan: Plan, name: str,
+          report: Callable[[int, float], None]) -> None:
+    """Train weights in place by Adam, one step for each of `steps`.
+
+    `slope` takes a step's sequences, adds the gradient of their mean loss to the weights', and returns the loss.
+    `report` is told the step and its loss. What is saved, under `name` in the plan's cache, is taken up.
+    """
+    unit = {key: weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item() for key, weight in weights.items()}
+    optimizer = torch.optim.Adam([{"params": [weight], "unit": unit[key]} for key, weight in weights.items()],
+                                 betas=BETAS)
+    done, saved = restore(weights, optimizer, plan, name), time.monotonic()
+    for step in range(done, len(steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.lr * group["unit"] * schedule(step, len(steps))
+        optimizer.zero_grad()
+        loss = slope(steps[step])
+        torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
+        optimizer.step()
+        last = step + 1 == len(steps)
+        if plan.cache and (last or time.monotonic() - saved >= SAVE_SECONDS):
+            save(weights, optimizer, step + 1, plan, name, last)
+            saved = time.monotonic()
+        report(step, loss)
+    optimizer.zero_grad()
+
+
+def save(weights: Weights, optimizer: torch.optim.Adam, step: int, plan: Plan, name: str, last: bool) -> None:
+    """Write the number of steps done, the weights and, but for the last step, both moments to the plan's cache."""
+    tensors, nothing = {"step": torch.tensor(step)}, torch.empty(0)
+    for key, weight in weights.items():
+        state = optimizer.state[weight]
+        tensors |= {key: weight.detach(), f"{key} m": nothing if last else state["exp_avg"],
+                    f"{key} v": nothing if last else state["exp_avg_sq"]}
+    hodgecover.write_entry(plan.cache, name, tensors, plan.key)
+
+
+def restore(weights: Weights, optimizer: torch.optim.Adam, plan: Plan, name: str) -> int:
+    """Take up what is saved; return the number of steps done."""
+    fields = ["step", *(key + moment for key in weights for moment in ("", " m", " v"))]
+    saved = hodgecover.read_entry(plan.cache, name, plan.key, fields) if plan.cache else None
+    if not saved:
+        return 0
+    for key, weight in weights.items():
+        weight.detach().copy_(saved[key])
+        optimizer.state[weight] = {"step": saved["step"].to(torch.float32), "exp_avg": saved[f"{key} m"].to(weight),
+                                   "exp_avg_sq": saved[f"{key} v"].to(weight)}
+    return int(saved["step"])
+
+
+def add_gradient(loss_of: Callable[[torch.Tensor], torch.Tensor], which: torch.Tensor, at_once: int, positions: int
+                 ) -> float:
+    """Add the gradient of a mean loss to the weights', and return the loss. `loss_of` gives the sum over some
+    sequences; `which` has `positions` positions, and is taken `at_once` sequences at a time."""
+    total = 0.0
+    for part in which.split(at_once):
+        loss = loss_of(part) / positions
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Callable[[torch.Tensor], torch.Tensor], which: torch.Tensor, at_once: int, positions: int
+              ) -> float:
+    """Return the mean of a loss, as `add_gradient` does."""
+    return sum(loss_of(part).item() for part in which.split(at_once)) / positions
+
+
+def graph_bytes(cfg: Config, layers: int, length: int) -> int:
+    """Return about what the graph of one sequence takes: streams, attention and gated units of each layer and, if they
+    are several, the next-token distributions of both models."""
+    layer = 16 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + cfg.top_k * (2 * cfg.hidden_size
+                                                                                   + 5 * cfg.expert_width)
+    return 4 * length * (layers * layer + 8 * cfg.vocab_size * (layers > 1))
+
+
+def add_load(counts: dict[str, torch.Tensor], name: str, gates: torch.Tensor | None) -> None:
+    """Count the tokens that a layer's gates (T, n) route to each expert."""
+    if gates is not None:
+        counts[name] = counts.get(name, 0) + (gates > 0).sum(0)
+
+
+def load_line(counts: dict[str, torch.Tensor]) -> str:
+    """Say how unevenly the tokens lie in the worst layer, and forget them."""
+    busiest = max(((count.max() * len(count) / count.sum()).item() for count in counts.values()), default=1)
+    idle = max((int((count == 0).sum()) for count in counts.values()), default=0)
+    counts.clear()
+    return f"load: busiest expert {busiest:.1f} times an even share, {idle} idle"
+
+
+# --------------------------------------------------------------------------------------------------------- end to end
+
+
+def readout_loss(hidden: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, head: torch.Tensor, kl_weight: float
+                 ) -> torch.Tensor:
+    """Return L times the sum over b sequences of kl_weight KL(source || student) + (1 - kl_weight) (loss of the next
+    token), each a mean over the positions that have one; tokens (b, L). The head (V, d) reads hidden (b, L, d) of the
+    student and target (b, L, d) of the source."""
+    def log_probabilities(features: torch.Tensor) -> torch.Tensor:
+        logits = features @ head.T
+        return logits.to(model_io.widened(logits.dtype)).log_softmax(-1)
+    log_q = log_probabilities(hidden)
+    loss = kl_weight * functional.kl_div(log_q, log_probabilities(target), reduction="sum", log_target=True)
+    if kl_weight < 1:
+        next_token = functional.nll_loss(log_q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        length = tokens.shape[1]
+        loss = loss + (1 - kl_weight) * next_token * length / (length - 1)
+    return loss
+
+
+def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan: Plan, empty: Callable, say: Callable
+           ) -> None:
+    """Train a checkpoint's files end to end on ids (B, L) but for the last `held_out` sequences, on which the KL is
+    told. `empty` makes the source's streams; `say` is told the share that is done, and a line or nothing."""
+    cfg, length, count = output.config, ids.shape[1], len(ids) - held_out
+    of_source = 1 / (1 + 4 * plan.epochs)  # share of the time: a pass beside a pass, its way back, and two readouts
+    for last in islice(source.stream(ids, empty), cfg.num_layers):
+        say(of_source * (last.index + 1) / cfg.num_layers)
+    last.layer.unload()
+    target = last.y.view(*ids.shape, -1)
+    layers, norm = output.layer_names[:cfg.num_layers], output.prefix.removesuffix(".")
+    student, head, counts = read_student(output, [*layers, norm], plan.parts), output.unembedding(), {}
+
+    def loss_of(which: torch.Tensor, kl_weight: float = plan.kl_weight) -> torch.Tensor:
+        h = output.embed(ids[which])
+        for name in layers:
+            _, gates, y = model_io.run_layer(h, student.layer(name), cfg)
+            add_load(counts, name, gates)
+            h = y.view_as(h)
+        weight = student.weights[norm]["norm.weight"].to(student.dtypes[norm]["norm.weight"])
+        hidden = model_io.rms_norm(h, weight, cfg.rms_norm_eps)
+        return readout_loss(hidden, last.norm(target[which]), ids[which].to(output.device), head, kl_weight)
+    at_once = max(1, plan.memory // graph_bytes(cfg, cfg.num_layers, length))
+    steps = batches(count, plan)
+    shown = {(len(steps) * number) // REPORTS for number in range(1, REPORTS + 1)}
+
+    def report(step: int, loss: float) -> None:
+        line = ""
+        if step + 1 in shown:
+            line = f"step {step + 1} of {len(steps)}: loss {loss:.4f}, {load_line(counts)}"
+        if line and held_out:
+            kl = mean_loss(partial(loss_of, kl_weight=1.0), torch.arange(count, len(ids)), at_once, held_out * length)
+            line += f", held-out KL {kl:.4f}"
+            counts.clear()
+        say(of_source + (1 - of_source) * (step + 1) / len(steps), line)
+
+    def slope(which: torch.Tensor) -> float:
+        return add_gradient(loss_of, which, at_once, len(which) * length)
+    train(student.trained(), steps, slope, plan, "distil", report)
+    student.store(output)
+
+
+# ------------------------------------------------------------------------------------------------------ layer by layer
+
+
+def stream_error(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return |y - target|^2 / |target|^2 summed over the tokens of two streams (..., d), in float32 or better."""
+    wide = model_io.widened(y.dtype)
+    error, size = (y.to(wide) - target.to(wide)).square().sum(-1), target.to(wide).square().sum(-1)
+    return (error / size.clamp(min=torch.finfo(wide).tiny)).sum()
+
+
+class Trained(NamedTuple):
+    """A layer, and its loss before and after, on the text; on held-out text, or None."""
+
+    name: str
+    before: float
+    after: float
+    held_out_before: float | None
+    held_out_after: float | None
+
+
+def stream_errors(y: torch.Tensor, target: torch.Tensor, count: int) -> tuple[float, float | None]:
+    """Return the mean `stream_error` of the first `count` tokens of streams (T, d), and of the others, if any."""
+    parts = zip(y.tensor_split((count,)), target.tensor_split((count,)))
+    return tuple(sum(stream_error(*few).item() for few in zip(own.split(PIECE), of_source.split(PIECE))) / len(own)
+                 if len(own) else None for own, of_source in parts)
+
+
+def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan: Plan, empty: Callable,
+                  say: Callable) -> Iterator[Trained]:
+    """Train a checkpoint's files layer by layer; arguments as in `distil`. Yields what came of each layer."""
+    targets, passes, layers = source.stream(ids, empty), output.stream(ids, empty), output.config.num_layers
+    count = len(ids) - held_out
+    for index in range(layers):
+        of_source, step = next(targets), next(passes)
+        of_source.layer.unload()
+        target, first = of_source.y, count * ids.shape[1]
+        before = after = stream_errors(step.y, target, first)
+        if before[0] > 0:
+            start = distil_layer(step, target, count, output, plan, lambda share: say((index + share) / layers))
+            step.y.copy_(output.rerun(step, empty).y)
+            after = stream_errors(step.y, target, first)
+        if after[0] > before[0]:
+            output.store(step.name, start)
+            step.y.copy_(output.rerun(step, empty).y)
+            after = before
+        yield Trained(step.name, before[0], after[0], before[1], after[1])
+
+
+def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Model, plan: Plan, say: Callable
+                 ) -> Weights:
+    """Train one layer to the stream (T, d) after the source's, on the first `count` sequences, and write it into the
+    output's files. Returns the weights that it had."""
+    cfg, length = output.config, step.h.shape[1]
+    target = target.view_as(step.h)
+    step.layer.unload()
+    student, counts = read_student(output, [step.name], plan.parts), {}
+    trained = student.trained()
+    start = {key.removeprefix(f"{step.name}."): weight.detach().clone() for key, weight in trained.items()}
+    at_once, steps = max(1, plan.memory // graph_bytes(cfg, 1, length)), batches(count, plan)
+
+    def loss_of(which: torch.Tensor) -> torch.Tensor:
+        _, gates, y = model_io.run_layer(step.h[which], student.layer(step.name), cfg)
+        add_load(counts, step.name, gates)
+        return stream_error(y, target[which].flatten(0, 1))
+
+    def slope(which: torch.Tensor) -> float:
+        return add_gradient(loss_of, which, at_once, len(which) * length)
+    train(trained, steps, slope, plan, f"distil-{step.name}", lambda done, loss: say((done + 1) / len(steps)))
+    student.store(output)
+    return start
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def distil_key(source: Model, model: Model, ids: torch.Tensor, settings: dict) -> dict[str, str]:
+    """Return all that the saved steps depend on, by name."""
+    return {"format": CACHE_VERSION, "source": source.checkpoint.fingerprint(),
+            "checkpoint": model.checkpoint.fingerprint(),
+            "training text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "settings": json.dumps(settings)}
+
+
+def activation_bytes(model: Model, tokens: int) -> int:
+    """Return the bytes of the streams (T, d) that a training holds."""
+    return STREAMS * tokens * model.config.hidden_size * model.dtype.itemsize
+
+
+def training_ids(source: Model, args: argparse.Namespace) -> torch.Tensor:
+    """The command line's training text, (B, L)."""
+    def documentation() -> list[str]:
+        return [text for part in ("train", "calibration") for text in model_io.python_documentation(part)]
+    read = partial(model_io.read_documents, args.calib) if args.calib else documentation
+    return hodgecover.sample_ids(source, read, args.tokens, args.seq_len, args.seed)
+
+
+def needed_bytes(output: Model, layers: list[str], parts: list[str], length: int) -> int:
+    """Return the bytes of weights, gradients, two moments and a copy, and of the graph of one sequence, for training
+    these layers at once."""
+    cfg, wide = output.config, model_io.widened(output.dtype).itemsize
+    total = graph_bytes(cfg, len({*layers} & {*output.layer_names}), length)
+    for name, info in output.checkpoint.tensors.items():
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if layer:
+            trained = part_of(name.removeprefix(f"{layer}.")) in parts
+            total += math.prod(info.shape) * wide * (5 if trained else 1)
+    return total
+
+
+def check_memory(model: Model, args: argparse.Namespace) -> None:
+    """Say what the training needs. Raises InputError if that is not free."""
+    layers, norm = model.layer_names[:model.config.num_layers], model.prefix.removesuffix(".")
+    if args.layerwise:
+        needed = max(needed_bytes(model, [layer], args.train, args.seq_len) for layer in layers)
+        what, help = "a layer's", "train fewer parts"
+    else:
+        layers += [f"{norm}.norm", f"{norm}.embed_tokens", "lm_head"]
+        needed = needed_bytes(model, layers, args.train, args.seq_len)
+        what, help = "end to end: all layers'", "give --layerwise"
+    free = hodgecover.available_memory(model.device)
+    what += " weights, gradients and moments"
+    if needed > free:
+        raise InputError(f"{model.checkpoint.path}: {what} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+                         f"{help}")
+    print(f"{what} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__, text=TOKENS, source=True)
+    parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
+    parser.add_argument("--lr", metavar="RATE", type=float, default=LR, help="peak learning rate, in units of each "
+                        "matrix's root mean square [%(default)s]")
+    parser.add_argument("--kl-weight", metavar="W", type=float, default=1.0, help="of the KL; the loss of the next "
+                        "token has 1 - W [%(default)s]")
+    parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[*PARTS], help="of "
+                        f"{', '.join(PARTS)} [all]")
+    parser.add_argument("--layerwise", action="store_true", help="one layer after the other, in memory alone")
+    parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on which the training is watched")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for an option out of range, and for one that the mode does not use."""
+    hodgecover.check_range("epochs", args.epochs, 1, 10**6)
+    hodgecover.check_range("lr", args.lr, 0, 1)
+    hodgecover.check_range("kl_weight", args.kl_weight, 0, 1)
+    if args.layerwise and args.kl_weight != 1:
+        raise InputError(f"kl_weight {args.kl_weight}: does not go with --layerwise, which has another loss")
+
+
+def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int]:
+    """The text to train on, then that to watch, (B, L); the number of the latter's sequences."""
+    ids = training_ids(source, args)
+    if not args.eval:
+        return ids, 0
+    held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
+    held_out = evaluate.evenly_spaced(held_out, max(1, EVAL_TOKENS // args.seq_len))
+    return torch.cat((ids, held_out)), len(held_out)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    check_options(args)
+    source = common.open_model(args.source, args)
+    model = common.open_model(args.checkpoint, args)
+    hodgecover.refuse_fold(source)
+    common.check_source(model, source)
+    out = args.out.absolute()
+    cache = out.with_name(f"{out.name}-distil")
+    hodgecover.check_out(model, out, cache)
+    hodgecover.refuse_inside(source, out, "out")
+    ids, held_out = read_ids(source, args)
+    text = ids[:len(ids) - held_out]
+    chosen = ("epochs", "lr", "kl_weight", "train", "layerwise", "seed", "memory")
+    settings = {name: getattr(args, name) for name in chosen}
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "held_out": held_out}
+    check_memory(model, args)
+    if len(model.layer_names) > model.config.num_layers:
+        print("the multi-token head stays as it is")
+    key = distil_key(source, model, ids, settings)
+    plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key)
+    entry = common.entry("distil.py", settings | hodgecover.describe_text(text, args.calib or None), source=source,
+                         checkpoint=model)
+    bar = hodgecover.progress_bar()
+
+    def say(share: float, line: str = "") -> None:
+        if line:
+            bar(None)
+            print(line, flush=True)
+        bar(share)
+    with common.copied(model, out, entry) as output:
+        hodgecover.make_cache(cache)
+        large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
+        empty = common.scratch(output.checkpoint.path) if large else torch.empty
+        if args.layerwise:
+            entry["stream_error"] = []
+            for layer in distil_layers(source, output, ids, held_out, plan, empty, say):
+                shown = f"{layer.name}: stream error {layer.before:.5f} -> {layer.after:.5f}"
+                if held_out:
+                    shown += f", held out {layer.held_out_before:.5f} -> {layer.held_out_after:.5f}"
+                bar(None)
+                print(shown, flush=True)
+                entry["stream_error"].append(layer)
+        else:
+            distil(source, output, ids, held_out, plan, empty, say)
+        bar(None)
+        if held_out:
+            watched = ids[len(ids) - held_out:]
+            entry["held_out"] = [model_io.compare(source, each, watched) for each in (model, output)]
+            before, after = entry["held_out"]
+            print(f"held-out KL {before.kl:.4f} -> {after.kl:.4f}, perplexity {before.output_perplexity:.2f} -> "
+                  f"{after.output_perplexity:.2f} (source {after.source_perplexity:.2f})")
+    names = ["distil", *(f"distil-{name}" for name in model.layer_names)]
+    common.clear(cache, key, names)
+    print(f"output: {args.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

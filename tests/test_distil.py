@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""Distillation: gradients against finite differences, losses in closed form, and the command on every family."""
+import doctest
+import json
+import math
+import shutil
+import weakref
+from pathlib import Path
+
+import baselines
+import common
+import distil
+import heapr
+import hodgecover
+import model_io
+import pytest
+import torch
+from conftest import GOLDEN, PROSE, assert_refused, contents, record, refuse, run, with_tokenizer
+from fake_device import Accelerator
+from model_io import Model
+from safetensors.torch import load_file
+
+QUICK = ["--tokens", 128, "--seq-len", 16, "--dtype", "float32"]  # 8 sequences: a step a pass
+
+
+def named(name: str) -> Path:
+    return GOLDEN[0].with_name(name)
+
+
+def some_ids(count: int = 3, length: int = 12, vocab: int = 96) -> torch.Tensor:
+    return torch.randint(0, vocab, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def plan_of(**changes: object) -> distil.Plan:
+    return distil.Plan(1, 0.02, 1.0, [*distil.PARTS], 0, 10**9)._replace(**changes)
+
+
+def perturbed(source: Path, folder: Path, size: float = 0.3, layers: str = "layers.") -> Model:
+    """A copy of a checkpoint, float64 products, whose matrices in these layers have noise of this relative size."""
+    shutil.copytree(source, folder)
+    model, generator = Model(folder, torch.float64), torch.Generator().manual_seed(1)
+    for name in model.layer_names[:model.config.num_layers]:
+        if layers in name:
+            weights = distil.layer_weights(model.layer(model.layer_names.index(name)))
+            model.store(name, {part: weight + size * weight.std() * torch.randn(weight.shape, generator=generator)
+                               for part, weight in weights.items() if weight.dim() > 1})
+    return model
+
+
+@pytest.fixture
+def slope_of(monkeypatch):
+    """A function that gives what a training would work with: (weights with gradients, its slope)."""
+    def caught(start, source, output, ids, plan):
+        found = []
+        with monkeypatch.context() as patch:
+            patch.setattr(distil, "train", lambda weights, steps, slope, *_: found.append((weights, slope)))
+            for _ in start(source, output, ids, 0, plan, torch.empty, lambda *_: None) or ():
+                pass
+        return found
+    return caught
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("start", [distil.distil, distil.distil_layers], ids=["end-to-end", "layerwise"])
+def test_the_gradient_of_each_part_is_that_of_finite_differences(path, start, slope_of, tmp_path):
+    """Along a random direction in the weights of each part; routing stands still over the step."""
+    source, output, which = Model(path, torch.float64), perturbed(path, tmp_path / "ckpt"), torch.arange(3)
+    generator, seen = torch.Generator().manual_seed(2), set()
+    for weights, slope in slope_of(start, source, output, some_ids(), plan_of(kl_weight=0.7)):
+        slope(which)
+        gradient = {key: weight.grad.clone() for key, weight in weights.items()}
+        for part in distil.PARTS:
+            moved = {key: torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                     for key, weight in weights.items() if distil.part_of(key) == part}
+            if not moved:
+                continue
+            expected = sum((gradient[key] * way).sum().item() for key, way in moved.items())
+            losses = []
+            for step in (1e-6, -2e-6):
+                for key, way in moved.items():
+                    weights[key].detach().add_(step * way)
+                losses.append(slope(which))
+            for key, way in moved.items():
+                weights[key].detach().add_(1e-6 * way)
+            assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(expected, rel=2e-5, abs=1e-7), part
+            seen.add(part)
+    assert seen == {*distil.PARTS}
+
+
+def test_the_gradient_is_that_of_one_graph_however_it_is_cut(slope_of, tmp_path):
+    source, output = Model(named("olmoe-plain"), torch.float64), perturbed(named("olmoe-plain"), tmp_path / "ckpt")
+    found = []
+    for memory in (1, 10**9):
+        (weights, slope), = slope_of(distil.distil, source, output, some_ids(), plan_of(memory=memory))
+        loss = slope(torch.arange(3))
+        found.append((loss, {key: weight.grad for key, weight in weights.items()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    for key, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_no_slope_where_the_student_is_the_source(path, slope_of, tmp_path):
+    source, ids = Model(path, torch.float64), some_ids()
+    for kl_weight, start in ((1.0, distil.distil), (1.0, distil.distil_layers), (0.0, distil.distil)):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(path, tmp_path / "copy")
+        output, largest = Model(tmp_path / "copy", torch.float64), 0.0
+        for weights, slope in slope_of(start, source, output, ids, plan_of(kl_weight=kl_weight)):
+            loss = slope(torch.arange(len(ids)))
+            largest = max(largest, *(weight.grad.abs().max().item() for weight in weights.values()))
+        if kl_weight:
+            assert abs(loss) < 1e-12 and largest < 1e-12
+        else:  # the loss of the next token alone
+            assert loss == pytest.approx(math.log(source.perplexity(ids)), rel=1e-12) and largest > 1e-4
+
+
+def test_the_losses_by_their_definitions(slope_of, tmp_path):
+    source, output = Model(named("qwen2-renormalised"), torch.float64), perturbed(named("qwen2-renormalised"), tmp_path / "ckpt")
+    ids = some_ids()
+    (_, slope), = slope_of(distil.distil, source, output, ids, plan_of())
+    assert slope(torch.arange(3)) == pytest.approx(model_io.compare(source, output, ids).kl, rel=1e-10)
+    (_, slope), = slope_of(distil.distil, source, output, ids, plan_of(kl_weight=0.25))
+    wanted = 0.25 * model_io.compare(source, output, ids).kl + 0.75 * math.log(output.perplexity(ids))
+    assert slope(torch.arange(3)) == pytest.approx(wanted, rel=1e-10)
+    y, target = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    assert distil.stream_error(y, target).item() == pytest.approx(16 / 9 + 5 / 4)
+    assert distil.stream_errors(y, target, 1) == pytest.approx((16 / 9, 5 / 4)) and distil.stream_errors(y, y, 2)[1] is None
+
+
+# ------------------------------------------------------------------------------------------------------- the optimiser
+
+
+def test_a_step_is_in_units_of_a_matrix(monkeypatch):
+    """Adam's first step moves each weight by the learning rate, whatever its gradient; a matrix ten times as large
+    moves ten times as far."""
+    weights = {"a": torch.tensor([[3.0, -4.0]]), "b": torch.tensor([[30.0, -40.0]]), "zero": torch.zeros(1, 2)}
+    start = {name: weight.clone() for name, weight in weights.items()}
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+
+    def slope(which):
+        loss = sum((weight * torch.tensor([[0.1, -0.2]])).sum() for weight in weights.values())
+        loss.backward()
+        return loss.item()
+    distil.train(weights, [torch.arange(1)], slope, plan_of(lr=0.1), "", lambda *_: None)
+    for name, unit in (("a", 12.5**0.5), ("b", 1250**0.5), ("zero", distil.SMALLEST)):
+        moved = weights[name].detach() - start[name]
+        torch.testing.assert_close(moved, 0.1 * unit * torch.tensor([[-1.0, 1.0]]), rtol=1e-4, atol=1e-6)
+
+
+def test_each_pass_sees_every_sequence_once_in_another_order():
+    steps = distil.batches(20, plan_of(epochs=2))
+    assert [len(step) for step in steps] == [8, 8, 4] * 2
+    passes = torch.cat(steps[:3]).tolist(), torch.cat(steps[3:]).tolist()
+    assert sorted(passes[0]) == sorted(passes[1]) == [*range(20)] and passes[0] != passes[1]
+    assert torch.equal(steps[0], distil.batches(20, plan_of())[0])
+    assert not torch.equal(steps[0], distil.batches(20, plan_of(seed=1))[0])
+
+
+def test_the_load_of_the_worst_layer_is_told():
+    counts = {}
+    distil.add_load(counts, "even", torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]))
+    distil.add_load(counts, "uneven", torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+    distil.add_load(counts, "uneven", torch.tensor([[0.5, 0.0, 0.5, 0.0]]))
+    distil.add_load(counts, "dense", None)
+    assert distil.load_line(counts) == "load: busiest expert 2.0 times an even share, 1 idle" and not counts
+
+
+# -------------------------------------------------------------------------------------------------------- what it brings
+
+
+@pytest.mark.parametrize("name", ["olmoe-plain", "qwen3_5-text"])
+def test_a_planted_perturbation_comes_back(name, tmp_path):
+    """End to end, the KL; layer by layer, the error of each stream, and no more of the KL than that gives."""
+    ids, source = some_ids(64, 16), Model(named(name))
+    perturbed(named(name), tmp_path / "ckpt", 0.1)
+    before = model_io.compare(source, Model(tmp_path / "ckpt"), ids).kl
+    plan = plan_of(epochs=10, lr=0.01)
+    for start in (distil.distil, distil.distil_layers):
+        shutil.copytree(tmp_path / "ckpt", tmp_path / start.__name__)
+        output = Model(tmp_path / start.__name__)
+        layers = list(start(source, output, ids, 0, plan, torch.empty, lambda *_: None) or ())
+        assert all(layer.after < 0.5 * layer.before for layer in layers)
+        assert model_io.compare(source, Model(tmp_path / start.__name__), ids).kl < 0.35 * before
+
+
+def test_a_layer_that_gets_worse_keeps_its_weights(tmp_path):
+    """At an absurd learning rate; what it gives goes on into the next layer."""
+    source, ids = Model(named("olmoe-sharded")), some_ids()
+    perturbed(named("olmoe-sharded"), tmp_path / "ckpt")
+    given_files, output = contents(tmp_path / "ckpt"), Model(tmp_path / "ckpt")
+    plan = plan_of(lr=1.0, epochs=4)
+    for number, layer in enumerate(distil.distil_layers(source, output, ids, 1, plan, torch.empty, lambda *_: None)):
+        assert layer.before == layer.after and layer.held_out_before == layer.held_out_after
+        streams = [next(step.y for step in model.stream(ids) if step.index == number) for model in (output, source)]
+        assert distil.stream_errors(*streams, 24) == pytest.approx((layer.after, layer.held_out_after), rel=1e-5)
+    assert contents(tmp_path / "ckpt") == given_files
+
+
+def test_held_out_text_is_watched_and_not_trained_on(slope_of, monkeypatch, tmp_path):
+    source, output = (perturbed(named("olmoe-plain"), tmp_path / name, size) for name, size in (("a", 0.0), ("b", 0.1)))
+    ids, lines, seen, real = some_ids(12), [], [], distil.add_gradient
+    monkeypatch.setattr(distil, "add_gradient", lambda loss, which, *_: seen.extend(which.tolist()) or real(loss, which, *_))
+    distil.distil(source, output, ids, 3, plan_of(epochs=2), torch.empty, lambda share, line="": lines.append(line))
+    assert sorted(seen) == sorted([*range(9)] * 2)
+    last = [line for line in lines if line][-1]
+    assert float(last.split("held-out KL ")[1]) == pytest.approx(model_io.compare(source, output, ids[9:]).kl, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def half(small, tmp_path) -> list:
+    """(source, a checkpoint of half of its experts) and quick options."""
+    assert run(baselines, small, "--keep", 4, "--method", "reap", "--out", tmp_path / "half", "--calib",
+               tmp_path / "text.txt", "--tokens", 64, "--seq-len", 32) == 0
+    (tmp_path / "held-out.txt").write_text(PROSE[::-1])
+    return [small, tmp_path / "half", "--calib", tmp_path / "text.txt", *QUICK]
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_every_family(family, tmp_path, mode, capsys):
+    """After experts were dropped and made narrower: the KL falls; names, shapes and dtypes stay; embedding, head,
+    vision tower and multi-token head stay bit for bit."""
+    text, ckpt = tmp_path / "text.txt", tmp_path / "few"
+    keep = max(4, Model(family).config.top_k)
+    assert run(baselines, family, "--keep", keep, "--method", "reap", "--out", ckpt, "--calib", text, *QUICK) == 0
+    given_files = contents(family), contents(ckpt)
+    assert run(distil, family, ckpt, "--out", tmp_path / "out", "--calib", text, *QUICK, "--epochs", 6, "--lr", 0.003,
+               "--eval", text, *mode) == 0
+    said, model = capsys.readouterr().out, Model(tmp_path / "out")
+    entry, mtp = record(tmp_path / "out"), [name for name in model.layer_names if name.startswith("mtp.")]
+    before, after = (row["kl"] for row in entry["held_out"])
+    assert after < before and ("the multi-token head stays as it is" in said) == bool(mtp)
+    assert [layer["name"] for layer in entry.get("stream_error", [])] == (
+        model.layer_names[:model.config.num_layers] if mode else [])
+    assert all(layer["after"] < layer["before"] or layer["before"] == 0 for layer in entry.get("stream_error", []))
+    assert (contents(family), contents(ckpt)) == given_files
+    changed = set()
+    for file in model.checkpoint.metadata:
+        old, new = load_file(ckpt / file), load_file(tmp_path / "out" / file)
+        assert {name: (each.shape, each.dtype) for name, each in old.items()} == \
+            {name: (each.shape, each.dtype) for name, each in new.items()}
+        changed |= {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed and all("layers." in name or name == f"{model.prefix}norm.weight" for name in changed)
+    assert not any(name.startswith(("mtp.", "model.visual")) for name in changed)
+    assert {distil.part_of(name) for name in changed} == {*distil.PARTS}
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+@pytest.mark.parametrize("parts", [["router"], ["experts"], ["norms", "attention"]])
+def test_only_the_named_parts_are_trained(parts, mode, half, tmp_path):
+    assert run(distil, *half, "--out", tmp_path / "out", "--train", *parts, *mode) == 0
+    old, new = (load_file(folder / "model.safetensors") for folder in (half[1], tmp_path / "out"))
+    assert {distil.part_of(name) for name in old if not torch.equal(old[name], new[name])} == {*parts}
+
+
+def test_after_narrowing_and_twice(half, tmp_path):
+    """Commands compose; the history goes on."""
+    source, ckpt, *options = half
+    assert run(heapr, ckpt, "--width", 8, "--score", "magnitude", "--out", tmp_path / "thin") == 0
+    assert run(distil, source, tmp_path / "thin", "--out", tmp_path / "a", *options) == 0
+    assert run(distil, source, tmp_path / "a", "--out", tmp_path / "b", *options, "--layerwise") == 0
+    history = json.loads((tmp_path / "b" / "hodgecover.json").read_text())["history"]
+    assert [entry["command"] for entry in history] == ["baselines.py", "heapr.py", "distil.py", "distil.py"]
+    assert history[2]["settings"]["lr"] == distil.LR and history[2]["source"] == history[0]["source"]
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_a_killed_run_continues_to_the_same_bytes(mode, half, tmp_path, monkeypatch):
+    """Killed at each step in turn; no step is done twice. Then the folder of saved steps goes."""
+    half = [*half, "--epochs", 3, "--eval", tmp_path / "held-out.txt", *mode]
+    assert run(distil, *half, "--out", tmp_path / "undisturbed") == 0
+    monkeypatch.setattr(distil, "SAVE_SECONDS", 0)
+    real, done = distil.add_gradient, []
+
+    def killed_after_one(*given):
+        done.append(given)
+        if len(done) % 2 == 0:
+            raise KeyboardInterrupt
+        return real(*given)
+    monkeypatch.setattr(distil, "add_gradient", killed_after_one)
+    steps = 3 * (2 if mode else 1)
+    for _ in range(steps - 1):
+        assert run(distil, *half, "--out", tmp_path / "out") == 130 and not (tmp_path / "out").exists()
+    assert run(distil, *half, "--out", tmp_path / "out") == 0 and len(done) == 2 * steps - 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / "out-distil").exists()
+
+
+def test_steps_of_another_problem_are_not_taken(half, tmp_path):
+    source, model, ids = Model(half[0]), Model(half[1]), some_ids()
+    keys = [distil.distil_key(*given) for given in (
+        (source, model, ids, {"lr": 1}), (model, model, ids, {"lr": 1}), (source, source, ids, {"lr": 1}),
+        (source, model, ids + 1, {"lr": 1}), (source, model, ids.view(1, -1), {"lr": 1}), (source, model, ids, {"lr": 2}))]
+    assert len({json.dumps(key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_streams_beyond_the_memory_lie_on_disk_and_change_nothing(mode, half, tmp_path, monkeypatch):
+    made, real = [], common.scratch
+    monkeypatch.setattr(common, "scratch", lambda folder: made.append(folder) or real(folder))
+    assert run(distil, *half, "--out", tmp_path / "all", *mode) == 0 and not made
+    monkeypatch.setattr(distil, "activation_bytes", lambda *_: 10**12)
+    assert run(distil, *half, "--out", tmp_path / "none", *mode) == 0
+    assert [folder.parent for folder in made] == [tmp_path]  # the disk of the output
+    assert contents(tmp_path / "none") == contents(tmp_path / "all")
+
+
+def test_layerwise_has_one_layer_in_memory(half, monkeypatch):
+    """When a layer is trained, neither model holds one beside it."""
+    held, real_layer, real_train, trained = weakref.WeakSet(), Model.layer, distil.train, []
+
+    def watched(self, index):
+        layer = real_layer(self, index)
+        held.add(layer)
+        return layer
+
+    def train(weights, *given):
+        assert held and not any(layer.weights for layer in held)
+        trained.append(sum(weight.numel() for weight in weights.values()))
+        return real_train(weights, *given)
+    monkeypatch.setattr(Model, "layer", watched)
+    monkeypatch.setattr(distil, "train", train)
+    assert run(distil, *half, "--out", half[1].with_name("out"), "--layerwise") == 0
+    model = Model(half[1])
+    assert trained == [sum(torch.Size(info.shape).numel() for tensor, info in model.checkpoint.tensors.items()
+                           if tensor.startswith(f"{name}.")) for name in model.layer_names]
+
+
+def test_bfloat16_products_train_float32_weights(half, tmp_path):
+    options = [option if option != "float32" else "bfloat16" for option in half]
+    for mode in ([], ["--layerwise"]):
+        out = tmp_path / f"out{len(mode)}"
+        assert run(distil, *options, "--out", out, "--epochs", 3, "--eval", tmp_path / "held-out.txt", *mode) == 0
+        before, after = (row["kl"] for row in record(out)["held_out"])
+        assert after < before
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_on_another_device(half, tmp_path, mode):
+    for device in ("fake", "cpu"):
+        with Accelerator(), torch.autograd.set_multithreading_enabled(False):  # the mode is this thread's
+            assert run(distil, *half, "--device", device, "--out", tmp_path / device, *mode) == 0
+    fake, cpu = (load_file(tmp_path / device / "model.safetensors") for device in ("fake", "cpu"))
+    for name, weight in cpu.items():  # Adam's kernels differ by device
+        torch.testing.assert_close(fake[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode, says", [([], "give --layerwise"), (["--layerwise"], "train fewer parts")])
+def test_what_does_not_fit_is_refused_before_the_work(mode, says, half, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hodgecover, "available_memory", lambda device: 10**5)
+    monkeypatch.setattr(Model, "stream", refuse)
+    capsys.readouterr()
+    assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out", *mode), says)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out-distil").exists()
+
+
+def test_what_it_needs_is_counted(half):
+    """Weights, gradients, two moments and a copy: 20 bytes a trained parameter, 4 of each other; beside the graph."""
+    model = Model(half[1])
+    size = {name: torch.Size(info.shape).numel() for name, info in model.checkpoint.tensors.items()}
+    graph = distil.graph_bytes(model.config, 1, 16)
+    layer = model.layer_names[1]
+    own = {name: count for name, count in size.items() if name.startswith(f"{layer}.")}
+    router = own[f"{layer}.mlp.gate.weight"]
+    assert distil.needed_bytes(model, [layer], [*distil.PARTS], 16) == graph + 20 * sum(own.values())
+    assert distil.needed_bytes(model, [layer], ["router"], 16) == graph + 4 * sum(own.values()) + 16 * router
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--epochs", 0], "--epochs 0: must be"), (["--lr", -1], "--lr -1.0: must be"), (["--lr", "nan"], "--lr nan: must"),
+    (["--kl-weight", 1.5], "--kl-weight 1.5: must be from 0 to 1"), (["--train", "head"], "invalid choice"),
+    (["--layerwise", "--kl-weight", 0.5], "--kl-weight 0.5: does not go with --layerwise"),
+    (["--tokens", 1], "--tokens 1: must be"), (["--seed", -1], "--seed -1: must be"),
+    (["--eval", "nowhere"], "nowhere: cannot be read"), (["--out", "SOURCE/out"], "lies in the checkpoint"),
+    (["--out", "CKPT"], "lies in the checkpoint"),
+])
+def test_bad_input_gets_one_line_before_the_work(half, tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.setattr(Model, "layer", refuse)
+    capsys.readouterr()
+    options = [str(option).replace("SOURCE", str(half[0])).replace("CKPT", str(half[1])) for option in options]
+    before = contents(tmp_path)
+    assert_refused(capsys, run(distil, *half, *(["--out", tmp_path / "out"] if "--out" not in options else []), *options),
+                   says)
+    assert contents(tmp_path) == before
+
+
+def test_another_model_is_refused(half, tmp_path, capsys):
+    other = with_tokenizer(named("qwen2-renormalised"), tmp_path / "other")
+    capsys.readouterr()
+    assert_refused(capsys, run(distil, other, *half[1:], "--out", tmp_path / "out"), "its family is olmoe; must be qwen2")
+
+
+def test_the_docstrings_examples_hold():
+    assert doctest.testmod(distil).failed == 0
