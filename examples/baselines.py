@@ -33,6 +33,10 @@ hc-smoe (arXiv 2410.08589)  Average-linkage clusters of the experts' mean output
 ream    (arXiv 2604.04356)  The K experts of largest REAP saliency are centroids. The most salient first, each takes
                             the free experts that are most like it in gate profile and mean output, 15 at most. Means
                             are weighted by saliency. Left out: alignment, and merging layer after layer
+slimqwen (arXiv 2605.08738) Of the K experts of largest REAP saliency the first half stays as it is. Each dropped expert
+                            joins that of the second half whose mean output is nearest in cosine. Means are weighted by
+                            saliency. Left out: the paper's cuts in depth and width. Ours: which experts form the second
+                            half, which the text leaves open. Its training is distil.py
 stun    (arXiv 2409.06211)  The structured stage: complete-linkage clusters of the router's rows by Euclidean distance.
                             Of each cluster the expert nearest the mean of its weights stays; nothing is merged. Left
                             out: the routing statistics that the paper can add to the distance, and one threshold over
@@ -324,6 +328,11 @@ def ream(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
     return take_nearest(facts.saliency, likeness, keep, most=16), facts.saliency
 
 
+def slimqwen(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
+    """Group by mean output around the less salient half of the survivors; the more salient half stays alone."""
+    return take_nearest(facts.saliency, cosine(facts.outputs), keep, most=1, alone=keep // 2), facts.saliency
+
+
 def stun(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
     """Cluster router rows; the expert nearest its cluster's mean weights comes first and has all the weight."""
     products = facts.products
@@ -367,24 +376,26 @@ def cluster(distance: torch.Tensor, clusters: int, complete: bool = False) -> Gr
     return [sorted(group) for group in groups]
 
 
-def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: int) -> Groups:
-    """Groups around the `keep` experts of largest score (n,), these first. In descending order of score each takes the
-    free experts that are most like it by likeness (n, n), up to `most` together; any left over join those most like
-    them.
+def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: int, alone: int = 0) -> Groups:
+    """Groups around the `keep` experts of largest score (n,), these first. In descending order of score each but the
+    first `alone` takes the free experts that are most like it by likeness (n, n), up to `most` together; any left over
+    join those most like them.
 
     >>> likeness = torch.tensor([[1.0, 0.1, 0.9], [0.1, 1.0, 0.8], [0.9, 0.8, 1.0]])
     >>> take_nearest(torch.tensor([1.0, 2.0, 0.5]), likeness, 2, most=2)
     [[1, 2], [0]]
     >>> take_nearest(torch.tensor([1.0, 2.0, 0.5]), likeness, 2, most=1)
     [[1], [0, 2]]
+    >>> take_nearest(torch.tensor([1.0, 2.0, 0.5]), torch.eye(3), 2, most=1, alone=1)
+    [[1], [0, 2]]
     """
     ranked = descending(score)
-    groups, free = {e: [e] for e in ranked[:keep]}, ranked[keep:]
-    for centre, group in groups.items():
-        group += sorted(free, key=lambda e: -likeness[e, centre].item())[:most - 1]
-        free = [e for e in free if e not in group]
+    groups, centres, free = {e: [e] for e in ranked[:keep]}, ranked[alone:keep], ranked[keep:]
+    for centre in centres:
+        groups[centre] += sorted(free, key=lambda e: -likeness[e, centre].item())[:most - 1]
+        free = [e for e in free if e not in groups[centre]]
     for e in free:
-        groups[max(groups, key=lambda centre: likeness[e, centre].item())].append(e)
+        groups[max(centres, key=lambda centre: likeness[e, centre].item())].append(e)
     return list(groups.values())
 
 
@@ -395,7 +406,7 @@ BY_SCORE = {"random": random_score, "frequency": frequency_score, "reap": salien
 ON_BARRIERS = {"greedy-barrier": greedy_barrier, "triplet-penalty": triplet_penalty,
                "triplet-hypergraph": triplet_hypergraph, "hodge-no-triangle": hodge_no_triangle,
                "additive-residual": additive_residual, "weighted-cover": weighted_cover}
-MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "stun": stun}
+MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "slimqwen": slimqwen, "stun": stun}
 WITHOUT_BARRIERS = (*BY_SCORE, "hope")
 SELECTORS = (*WITHOUT_BARRIERS, *ON_BARRIERS)
 METHODS = (*SELECTORS, *MERGING)
@@ -531,7 +542,7 @@ def command_line() -> hodgecover.Parser:
     parser = common.command_line(__file__, __doc__)
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer")
     parser.add_argument("--method", choices=METHODS, required=True, help="the rule, as above")
-    parser.add_argument("--all-slots", action="store_true", help="of mc-smoe, hc-smoe and ream: keep the router")
+    parser.add_argument("--all-slots", action="store_true", help="of the methods that merge: keep the router")
     common.add_barrier_options(parser)
     parser.add_argument("--order", metavar="ORDER", default=default.order, help="on barriers: "
                         + hodgecover.HELP["order"])

@@ -339,6 +339,27 @@ def test_ream_fills_groups_of_up_to_16_by_likeness(facts):
     assert baselines.take_nearest(facts.saliency, likeness, 3, most=16) == groups
 
 
+@pytest.mark.parametrize("keep", [1, 3, 4, 8])
+def test_slimqwen_preserves_half_and_merges_into_the_other(measured, facts, keep):
+    """The preserved half is stored bit for bit; each dropped expert joins the base of most similar mean output."""
+    groups, weights = baselines.group_experts(facts, "slimqwen", keep)
+    ranked = top(facts.saliency.tolist())
+    base = ranked[keep // 2:keep]
+
+    def likeness(e: int, b: int) -> float:
+        return torch.cosine_similarity(facts.outputs[e], facts.outputs[b], dim=0).item()
+    expected = {e: [e] for e in ranked[:keep]}
+    for e in ranked[keep:]:
+        expected[max(base, key=lambda b: likeness(e, b))].append(e)
+    assert {group[0]: sorted(group) for group in groups} == {e: sorted(group) for e, group in expected.items()}
+    assert torch.equal(weights, facts.saliency)
+    checkpoint = measured[0].checkpoint
+    edits = baselines.merge_edits(checkpoint, "model.layers.0", groups, weights)
+    for e in ranked[:keep // 2]:
+        stored = checkpoint.load(f"model.layers.0.mlp.experts.{e}.up_proj.weight")
+        assert torch.equal(edits[f"model.layers.0.mlp.experts.{e}.up_proj.weight"](stored, 0), stored)
+
+
 def test_stun_keeps_the_expert_nearest_its_cluster_s_mean(measured, facts):
     model, _, _ = measured
     experts = model.layer(0).experts
@@ -417,7 +438,7 @@ def test_every_method_by_the_same_command(small, tmp_path, monkeypatch, capsys, 
         assert torch.equal(output.layer(index).router, model.layer(index).router[stays])
         if method in baselines.MERGING:
             assert sorted(sum(layer["groups"], [])) == list(range(8)) and len(layer["groups"]) == 4
-        if method not in ("mc-smoe", "hc-smoe", "ream"):
+        if method not in ("mc-smoe", "hc-smoe", "ream", "slimqwen"):
             for after, before in zip(output.layer(index).experts, model.layer(index).experts):
                 assert torch.equal(after, before[stays])
         if method in baselines.SELECTORS:
