@@ -2,7 +2,7 @@
 """Compare fewer experts, narrower experts and both, at equal parameters, each as it is and refitted.
 
     python examples/frontier.py                            all lines, five samples
-    python examples/frontier.py --picture frontier.png     and a picture of the first line of each kind (needs matplotlib)
+    python examples/frontier.py --picture frontier.png     and a picture of the first line of each kind (matplotlib)
     python examples/frontier.py --samples 2 --tokens 1024  a first look
 
 A column is the share of the expert parameters that goes. `drop` drops that share of the experts of every layer (by
@@ -55,7 +55,8 @@ def write_narrow(model: Model, found: dict, width: int, out: Path) -> Model:
 
 def narrow(sample: Sample, rate: float, out: Path, score: str) -> Model:
     """Write all experts, narrower by one of heapr.SCORES."""
-    return write_narrow(sample.source, scores(sample, score), round((1 - rate) * sample.source.config.expert_width), out)
+    width = round((1 - rate) * sample.source.config.expert_width)
+    return write_narrow(sample.source, scores(sample, score), width, out)
 
 
 def both(sample: Sample, rate: float, out: Path, score: str) -> Model:
@@ -98,7 +99,7 @@ def tables() -> list[Table]:
             Table(f"expert parameters gone, refitted on {TOKENS:,} tokens", RATES, again, rates=True)]
 
 
-# ----------------------------------------------------------------------------------------------- parameters, and a picture
+# ------------------------------------------------------------------------------------------ parameters, and a picture
 
 
 Found = dict[str, list[list[Score]]]  # scores of the samples by line and column

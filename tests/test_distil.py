@@ -119,8 +119,8 @@ def test_no_slope_where_the_student_is_the_source(path, slope_of, tmp_path):
 
 
 def test_the_losses_by_their_definitions(slope_of, tmp_path):
-    source, output = Model(named("qwen2-renormalised"), torch.float64), perturbed(named("qwen2-renormalised"), tmp_path / "ckpt")
-    ids = some_ids()
+    path, ids = named("qwen2-renormalised"), some_ids()
+    source, output = Model(path, torch.float64), perturbed(path, tmp_path / "ckpt")
     (_, slope), = slope_of(distil.distil, source, output, ids, plan_of())
     assert slope(torch.arange(3)) == pytest.approx(model_io.compare(source, output, ids).kl, rel=1e-10)
     (_, slope), = slope_of(distil.distil, source, output, ids, plan_of(kl_weight=0.25))
@@ -128,7 +128,8 @@ def test_the_losses_by_their_definitions(slope_of, tmp_path):
     assert slope(torch.arange(3)) == pytest.approx(wanted, rel=1e-10)
     y, target = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     assert distil.stream_error(y, target).item() == pytest.approx(16 / 9 + 5 / 4)
-    assert distil.stream_errors(y, target, 1) == pytest.approx((16 / 9, 5 / 4)) and distil.stream_errors(y, y, 2)[1] is None
+    assert distil.stream_errors(y, target, 1) == pytest.approx((16 / 9, 5 / 4))
+    assert distil.stream_errors(y, y, 2) == (0, None)
 
 
 # ------------------------------------------------------------------------------------------------------- the optimiser
@@ -169,13 +170,13 @@ def test_the_load_of_the_worst_layer_is_told():
     assert distil.load_line(counts) == "load: busiest expert 2.0 times an even share, 1 idle" and not counts
 
 
-# -------------------------------------------------------------------------------------------------------- what it brings
+# ------------------------------------------------------------------------------------------------------ what it brings
 
 
 @pytest.mark.parametrize("name", ["olmoe-plain", "qwen3_5-text"])
 def test_a_planted_perturbation_comes_back(name, tmp_path):
     """End to end, the KL; layer by layer, the error of each stream, and no more of the KL than that gives."""
-    ids, source = some_ids(64, 16), Model(named(name))
+    ids, source = some_ids(32, 16), Model(named(name))
     perturbed(named(name), tmp_path / "ckpt", 0.1)
     before = model_io.compare(source, Model(tmp_path / "ckpt"), ids).kl
     plan = plan_of(epochs=10, lr=0.01)
@@ -203,7 +204,11 @@ def test_a_layer_that_gets_worse_keeps_its_weights(tmp_path):
 def test_held_out_text_is_watched_and_not_trained_on(slope_of, monkeypatch, tmp_path):
     source, output = (perturbed(named("olmoe-plain"), tmp_path / name, size) for name, size in (("a", 0.0), ("b", 0.1)))
     ids, lines, seen, real = some_ids(12), [], [], distil.add_gradient
-    monkeypatch.setattr(distil, "add_gradient", lambda loss, which, *_: seen.extend(which.tolist()) or real(loss, which, *_))
+
+    def watched(loss_of, which, *more):
+        seen.extend(which.tolist())
+        return real(loss_of, which, *more)
+    monkeypatch.setattr(distil, "add_gradient", watched)
     distil.distil(source, output, ids, 3, plan_of(epochs=2), torch.empty, lambda share, line="": lines.append(line))
     assert sorted(seen) == sorted([*range(9)] * 2)
     last = [line for line in lines if line][-1]
@@ -296,7 +301,8 @@ def test_steps_of_another_problem_are_not_taken(half, tmp_path):
     source, model, ids = Model(half[0]), Model(half[1]), some_ids()
     keys = [distil.distil_key(*given) for given in (
         (source, model, ids, {"lr": 1}), (model, model, ids, {"lr": 1}), (source, source, ids, {"lr": 1}),
-        (source, model, ids + 1, {"lr": 1}), (source, model, ids.view(1, -1), {"lr": 1}), (source, model, ids, {"lr": 2}))]
+        (source, model, ids + 1, {"lr": 1}), (source, model, ids.view(1, -1), {"lr": 1}),
+        (source, model, ids, {"lr": 2}))]
     assert len({json.dumps(key) for key in keys}) == len(keys)
 
 
@@ -385,15 +391,14 @@ def test_bad_input_gets_one_line_before_the_work(half, tmp_path, capsys, monkeyp
     capsys.readouterr()
     options = [str(option).replace("SOURCE", str(half[0])).replace("CKPT", str(half[1])) for option in options]
     before = contents(tmp_path)
-    assert_refused(capsys, run(distil, *half, *(["--out", tmp_path / "out"] if "--out" not in options else []), *options),
-                   says)
+    assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out", *options), says)
     assert contents(tmp_path) == before
 
 
 def test_another_model_is_refused(half, tmp_path, capsys):
     other = with_tokenizer(named("qwen2-renormalised"), tmp_path / "other")
     capsys.readouterr()
-    assert_refused(capsys, run(distil, other, *half[1:], "--out", tmp_path / "out"), "its family is olmoe; must be qwen2")
+    assert_refused(capsys, run(distil, other, *half[1:], "--out", tmp_path / "out"), "its family is olmoe; must be")
 
 
 def test_the_docstrings_examples_hold():

@@ -7,6 +7,8 @@ from statistics import mean
 
 import audit
 import baselines
+import distil
+import distil_study
 import evaluate
 import frontier
 import heapr
@@ -460,6 +462,44 @@ def test_source_code_has_no_docstrings(monkeypatch, tmp_path):
     assert refit_study.source_code() == [ast.unparse(ast.parse("class A: pass\ndef f(): return 1"))]
 
 
+# ------------------------------------------------------------------------------------------------------- distillation
+
+
+@pytest.mark.parametrize("label, options", [("3/4 KL, 1/4 next token", ["--kl-weight", 0.75]),
+                                            ("router", ["--train", "router"]), ("learning rate 0.04", ["--lr", 0.04]),
+                                            ("layerwise, 16,384 tokens", ["--layerwise", "--tokens", 16384]),
+                                            ("16,384 tokens, 8 passes", ["--epochs", 8, "--tokens", 16384])])
+def test_cell_of_a_training_is_what_two_commands_give(label, options, sample, tmp_path):
+    path, few, trained = sample.source.checkpoint.path, tmp_path / "few", tmp_path / "out"
+    assert run(baselines, path, "--keep", 4, "--method", "reap", "--out", few, *USERS) == 0
+    users = ["--tokens", distil_study.TOKENS, "--seq-len", 32, "--seed", 1, "--dtype", "float32"]
+    assert run(distil, path, few, "--out", trained, *users, *options) == 0
+    make = next(table.lines[label] for table in distil_study.variant_tables() if label in table.lines)
+    make(sample, 0.5, tmp_path / "made")
+    weights = [folder.joinpath("model.safetensors").read_bytes() for folder in (trained, tmp_path / "made")]
+    assert weights[0] == weights[1]
+
+
+def test_two_steps_train_on_two_halves(sample, tmp_path, monkeypatch):
+    seen, real = [], distil_study.train
+
+    def watched(sample, output, ids, **options):
+        seen.append((output.config.num_experts, ids))
+        return real(sample, output, ids, **options)
+    monkeypatch.setattr(distil_study, "train", watched)
+    made = distil_study.in_two_steps(sample, 0.5, tmp_path / "made")
+    assert [count for count, _ in seen] == [6, 4] and made.config.num_experts == 4
+    together = torch.cat([ids for _, ids in seen])
+    assert torch.equal(together, distil_study.training_ids(sample, distil_study.TOKENS)) and len(seen[0][1]) > 1
+
+
+def test_distillation_tables_are_filled(small, capsys):
+    table = shown(capsys, distil_study, small, "--only", "slimqwen", "narrow")
+    assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == ["slimqwen", "narrow"] * 2
+    table = shown(capsys, distil_study, small, "--variants", "--only", "source code", "64 - 48 - 32")
+    assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == ["64 - 48 - 32", "source code"]
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -473,6 +513,7 @@ def test_source_code_has_no_docstrings(monkeypatch, tmp_path):
     (reproduce, ["--settings", "--redirects"], "not allowed with argument"),
     (reproduce, ["--model", "nowhere"], "nowhere"),
     (frontier, ["--only", "drop"], "--only drop: must be one of drop, reap; drop, hope"),
+    (distil_study, ["--variants", "--only", "reap"], "--only reap: must be one of 16,384 tokens"),
     (frontier, ["--columns", "33%"], "--columns 33%: must be one of 25%; 50%; 66%"),
     (refit_study, ["--where", "--columns", "50%"], "--columns: does not go with --where"),
     (refit_study, ["--where", "--curves"], "not allowed with argument"),
