@@ -814,8 +814,10 @@ def write_entry(cache: Path, name: str, tensors: dict[str, torch.Tensor], key: d
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 of the tensors in the order of their names."""
-    raw = (tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in sorted(tensors))
-    return hashlib.sha256(b"".join(raw)).hexdigest()
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def make_cache(cache: Path) -> None:

@@ -5,12 +5,12 @@
     python examples/distil.py SOURCE CKPT --out DIR --calib FILE --tokens 600000 --layerwise
 
 CKPT is any compressed checkpoint of SOURCE, whichever tool made it: experts dropped, merged or made narrower, refitted
-or not. Weights that were pruned to 0 do not stay 0.
+or not. Zeros stay zeros in experts' matrices of which more than 1% are 0.
 
 End to end (the default): the loss is KL(source || CKPT) over the whole vocabulary, a mean over positions, in nats. With
 --kl-weight W below 1 it is W times that, and 1 - W times the loss of the next token. The source runs once, layer by
 layer, before the training, and its last stream is kept. The weights, their gradients and two moments of Adam are in
-memory, 16 bytes a trained parameter: the command says beforehand what it needs, and refuses if that is not free.
+memory, some 20 bytes a trained parameter: the command says beforehand what it needs, and refuses if that is not free.
 
 --layerwise: one layer after the other, in memory alone. Its loss is |y - y_source|^2 / |y_source|^2, a mean over
 tokens: y is the residual stream after the layer at the compressed model's own inputs, the layers before it trained,
@@ -55,6 +55,7 @@ BATCH = 8  # sequences a step
 REPORTS = 10  # lines of progress
 EVAL_TOKENS = 8192  # of held-out text
 SAVE_SECONDS = 60  # between two saved steps
+SPARSE = 0.01  # share of zeros from which an expert's matrix counts as pruned
 SMALLEST = 1e-3  # a matrix's root mean square for --lr, at least
 PIECE = 4096  # tokens that are compared at a time
 STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
@@ -63,6 +64,7 @@ PARTS = {"norms": r"norm(_\w+)?\.weight$", "router": r"mlp\.(gate|shared_expert_
          "attention": r"(self_attn|linear_attn)\."}  # the first that fits a weight's name
 
 Weights = dict[str, torch.Tensor]  # by name in the checkpoint; the experts' stacked, as in Model.store
+Loss = Callable[[torch.Tensor], torch.Tensor]  # numbers of sequences (b,) -> their summed loss
 
 
 # --------------------------------------------------------------------------------------------------------- the weights
@@ -167,30 +169,39 @@ def schedule(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
 
 
-def train(weights: Weights, steps: list[torch.Tensor], slope: Callable[[torch.Tensor], float], plan: Plan, name: str,
-          report: Callable[[int, float], None]) -> None:
-    """Train weights in place by Adam, one step for each of `steps`.
+def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int, plan: Plan, name: str,
+          report: Callable[[int, int, float], None]) -> None:
+    """Train weights in place by Adam on `count` sequences of `length`, `at_once` of them in a graph.
 
-    `slope` takes a step's sequences, adds the gradient of their mean loss to the weights', and returns the loss.
-    `report` is told the step and its loss. What is saved, under `name` in the plan's cache, is taken up.
+    `loss_of` gives the summed loss of some sequences. `report` is told the steps done, their number, and the loss of
+    the last. What is saved, under `name` in the plan's cache, is taken up.
     """
-    unit = {key: weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item() for key, weight in weights.items()}
-    optimizer = torch.optim.Adam([{"params": [weight], "unit": unit[key]} for key, weight in weights.items()],
-                                 betas=BETAS)
+    steps, masks = batches(count, plan), zeros_to_keep(weights)
+    groups = [{"params": [weight], "unit": weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item()}
+              for weight in weights.values()]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
     done, saved = restore(weights, optimizer, plan, name), time.monotonic()
-    for step in range(done, len(steps)):
+    for step, which in enumerate(steps[done:], done):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * group["unit"] * schedule(step, len(steps))
         optimizer.zero_grad()
-        loss = slope(steps[step])
+        loss = add_gradient(loss_of, which, at_once, len(which) * length)
         torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
         optimizer.step()
+        for weight, mask in masks:
+            weight.detach().mul_(mask)
         last = step + 1 == len(steps)
         if plan.cache and (last or time.monotonic() - saved >= SAVE_SECONDS):
             save(weights, optimizer, step + 1, plan, name, last)
             saved = time.monotonic()
-        report(step, loss)
+        report(step + 1, len(steps), loss)
     optimizer.zero_grad()
+
+
+def zeros_to_keep(weights: Weights) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (weight, where it is not 0) of the experts' matrices of which more than 1% are 0."""
+    return [(weight, weight.detach() != 0) for name, weight in weights.items()
+            if part_of(name) == "experts" and (weight == 0).sum() > SPARSE * weight.numel()]
 
 
 def save(weights: Weights, optimizer: torch.optim.Adam, step: int, plan: Plan, name: str, last: bool) -> None:
@@ -216,8 +227,7 @@ def restore(weights: Weights, optimizer: torch.optim.Adam, plan: Plan, name: str
     return int(saved["step"])
 
 
-def add_gradient(loss_of: Callable[[torch.Tensor], torch.Tensor], which: torch.Tensor, at_once: int, positions: int
-                 ) -> float:
+def add_gradient(loss_of: Loss, which: torch.Tensor, at_once: int, positions: int) -> float:
     """Add the gradient of a mean loss to the weights', and return the loss. `loss_of` gives the sum over some
     sequences; `which` has `positions` positions, and is taken `at_once` sequences at a time."""
     total = 0.0
@@ -229,8 +239,7 @@ def add_gradient(loss_of: Callable[[torch.Tensor], torch.Tensor], which: torch.T
 
 
 @torch.no_grad()
-def mean_loss(loss_of: Callable[[torch.Tensor], torch.Tensor], which: torch.Tensor, at_once: int, positions: int
-              ) -> float:
+def mean_loss(loss_of: Loss, which: torch.Tensor, at_once: int, positions: int) -> float:
     """Return the mean of a loss, as `add_gradient` does."""
     return sum(loss_of(part).item() for part in which.split(at_once)) / positions
 
@@ -283,10 +292,11 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
     told. `empty` makes the source's streams; `say` is told the share that is done, and a line or nothing."""
     cfg, length, count = output.config, ids.shape[1], len(ids) - held_out
     of_source = 1 / (1 + 4 * plan.epochs)  # share of the time: a pass beside a pass, its way back, and two readouts
-    for last in islice(source.stream(ids, empty), cfg.num_layers):
-        say(of_source * (last.index + 1) / cfg.num_layers)
-    last.layer.unload()
-    target = last.y.view(*ids.shape, -1)
+    for step in islice(source.stream(ids, empty), cfg.num_layers):
+        say(of_source * (step.index + 1) / cfg.num_layers)
+    step.layer.unload()
+    target, source_norm = step.y.view(*ids.shape, -1), step.norm
+    del step
     layers, norm = output.layer_names[:cfg.num_layers], output.prefix.removesuffix(".")
     student, head, counts = read_student(output, [*layers, norm], plan.parts), output.unembedding(), {}
 
@@ -298,24 +308,19 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
             h = y.view_as(h)
         weight = student.weights[norm]["norm.weight"].to(student.dtypes[norm]["norm.weight"])
         hidden = model_io.rms_norm(h, weight, cfg.rms_norm_eps)
-        return readout_loss(hidden, last.norm(target[which]), ids[which].to(output.device), head, kl_weight)
+        return readout_loss(hidden, source_norm(target[which]), ids[which].to(output.device), head, kl_weight)
     at_once = max(1, plan.memory // graph_bytes(cfg, cfg.num_layers, length))
-    steps = batches(count, plan)
-    shown = {(len(steps) * number) // REPORTS for number in range(1, REPORTS + 1)}
 
-    def report(step: int, loss: float) -> None:
+    def report(done: int, steps: int, loss: float) -> None:
         line = ""
-        if step + 1 in shown:
-            line = f"step {step + 1} of {len(steps)}: loss {loss:.4f}, {load_line(counts)}"
+        if done * REPORTS // steps > (done - 1) * REPORTS // steps:
+            line = f"step {done} of {steps}: loss {loss:.4f}, {load_line(counts)}"
         if line and held_out:
             kl = mean_loss(partial(loss_of, kl_weight=1.0), torch.arange(count, len(ids)), at_once, held_out * length)
             line += f", held-out KL {kl:.4f}"
             counts.clear()
-        say(of_source + (1 - of_source) * (step + 1) / len(steps), line)
-
-    def slope(which: torch.Tensor) -> float:
-        return add_gradient(loss_of, which, at_once, len(which) * length)
-    train(student.trained(), steps, slope, plan, "distil", report)
+        say(of_source + (1 - of_source) * done / steps, line)
+    train(student.trained(), loss_of, count, length, at_once, plan, "distil", report)
     student.store(output)
 
 
@@ -337,6 +342,13 @@ class Trained(NamedTuple):
     after: float
     held_out_before: float | None
     held_out_after: float | None
+
+    def line(self) -> str:
+        """Say the losses."""
+        said = f"{self.name}: stream error {self.before:.5f} -> {self.after:.5f}"
+        if self.held_out_before is None:
+            return said
+        return f"{said}, held out {self.held_out_before:.5f} -> {self.held_out_after:.5f}"
 
 
 def stream_errors(y: torch.Tensor, target: torch.Tensor, count: int) -> tuple[float, float | None]:
@@ -364,7 +376,11 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
             output.store(step.name, start)
             step.y.copy_(output.rerun(step, empty).y)
             after = before
-        yield Trained(step.name, before[0], after[0], before[1], after[1])
+        found = Trained(step.name, before[0], after[0], before[1], after[1])
+        counts: dict[str, torch.Tensor] = {}
+        add_load(counts, step.name, step.gates)
+        say((index + 1) / layers, f"{found.line()}, {load_line(counts)}")
+        yield found
 
 
 def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Model, plan: Plan, say: Callable
@@ -374,19 +390,16 @@ def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Mode
     cfg, length = output.config, step.h.shape[1]
     target = target.view_as(step.h)
     step.layer.unload()
-    student, counts = read_student(output, [step.name], plan.parts), {}
+    student = read_student(output, [step.name], plan.parts)
     trained = student.trained()
     start = {key.removeprefix(f"{step.name}."): weight.detach().clone() for key, weight in trained.items()}
-    at_once, steps = max(1, plan.memory // graph_bytes(cfg, 1, length)), batches(count, plan)
 
     def loss_of(which: torch.Tensor) -> torch.Tensor:
-        _, gates, y = model_io.run_layer(step.h[which], student.layer(step.name), cfg)
-        add_load(counts, step.name, gates)
+        y = model_io.run_layer(step.h[which], student.layer(step.name), cfg)[2]
         return stream_error(y, target[which].flatten(0, 1))
-
-    def slope(which: torch.Tensor) -> float:
-        return add_gradient(loss_of, which, at_once, len(which) * length)
-    train(trained, steps, slope, plan, f"distil-{step.name}", lambda done, loss: say((done + 1) / len(steps)))
+    at_once = max(1, plan.memory // graph_bytes(cfg, 1, length))
+    train(trained, loss_of, count, length, at_once, plan, f"distil-{step.name}",
+          lambda done, steps, loss: say(done / steps))
     student.store(output)
     return start
 
@@ -406,12 +419,20 @@ def activation_bytes(model: Model, tokens: int) -> int:
     return STREAMS * tokens * model.config.hidden_size * model.dtype.itemsize
 
 
-def training_ids(source: Model, args: argparse.Namespace) -> torch.Tensor:
-    """The command line's training text, (B, L)."""
-    def documentation() -> list[str]:
-        return [text for part in ("train", "calibration") for text in model_io.python_documentation(part)]
+def documentation() -> list[str]:
+    """Python's documentation, the part to calibrate on and the part to train on."""
+    return [text for part in ("train", "calibration") for text in model_io.python_documentation(part)]
+
+
+def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int]:
+    """The text to train on, then that to watch, (B, L); the number of the latter's sequences."""
     read = partial(model_io.read_documents, args.calib) if args.calib else documentation
-    return hodgecover.sample_ids(source, read, args.tokens, args.seq_len, args.seed)
+    ids = hodgecover.sample_ids(source, read, args.tokens, args.seq_len, args.seed)
+    if not args.eval:
+        return ids, 0
+    held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
+    held_out = evaluate.evenly_spaced(held_out, max(1, EVAL_TOKENS // args.seq_len))
+    return torch.cat((ids, held_out)), len(held_out)
 
 
 def needed_bytes(output: Model, layers: list[str], parts: list[str], length: int) -> int:
@@ -469,21 +490,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"kl_weight {args.kl_weight}: does not go with --layerwise, which has another loss")
 
 
-def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int]:
-    """The text to train on, then that to watch, (B, L); the number of the latter's sequences."""
-    ids = training_ids(source, args)
-    if not args.eval:
-        return ids, 0
-    held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
-    held_out = evaluate.evenly_spaced(held_out, max(1, EVAL_TOKENS // args.seq_len))
-    return torch.cat((ids, held_out)), len(held_out)
-
-
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
-    source = common.open_model(args.source, args)
-    model = common.open_model(args.checkpoint, args)
+    source, model = common.open_model(args.source, args), common.open_model(args.checkpoint, args)
     hodgecover.refuse_fold(source)
     common.check_source(model, source)
     out = args.out.absolute()
@@ -491,49 +501,49 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.check_out(model, out, cache)
     hodgecover.refuse_inside(source, out, "out")
     ids, held_out = read_ids(source, args)
-    text = ids[:len(ids) - held_out]
-    chosen = ("epochs", "lr", "kl_weight", "train", "layerwise", "seed", "memory")
-    settings = {name: getattr(args, name) for name in chosen}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "held_out": held_out}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "held_out_sequences": held_out}
+    text = hodgecover.describe_text(ids[:len(ids) - held_out], args.calib)
+    entry = common.entry("distil.py", settings | text, source=source, checkpoint=model)
+    key = distil_key(source, model, ids, settings)
     check_memory(model, args)
     if len(model.layer_names) > model.config.num_layers:
         print("the multi-token head stays as it is")
-    key = distil_key(source, model, ids, settings)
-    plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key)
-    entry = common.entry("distil.py", settings | hodgecover.describe_text(text, args.calib or None), source=source,
-                         checkpoint=model)
-    bar = hodgecover.progress_bar()
 
-    def say(share: float, line: str = "") -> None:
-        if line:
-            bar(None)
-            print(line, flush=True)
-        bar(share)
+    bar = hodgecover.progress_bar()
+    plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key)
     with common.copied(model, out, entry) as output:
         hodgecover.make_cache(cache)
         large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
         empty = common.scratch(output.checkpoint.path) if large else torch.empty
+        work = (distil_layers if args.layerwise else distil)(source, output, ids, held_out, plan, empty,
+                                                             partial(tell, bar))
         if args.layerwise:
-            entry["stream_error"] = []
-            for layer in distil_layers(source, output, ids, held_out, plan, empty, say):
-                shown = f"{layer.name}: stream error {layer.before:.5f} -> {layer.after:.5f}"
-                if held_out:
-                    shown += f", held out {layer.held_out_before:.5f} -> {layer.held_out_after:.5f}"
-                bar(None)
-                print(shown, flush=True)
-                entry["stream_error"].append(layer)
-        else:
-            distil(source, output, ids, held_out, plan, empty, say)
+            entry["stream_error"] = [*work]
         bar(None)
         if held_out:
-            watched = ids[len(ids) - held_out:]
-            entry["held_out"] = [model_io.compare(source, each, watched) for each in (model, output)]
-            before, after = entry["held_out"]
-            print(f"held-out KL {before.kl:.4f} -> {after.kl:.4f}, perplexity {before.output_perplexity:.2f} -> "
-                  f"{after.output_perplexity:.2f} (source {after.source_perplexity:.2f})")
-    names = ["distil", *(f"distil-{name}" for name in model.layer_names)]
-    common.clear(cache, key, names)
+            entry["held_out"] = compare(source, model, output, ids[len(ids) - held_out:])
+    common.clear(cache, key, ["distil", *(f"distil-{name}" for name in model.layer_names)])
     print(f"output: {args.out}")
+
+
+SETTINGS = ("epochs", "lr", "kl_weight", "train", "layerwise", "seed", "memory")
+
+
+def tell(bar: Callable[[float | None], None], share: float, line: str = "") -> None:
+    """Show the share that is done, and print a line above it if there is one."""
+    if line:
+        bar(None)
+        print(line, flush=True)
+    bar(share)
+
+
+def compare(source: Model, before: Model, after: Model, ids: torch.Tensor) -> list[model_io.Comparison]:
+    """Compare a checkpoint and what came of it with the source on held-out ids (B, L), and print it."""
+    found = [model_io.compare(source, model, ids) for model in (before, after)]
+    print(f"held-out KL {found[0].kl:.4f} -> {found[1].kl:.4f}, perplexity {found[0].output_perplexity:.2f} -> "
+          f"{found[1].output_perplexity:.2f} (source {found[1].source_perplexity:.2f})")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

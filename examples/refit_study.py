@@ -32,6 +32,7 @@ from statistics import mean, stdev
 import torch
 
 import common  # noqa: F401  (puts the three files on the path)
+import distil
 import hodgecover
 import mathx
 import model_io
@@ -139,13 +140,8 @@ def licences() -> list[str]:
     return sorted(texts)
 
 
-def with_training_text() -> list[str]:
-    """Python's documentation, the part to calibrate on and the part to train on."""
-    return [*model_io.python_documentation("train"), *model_io.python_documentation("calibration")]
-
-
 TEXTS = {"documentation": partial(model_io.python_documentation, "calibration"), "source code": source_code,
-         "licences": licences, "with training text": with_training_text}
+         "licences": licences, "with training text": distil.documentation}
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import hodgecover
 import model_io
 import pytest
 import torch
+import wanda
 from conftest import GOLDEN, PROSE, assert_refused, contents, record, refuse, run, with_tokenizer
 from fake_device import Accelerator
 from model_io import Model
@@ -49,11 +50,15 @@ def perturbed(source: Path, folder: Path, size: float = 0.3, layers: str = "laye
 
 @pytest.fixture
 def slope_of(monkeypatch):
-    """A function that gives what a training would work with: (weights with gradients, its slope)."""
+    """A function that gives what a training would work with: (weights with gradients, a function that adds the mean
+    gradient of some sequences to theirs, and returns the loss)."""
     def caught(start, source, output, ids, plan):
         found = []
+
+        def train(weights, loss_of, count, length, at_once, *_):
+            found.append((weights, lambda which: distil.add_gradient(loss_of, which, at_once, len(which) * length)))
         with monkeypatch.context() as patch:
-            patch.setattr(distil, "train", lambda weights, steps, slope, *_: found.append((weights, slope)))
+            patch.setattr(distil, "train", train)
             for _ in start(source, output, ids, 0, plan, torch.empty, lambda *_: None) or ():
                 pass
         return found
@@ -142,11 +147,9 @@ def test_a_step_is_in_units_of_a_matrix(monkeypatch):
     start = {name: weight.clone() for name, weight in weights.items()}
     weights = {name: weight.requires_grad_() for name, weight in weights.items()}
 
-    def slope(which):
-        loss = sum((weight * torch.tensor([[0.1, -0.2]])).sum() for weight in weights.values())
-        loss.backward()
-        return loss.item()
-    distil.train(weights, [torch.arange(1)], slope, plan_of(lr=0.1), "", lambda *_: None)
+    def loss_of(which):
+        return sum((weight * torch.tensor([[0.1, -0.2]])).sum() for weight in weights.values())
+    distil.train(weights, loss_of, 1, 1, 1, plan_of(lr=0.1), "", lambda *_: None)
     for name, unit in (("a", 12.5**0.5), ("b", 1250**0.5), ("zero", distil.SMALLEST)):
         moved = weights[name].detach() - start[name]
         torch.testing.assert_close(moved, 0.1 * unit * torch.tensor([[-1.0, 1.0]]), rtol=1e-4, atol=1e-6)
@@ -262,6 +265,18 @@ def test_only_the_named_parts_are_trained(parts, mode, half, tmp_path):
     assert run(distil, *half, "--out", tmp_path / "out", "--train", *parts, *mode) == 0
     old, new = (load_file(folder / "model.safetensors") for folder in (half[1], tmp_path / "out"))
     assert {distil.part_of(name) for name in old if not torch.equal(old[name], new[name])} == {*parts}
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_pruned_weights_stay_pruned(mode, half, tmp_path):
+    """And the others of their matrices move."""
+    source, ckpt, *options = half
+    assert run(wanda, ckpt, "--rate", 0.5, "--out", tmp_path / "sparse", "--calib", tmp_path / "text.txt", *QUICK) == 0
+    assert run(distil, source, tmp_path / "sparse", "--out", tmp_path / "out", *options, *mode) == 0
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("sparse", "out"))
+    experts = [name for name in old if ".experts." in name]
+    assert experts and all(torch.equal(old[name] == 0, new[name] == 0) for name in experts)
+    assert not any(torch.equal(old[name], new[name]) for name in experts)
 
 
 def test_after_narrowing_and_twice(half, tmp_path):
