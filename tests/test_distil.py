@@ -155,6 +155,27 @@ def test_a_step_is_in_units_of_a_matrix(monkeypatch):
         torch.testing.assert_close(moved, 0.1 * unit * torch.tensor([[-1.0, 1.0]]), rtol=1e-4, atol=1e-6)
 
 
+def test_the_steps_are_adam_s_by_its_formula():
+    """(Kingma and Ba, algorithm 1), with the gradient clipped to norm 1, warm-up and cosine; quadratic loss."""
+    generator = torch.Generator().manual_seed(0)
+    start, targets = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3), (40, 2, 3)))
+    weight = start.clone().requires_grad_()
+    plan = plan_of(lr=0.1, epochs=2)
+    distil.train({"w": weight}, lambda which: (weight - targets[which]).square().sum() * (3 if 0 in which else 0.01), 40,
+                 2, 3, plan, "", lambda *_: None)
+    plain, m, v, unit = start.clone(), 0.0, 0.0, start.square().mean().sqrt()
+    steps = distil.batches(40, plan)
+    for t, which in enumerate(steps, 1):
+        scales = [3 if 0 in part else 0.01 for part in which.split(3) for _ in part]
+        g = sum(2 * scale * (plain - targets[i]) for i, scale in zip(which.tolist(), scales)) / (2 * len(which))
+        g = g / max(1, g.norm())
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        rate = t / 1 if t <= 1 else (1 + math.cos(math.pi * (t - 2) / (len(steps) - 1))) / 2
+        plain = plain - 0.1 * unit * rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+    assert len(steps) == 10
+    torch.testing.assert_close(weight.detach(), plain, rtol=1e-4, atol=1e-6)
+
+
 def test_each_pass_sees_every_sequence_once_in_another_order():
     steps = distil.batches(20, plan_of(epochs=2))
     assert [len(step) for step in steps] == [8, 8, 4] * 2
