@@ -498,11 +498,15 @@ class Model:
         self.checkpoint.overwrite(name, stored)
         return stored
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings (B, L, d) of ids (B, L): the residual stream before the first layer."""
+    def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
+        """Return the embeddings (B, L, d) of ids (B, L), the residual stream before the first layer, in a tensor that
+        `empty` makes."""
         rows, at = ids.cpu().unique(return_inverse=True)
         table = torch.stack([self.checkpoint.load(self._embedding, row) for row in rows.tolist()])
-        return table[at].to(self.device, self.dtype)
+        h = empty(ids.numel(), self.config.hidden_size, dtype=self.dtype, device=self.device)
+        for part, own in zip(h.split(PASS_TOKENS), at.flatten().split(PASS_TOKENS)):
+            part.copy_(table[own])
+        return h.view(*ids.shape, -1)
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the norm with the weight `name`, a function of the stream. Raises InputError if it is not finite."""
@@ -523,9 +527,9 @@ class Model:
         one, and yield each one's LayerPass.
 
         A layer is unloaded before the next one is read, so that at most one layer's weights are in memory however
-        many passes the caller holds. A change of y in place goes on into the next layer. `empty` makes x and y.
+        many passes the caller holds. A change of y in place goes on into the next layer. `empty` makes h, x and y.
         """
-        h = self.embed(ids)
+        h = self.embed(ids, empty)
         norm = self.norm(f"{self.prefix}norm.weight")
         for index, name in enumerate(self.layer_names):
             if index:
