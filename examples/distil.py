@@ -48,7 +48,7 @@ import torch
 from model_io import Config, Experts, InputError, Layer, LayerPass, Model
 from torch.nn import functional
 
-TOKENS = 600_000  # default sample
+TOKENS = 524_288  # default sample
 LR = 0.02
 BETAS, WARM_UP, CLIP = (0.9, 0.95), 0.1, 1.0
 BATCH = 8  # sequences a step

@@ -82,7 +82,7 @@ def variant_tables() -> list[Table]:
     """REAP's survivors, trained otherwise."""
     way = partial(distilled, make=partial(reproduce.selected, method="reap"))
     thin = partial(distilled, make=partial(frontier.narrow, score="camera"))
-    amounts = (16_384, 65_536, 131_072, 262_144, 600_000)
+    amounts = (16_384, 65_536, 131_072, 262_144, 524_288)
     by_tokens = {f"{tokens:,} tokens": partial(way, tokens=tokens) for tokens in amounts}
     by_tokens |= {f"narrow, {tokens:,} tokens": partial(thin, tokens=tokens) for tokens in amounts}
     by_tokens |= {f"layerwise, {tokens:,} tokens": partial(way, tokens=tokens, layerwise=True) for tokens in amounts}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kill hodgecover.py and refit.py at random moments, again and again, until they get through; many times over.
+"""Kill the commands that continue at random moments, again and again, until they get through; many times over.
 
     python tests/kill_often.py              20 runs on examples/tiny-olmoe, some minutes
     python tests/kill_often.py --runs 5
@@ -29,13 +29,16 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def commands(source: Path, work: Path) -> dict[Path, list[str]]:
-    """The two commands by their outputs, which lie in `work` with their caches."""
-    kept, refitted = work / "kept", work / "refitted"
-    compress = [ROOT / "hodgecover.py", source, "--keep", "32", "--out", kept, "--cache", work / "barriers", "--tokens",
-                "256", "--max-triangles", "50"]
-    refit = [ROOT / "examples" / "refit.py", source, kept, "--out", refitted, "--cache", work / "layers", "--tokens",
-             "4096"]
-    return {out: [sys.executable, *map(str, command), *QUICK] for out, command in ((kept, compress), (refitted, refit))}
+    """The commands by their outputs, which lie in `work` with their caches."""
+    kept, examples = work / "kept", ROOT / "examples"
+    found = {
+        "kept": [ROOT / "hodgecover.py", source, "--keep", "32", "--cache", work / "barriers", "--tokens", "256",
+                 "--max-triangles", "50"],
+        "refitted": [examples / "refit.py", source, kept, "--cache", work / "layers", "--tokens", "4096"],
+        "narrow": [examples / "heapr.py", kept, "--width", "8", "--tokens", "4096"],
+        "distilled": [examples / "distil.py", source, kept, "--layerwise", "--tokens", "8192"]}
+    return {work / name: [sys.executable, *map(str, command), "--out", str(work / name), *QUICK]
+            for name, command in found.items()}
 
 
 def start(command: list[str]) -> subprocess.Popen:
