@@ -231,7 +231,7 @@ def weighted_rows(table: torch.Tensor, index: torch.Tensor, weights: torch.Tenso
 
 def block_numbers(x: torch.Tensor, memory: int) -> int:
     """How many numbers to compute at a time: what stays in a processor's cache, or else a share of the memory."""
-    return max(1, (CACHE_BYTES if x.is_cpu else memory // 8) // model_io.widened(x.dtype).itemsize)
+    return max(1, (CACHE_BYTES if x.is_cpu else memory // 12) // model_io.widened(x.dtype).itemsize)
 
 
 def hidden_rows(layer: MoELayer, t: torch.Tensor, members: torch.Tensor, weights: torch.Tensor, numbers: int
@@ -301,11 +301,12 @@ class Sample(NamedTuple):
     log_p: torch.Tensor
 
 
-def log_readout(layer: MoELayer) -> torch.Tensor:
+def log_readout(layer: MoELayer, memory: int) -> torch.Tensor:
     """Log-probabilities (T, V) of the tokens, float32 or better; the head is widened piece by piece."""
     features = layer.norm(layer.y.to(model_io.widened(layer.x.dtype)))
     logits = features.new_empty(len(features), len(layer.unembedding))
-    for out, rows in zip(logits.split(4096, dim=1), layer.unembedding.split(4096)):
+    piece = max(1, block_numbers(features, memory) // features.shape[1])
+    for out, rows in zip(logits.split(piece, dim=1), layer.unembedding.split(piece)):
         out.copy_(features @ rows.to(features).T)
     return logits.log_softmax(-1)
 
@@ -317,7 +318,7 @@ def draw_sample(layer: MoELayer, vocab_sample: int, offsets: torch.Tensor, memor
     sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))
     drawn = []
     for chunk in token_chunks(sizes, memory):
-        parts = log_readout(layer.tokens(chunk)).split(8), offsets[chunk].split(8)
+        parts = log_readout(layer.tokens(chunk), memory).split(8), offsets[chunk].split(8)
         drawn += [mathx.sample_outcomes(log_p, vocab_sample, offset) for log_p, offset in zip(*parts)]
     return Sample(*map(torch.cat, zip(*drawn)))
 
@@ -327,7 +328,7 @@ def lens_moves(layer: MoELayer, merges: Merges, memory: int) -> Iterator[torch.T
     stream = layer.y.to(model_io.widened(layer.x.dtype))
     features = layer.norm(stream)
     for t, change in enumerate(merge_change(layer, merges, memory)):
-        yield (layer.norm(stream[t] + change) - features[t]).to(layer.x.dtype)
+        yield layer.norm(change.to(stream).add_(stream[t])).sub_(features[t]).to(layer.x.dtype)
 
 
 def lens_kl(layer: MoELayer, merges: Merges, sample: Sample | None, memory: int, careful: bool = False
@@ -337,7 +338,7 @@ def lens_kl(layer: MoELayer, merges: Merges, sample: Sample | None, memory: int,
     The reference p is read out in float32 or better, each change of logits in the layer's dtype, one block of the
     vocabulary at a time. KL is not finite where exponentials overflow, unless `careful`.
     """
-    outcomes, log_p = sample or (None, log_readout(layer))
+    outcomes, log_p = sample or (None, log_readout(layer, memory))
     numbers = block_numbers(layer.x, memory)
     kl = []
     for t, moved in enumerate(lens_moves(layer, merges, memory)):
