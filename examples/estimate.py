@@ -68,10 +68,10 @@ def shape_of(model: Model, vocab_sample: int = 0) -> Shape:
 
 def product_operations(shape: Shape, tokens: int, rows: float, members: int) -> float:
     """Operations of the products in the barriers of simplices of so many members, if `rows` (token, simplex) pairs
-    touch: for each pair a readout and a down projection a member; for each token its own readout and the
-    pre-activations of all experts."""
-    n, _, d, f, vocab, outcomes = shape
-    return 2 * d * (rows * (outcomes + members * f) + tokens * (vocab + 2 * n * f))
+    touch: for each pair a readout and a down projection a member; for each token its own readout, the pre-activations
+    of all experts and the down projections of its own."""
+    n, k, d, f, vocab, outcomes = shape
+    return 2 * d * (rows * (outcomes + members * f) + tokens * (vocab + (2 * n + k) * f))
 
 
 def touched_share(n: int, k: int, members: int) -> float:
