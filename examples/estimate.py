@@ -177,7 +177,8 @@ def estimate_refit(model: Model, keep: int, tokens: int, memory: int = hodgecove
     _, k, d, f, _, _ = shape
     operations = len(sparse) * refit.refit_operations(tokens, keep, k, d, f) + 4 * tokens * active
     weights = 3 * model_io.widened(model.dtype).itemsize * keep * d * f  # down projections: change, scaled, refitted
-    peak = (max(held) * (1 + keep / shape.n) + weights
+    hidden, inverses = refit.hidden_bytes(tokens * k, f, model.dtype), 8 * keep * f * f
+    peak = (max(held) * (1 + keep / shape.n) + weights + inverses + hidden * (hidden <= memory)
             + min(memory, refit.activation_bytes(model, tokens)))
     stored = sum(info.end - info.start for name, info in model.checkpoint.tensors.items()
                  if ".experts." in name and "down_proj" in name)
