@@ -425,11 +425,11 @@ def audit_sample(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int, se
     merges = merges.tokens(t)
     chosen = torch.multinomial(merges.touched.double(), 1, generator=generator)
     merges = merges._replace(touched=torch.zeros_like(merges.touched).scatter(1, chosen, True))
-    offsets = sample_offsets(layer.x, seed)[t]
-    layer = layer.tokens(t)
-    sample = draw_sample(layer, vocab_sample, offsets, memory)
-    found = [lens_kl(layer, merges, read_out_on, memory, careful=True) for read_out_on in (sample, None)]
-    return torch.stack(found, dim=1).double().cpu()
+    offsets, layer = sample_offsets(layer.x, seed)[t], layer.tokens(t)
+    estimated = lens_kl(layer, merges, draw_sample(layer, vocab_sample, offsets, memory), memory, careful=True)
+    parts = log_readout(layer, memory).split(32), torch.cat(list(lens_moves(layer, merges, memory))).split(32)
+    exact = [mathx.kl_of_logit_change(log_p, (moved @ layer.unembedding.T).to(log_p)) for log_p, moved in zip(*parts)]
+    return torch.stack((estimated, torch.cat(exact)), dim=1).double().cpu()
 
 
 def model_barriers(layer: MoELayer, simplices: torch.Tensor, later: Callable[[torch.Tensor], torch.Tensor],

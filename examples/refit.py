@@ -69,21 +69,19 @@ def block_ridge(features: Features, start: torch.Tensor, residual: torch.Tensor,
     Returns D (n, d, f), float32 or wider. A block that no row touches stays as it is.
     """
     blocks = start.to(model_io.widened(start.dtype), copy=True)
-    solvers: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
-    weights: dict[int, torch.Tensor] = {}
+    solvers = []  # A_e is the same in every sweep
+    for e, block in enumerate(blocks):
+        gram = normal_matrix(features(e), block)
+        weight = ridge * gram.trace() / len(gram)
+        gram.diagonal().add_(weight)
+        solvers.append((weight, solver(gram, start[e] == 0 if sparse and sparse[e] else None)))
     for _ in range(sweeps):
-        for e, block in enumerate(blocks):
+        for e, (block, (weight, solve)) in enumerate(zip(blocks, solvers)):
             pieces = features(e)
-            if e not in solvers:  # A_e is the same in every sweep
-                gram = normal_matrix(pieces, block)
-                weights[e] = ridge * gram.trace() / len(gram)
-                gram.diagonal().add_(weights[e])
-                fixed = start[e] == 0 if sparse and sparse[e] else None
-                solvers[e] = solver(gram, fixed)
-            wanted = -weights[e] * (block.double() - start[e].double()).T
+            wanted = -weight * (block.double() - start[e].double()).T
             for rows, x in pieces:
                 wanted += x.T.to(residual) @ residual[rows]
-            change = solvers[e](wanted).T
+            change = solve(wanted).T
             block.copy_(block.double() + change)
             subtract(residual, pieces, change)
     return blocks
