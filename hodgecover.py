@@ -274,15 +274,12 @@ def merge_change(layer: MoELayer, merges: Merges, memory: int = MEMORY) -> Itera
     expert = torch.cat((members.flatten(), own_e))  # of each product
     row = torch.cat((torch.arange(len(t)).repeat_interleave(size), len(t) + torch.arange(len(own_t))))  # of hidden
     order, counts = expert.argsort(stable=True), expert.bincount(minlength=n).tolist()
-    groups = [functional.pad(row[used], (0, -len(used) % ROW_STEP)) for used in order.split(counts)]
-    products = x.new_empty(sum(map(len, groups)), x.shape[1])
-    place, start = torch.empty_like(order), 0
-    rows = torch.cat(groups).to(x.device)
-    for down, used, group in zip(layer.experts.down, order.split(counts), groups):
-        place[used] = torch.arange(start, start + len(used))
-        stop = start + len(group)
-        torch.mm(hidden.index_select(0, rows[start:stop]), down.to(x).T, out=products[start:stop])
-        start = stop
+    uses = torch.cat([functional.pad(used, (0, -len(used) % ROW_STEP), value=-1) for used in order.split(counts)])
+    place = torch.empty_like(order).index_put((uses[uses >= 0],), (uses >= 0).nonzero().squeeze(1))
+    sizes = [-(-count // ROW_STEP) * ROW_STEP for count in counts]
+    rows, products = row[uses].to(x.device), x.new_empty(len(uses), x.shape[1])
+    for down, used, out in zip(layer.experts.down, rows.split(sizes), products.split(sizes)):
+        torch.mm(hidden.index_select(0, used), down.to(x).T, out=out)
     del hidden
 
     merged, alone = place.tensor_split((members.numel(),))
