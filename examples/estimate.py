@@ -152,7 +152,8 @@ def lens_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles:
     sweep = sweep_operations(shape, 2, pairs) + sweep_operations(shape, 3, triangles)
     operations = tokens * (len(hodgecover.sparse_layers(model)) * sweep + 2 * active)
     streams = 16 * tokens * shape.d
-    return operations, max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + memory
+    sample = 12 * tokens * shape.outcomes if shape.outcomes < shape.vocab else 0
+    return operations, max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + sample + memory
 
 
 def model_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int, memory: int

@@ -107,6 +107,7 @@ def test_an_estimate_counts_layers_output_and_memory(tiny, fixed_rates, capsys):
     assert cost.memory == estimate.PROCESS_BYTES + in_bytes + 12345
     sampled = estimate.estimate(Model(tiny), Settings(vocab_sample=64), 2048)
     assert sampled.operations < cost.operations / 2
+    assert sampled.memory == cost.memory - 12345 + hodgecover.MEMORY + 2048 * 64 * 12  # the outcomes, their weights
 
     before = contents(tiny.parent)
     assert run(estimate, tiny, "--keep", 32, "--dtype", "float32", "--tokens", 2500) == 0
