@@ -31,7 +31,7 @@ from model_io import Experts, InputError, Layer, LayerPass, rms_norm
 SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, tokens=64, sample=4)
 UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak")}
 SCALED = dict(hidden=512, width=128)  # of --scaling, which varies one of the following, the others in the middle
-SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128, 256), "V": (4096, 8192, 16384, 32768, 65536)}
+SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128), "V": (4096, 8192, 16384, 32768)}
 OUTCOMES = (256, 1024, 4096)  # sizes of a sample of the vocabulary
 
 
