@@ -78,10 +78,10 @@ def block_ridge(features: Features, start: torch.Tensor, residual: torch.Tensor,
     for _ in range(sweeps):
         for e, (block, (weight, solve)) in enumerate(zip(blocks, solvers)):
             pieces = features(e)
-            wanted = -weight * (block.double() - start[e].double()).T
+            wanted = residual.new_zeros(block.T.shape)  # sum_t x_te residual_t'
             for rows, x in pieces:
-                wanted += x.T.to(residual) @ residual[rows]
-            change = solve(wanted).T
+                torch.addmm(wanted, x.T.to(residual), residual.index_select(0, rows), out=wanted)
+            change = solve(wanted.double() - weight * (block.double() - start[e].double()).T).T
             block.copy_(block.double() + change)
             subtract(residual, pieces, change)
     return blocks
