@@ -201,8 +201,8 @@ def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
 
 
 class Merges(NamedTuple):
-    """Simplices to merge, all on the CPU: their members (M, 2 or 3), the weights of these (M, 2 or 3), the tokens' gates
-    (T, n), and which tokens are routed to a member (T, M), since a merge changes no others."""
+    """Simplices to merge, all on the CPU: their members (M, 2 or 3), the weights of these (M, 2 or 3), the tokens'
+    gates (T, n), and which tokens are routed to a member (T, M), since a merge changes no others."""
 
     members: torch.Tensor
     weights: torch.Tensor

@@ -354,7 +354,8 @@ def run(args: argparse.Namespace) -> None:
     bar = hodgecover.progress_bar()
     with common.copied(model, out, entry) as output:
         hodgecover.make_cache(cache)
-        fit = resumable(partial(refit_layer, memory=args.memory), cache, key, lambda index: bar(index / len(model.layer_names)))
+        fit = resumable(partial(refit_layer, memory=args.memory), cache, key,
+                        lambda index: bar(index / len(model.layer_names)))
         large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
         empty = scratch(output.checkpoint.path) if large else torch.empty
         entry["output_error"] = []

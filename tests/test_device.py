@@ -46,7 +46,8 @@ def test_the_pretend_device_tells_when_the_host_waits(wait):
 @pytest.mark.parametrize("vocab_sample", [0, 1024])
 def test_the_sweep_is_few_launches_a_token_and_waits_twice_a_chunk_at_most(monkeypatch, vocab_sample, size):
     weight, chunks, split = torch.ones(12, dtype=torch.float64), [], hodgecover.token_chunks
-    layer = random_layer(n=16, tokens=160, vocab=50304)._replace(norm=partial(model_io.rms_norm, weight=weight, eps=0.0))
+    norm = partial(model_io.rms_norm, weight=weight, eps=0.0)
+    layer = random_layer(n=16, tokens=160, vocab=50304)._replace(norm=norm)
     simplices = torch.combinations(torch.arange(16), size)[::4]
     here = hodgecover.lens_barriers(layer, simplices, vocab_sample)
     monkeypatch.setattr(hodgecover, "token_chunks", lambda *args: [chunks.append(one) or one for one in split(*args)])

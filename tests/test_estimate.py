@@ -222,12 +222,13 @@ def test_the_bench_compares_the_sweep_with_the_plain_way(capsys):
 
 
 def test_the_floor_is_the_operations_at_the_rate_of_the_product(monkeypatch, capsys):
-    """A product of 8e9 operations a second, and sweeps of twice the floor."""
+    """A product of 800 operations a second, and sweeps of twice the floor."""
     shape = Shape(10, 2, 8, 4, 3000, 3000)
 
     def timed(layer, simplices, rows, outcomes):
         touched, reads = bench.touched_pairs(layer, simplices), outcomes or 3000
-        return 2 * estimate.product_operations(shape._replace(outcomes=reads), 8, touched, simplices.shape[1]) / 8e2, 8e2
+        count = estimate.product_operations(shape._replace(outcomes=reads), 8, touched, simplices.shape[1])
+        return 2 * count / 800, 800
     monkeypatch.setattr(bench, "timed_sweep", timed)
     assert run(bench, *SMALL, "--experts", 10, "--tokens", 8, "--vocab", 3000) == 0
     exact, sampled = (part.splitlines() for part in capsys.readouterr().out.split("\n\n")[1:])
