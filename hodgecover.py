@@ -59,6 +59,7 @@ SCHEMA_VERSION, CACHE_VERSION = 2, "3"
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 MEMORY = 10**9  # bytes of buffers of the sweep, beside the layer's weights and the head
 CACHE_BYTES = 1 << 21  # a block of logits that stays in a processor's cache
+ROW_STEP = 32  # rows of a product are a multiple of this: torch keeps some 0.3 MB for every new shape
 NOTICE = ("> **This is a compressed model.** HodgeCover removed experts from the model described below; the scores "
           f"below are the source model's. `{RECORD}` says what was removed, and why.\n\n")
 
@@ -200,100 +201,164 @@ def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
 
 
 class Merges(NamedTuple):
-    """Simplices to merge: their members (M, 2 or 3), the weights of these (M, 2 or 3), and which tokens are routed to
-    a member (T, M), since a merge changes no others."""
+    """Simplices to merge, all on the CPU: their members (M, 2 or 3), the weights of these (M, 2 or 3), the tokens'
+    gates (T, n), and which tokens are routed to a member (T, M), since a merge changes no others."""
 
     members: torch.Tensor
     weights: torch.Tensor
+    gates: torch.Tensor
     touched: torch.Tensor
+
+    def tokens(self, which: slice | torch.Tensor) -> Merges:
+        """The merges on some of the tokens."""
+        return self._replace(gates=self.gates[which], touched=self.touched[which])
 
 
 def merges_of(layer: MoELayer, simplices: torch.Tensor) -> Merges:
     """The merges of simplices (M, 2 or 3) on a layer."""
-    members = simplices.to(layer.x.device)
-    routed = layer.gates > 0
+    members, gates = simplices.cpu(), layer.gates.cpu()
+    routed = gates > 0
     touched = routed[:, members[:, 0]]
     for column in members.T[1:]:
         touched |= routed[:, column]
-    return Merges(members, merge_weights(members, routed.sum(0)), touched)
+    return Merges(members, merge_weights(members, routed.sum(0)), gates, touched)
 
 
-def padded_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows @ matrix, by a product whose row count is a multiple of 256: torch keeps some 0.3 MB for every new shape."""
-    return (functional.pad(rows, (0, 0, 0, -len(rows) % 256)) @ matrix)[:len(rows)]
+def weighted_rows(table: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of a table's rows (N, d), in one pass: index (R, c), weights (R, c) -> (R, d)."""
+    return functional.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
 
 
-def merge_change(layer: MoELayer, merges: Merges) -> torch.Tensor:
-    """Change of the layer's output at each touched (token, simplex) pair, in the order of `touched.nonzero()`, (R, d):
+def block_numbers(x: torch.Tensor, memory: int) -> int:
+    """How many numbers to compute at a time: what stays in a processor's cache, or else a share of the memory."""
+    return max(1, (CACHE_BYTES if x.is_cpu else memory // 12) // model_io.widened(x.dtype).itemsize)
 
-        (sum_S g_e) E_S(x) - sum_S g_e E_e(x) = sum_{e in S} down_e ( w_e (sum_S g) h_S - g_e h_e ),
 
-    h = silu(gate x) * (up x). The projections are linear in the weights: a merged expert's pre-activations are the
-    weighted sum of its members', each computed once per token, and no merged matrix is formed.
+def hidden_rows(layer: MoELayer, t: torch.Tensor, members: torch.Tensor, weights: torch.Tensor, numbers: int
+                ) -> torch.Tensor:
+    """Hidden activations h = silu(gate x) * (up x) of merged experts, (R, f): of token t (R,), members and weights
+    (R, 2 or 3).
+
+    The projections are linear in the weights: a merged expert's pre-activations are the weighted sum of its members',
+    each computed once per token, and no merged matrix is formed.
     """
-    experts, x, gates = layer.experts, layer.x, layer.gates
+    x, (n, f, _) = layer.x, layer.experts.gate.shape
+    pre_gate, pre_up = x.new_empty(2, n, len(x), f)
+    for out, projections in ((pre_gate, layer.experts.gate), (pre_up, layer.experts.up)):
+        for e, projection in enumerate(projections):
+            torch.mm(x, projection.to(x).T, out=out[e])
+    rows = (members * len(x) + t[:, None]).to(x.device)
+    hidden = x.new_empty(len(t), f)
+    parts = (tensor.split(max(1, numbers // f)) for tensor in (rows, weights.to(x), hidden))
+    for row, weight, out in zip(*parts):
+        gate, up = (weighted_rows(table.flatten(0, 1), row, weight) for table in (pre_gate, pre_up))
+        torch.mul(functional.silu(gate, inplace=True), up, out=out)
+    return hidden
+
+
+def merge_change(layer: MoELayer, merges: Merges, memory: int = MEMORY) -> Iterator[torch.Tensor]:
+    """Change of the layer's output at each token, by the simplices that touch it, in order, (R_t, d):
+
+        (sum_S g_e) E_S(x) - sum_S g_e E_e(x) = sum_{e in S} ( (sum_S g) w_e down_e h_S - g_e down_e h_e )
+
+    Each product is one row of a table, ordered by expert; a change is a weighted sum of such rows.
+    """
+    x, n, size = layer.x, merges.gates.shape[1], merges.members.shape[1]
     t, s = merges.touched.nonzero().unbind(1)
-    members = merges.members[s]
-    weights = merges.weights[s].to(x)
-    pre_gate = torch.stack([x @ gate.to(x).T for gate in experts.gate], 1)  # (T, n, f)
-    pre_up = torch.stack([x @ up.to(x).T for up in experts.up], 1)
+    members, weights = merges.members[s], merges.weights[s]  # (R, 2 or 3)
+    own_t, own_e = merges.gates.nonzero().unbind(1)  # an expert by itself is a merge of weight 1
+    alone = torch.eye(1, size, dtype=weights.dtype).expand(len(own_t), size)
+    hidden = hidden_rows(layer, torch.cat((t, own_t)), torch.cat((members, own_e[:, None].expand_as(alone))),
+                         torch.cat((weights, alone)), block_numbers(x, memory))
 
-    def of_merged(pre_activation: torch.Tensor) -> torch.Tensor:
-        return sum(weights[:, c, None] * pre_activation[t, members[:, c]] for c in range(members.shape[1]))
-    gate_mass = gates[t[:, None], members].sum(1, keepdim=True)
-    merged_hidden = functional.silu(of_merged(pre_gate)) * of_merged(pre_up) * gate_mass  # (R, f)
-    own_hidden = functional.silu(pre_gate) * pre_up * gates[:, :, None]  # (T, n, f)
+    expert = torch.cat((members.flatten(), own_e))  # of each product
+    row = torch.cat((torch.arange(len(t)).repeat_interleave(size), len(t) + torch.arange(len(own_t))))  # of hidden
+    order, counts = expert.argsort(stable=True), expert.bincount(minlength=n).tolist()
+    uses = torch.cat([functional.pad(used, (0, -len(used) % ROW_STEP), value=-1) for used in order.split(counts)])
+    place = torch.empty_like(order).index_put((uses[uses >= 0],), (uses >= 0).nonzero().squeeze(1))
+    sizes = [-(-count // ROW_STEP) * ROW_STEP for count in counts]
+    rows, products = row[uses].to(x.device), x.new_empty(len(uses), x.shape[1])
+    for down, used, out in zip(layer.experts.down, rows.split(sizes), products.split(sizes)):
+        torch.mm(hidden.index_select(0, used), down.to(x).T, out=out)
+    del hidden
 
-    change = x.new_zeros(len(t), x.shape[1])
-    for e, down in enumerate(experts.down):
-        row, column = (members == e).nonzero().unbind(1)
-        if len(row):
-            hidden = weights[row, column, None] * merged_hidden[row] - own_hidden[t[row], e]
-            change.index_add_(0, row, padded_product(hidden, down.to(x).T))
-    return change
+    merged, alone = place.tensor_split((members.numel(),))
+    own = place.new_zeros(merges.gates.shape).index_put((own_t, own_e), alone)
+    gates = merges.gates[t[:, None], members].to(weights)
+    index = torch.cat((merged.view_as(members), own[t[:, None], members]), 1).to(x.device)
+    weights = torch.cat((gates.sum(1, keepdim=True) * weights, -gates), 1).to(x)
+    touching = merges.touched.sum(1).tolist()
+    yield from map(partial(weighted_rows, products), index.split(touching), weights.split(touching))
 
 
-def log_readout(features: torch.Tensor, unembedding: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (T, V) of features (T, d), in the features' dtype; the head is widened piece by piece."""
-    logits = [features @ rows.to(features).T for rows in unembedding.split(4096)]
-    return torch.cat(logits, dim=1).log_softmax(-1)
+class Sample(NamedTuple):
+    """What each token is read out on: outcomes (T, count), None for the whole vocabulary, and their log-weights."""
+
+    outcomes: torch.Tensor | None
+    log_p: torch.Tensor
 
 
-def lens_kl(layer: MoELayer, merges: Merges, outcomes: int, offsets: torch.Tensor, memory: int) -> torch.Tensor:
+def log_readout(layer: MoELayer, memory: int) -> torch.Tensor:
+    """Log-probabilities (T, V) of the tokens, float32 or better; the head is widened piece by piece."""
+    features = layer.norm(layer.y.to(model_io.widened(layer.x.dtype)))
+    logits = features.new_empty(len(features), len(layer.unembedding))
+    piece = max(1, block_numbers(features, memory) // features.shape[1])
+    for out, rows in zip(logits.split(piece, dim=1), layer.unembedding.split(piece)):
+        out.copy_(features @ rows.to(features).T)
+    return logits.log_softmax(-1)
+
+
+def draw_sample(layer: MoELayer, vocab_sample: int, offsets: torch.Tensor, memory: int) -> Sample | None:
+    """A sample of the vocabulary for each token, placed by offsets (T,); None if it would be all of it."""
+    if not 0 < vocab_sample < len(layer.unembedding):
+        return None
+    sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))
+    drawn = []
+    for chunk in token_chunks(sizes, memory):
+        parts = log_readout(layer.tokens(chunk), memory).split(8), offsets[chunk].split(8)
+        drawn += [mathx.sample_outcomes(log_p, vocab_sample, offset) for log_p, offset in zip(*parts)]
+    return Sample(*map(torch.cat, zip(*drawn)))
+
+
+def lens_moves(layer: MoELayer, merges: Merges, memory: int) -> Iterator[torch.Tensor]:
+    """Change of what the head reads at each token, by the simplices that touch it, in order, (R_t, d) in x's dtype."""
+    stream = layer.y.to(model_io.widened(layer.x.dtype))
+    features = layer.norm(stream)
+    for t, change in enumerate(merge_change(layer, merges, memory)):
+        yield layer.norm(change.to(stream).add_(stream[t])).sub_(features[t]).to(layer.x.dtype)
+
+
+def lens_kl(layer: MoELayer, merges: Merges, sample: Sample | None, memory: int, careful: bool = False
+            ) -> torch.Tensor:
     """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, (R,).
 
-    `outcomes` < V reads each token out on a sample of the vocabulary, placed by offsets (T,). The reference p is read
-    out in float32 or better, each change of logits in the layer's dtype, `memory` bytes of it at a time.
+    The reference p is read out in float32 or better, each change of logits in the layer's dtype, one block of the
+    vocabulary at a time. KL is not finite where exponentials overflow, unless `careful`.
     """
-    x, unembedding = layer.x, layer.unembedding
-    wide = model_io.widened(x.dtype)
-    stream = layer.y.to(wide)
-    features = layer.norm(stream)
-    log_p, columns = log_readout(features, unembedding), None  # (T, V)
-    if outcomes < len(unembedding):
-        columns, log_p = mathx.sample_outcomes(log_p, outcomes, offsets)  # (T, outcomes)
-
-    counts = merges.touched.sum(1).tolist()
-    limit = max(1, memory // (x.itemsize * outcomes))
-    buffer = x.new_empty(min(limit, max(counts)), outcomes)  # reused: fresh memory costs as much as the KL
-    block = max(1, CACHE_BYTES // (wide.itemsize * outcomes))
+    outcomes, log_p = sample or (None, log_readout(layer, memory))
+    numbers = block_numbers(layer.x, memory)
     kl = []
-    for t, change in enumerate(merge_change(layer, merges).split(counts)):
-        moved = (layer.norm(stream[t] + change) - features[t]).to(x.dtype)
-        head = unembedding if columns is None else unembedding[columns[t]]
-        for rows in moved.split(limit):
-            logit_change = torch.mm(rows, head.T, out=buffer[:len(rows)])
-            kl += [mathx.kl_of_logit_change(log_p[t], few.to(wide)) for few in logit_change.split(block)]
+    for t, moved in enumerate(lens_moves(layer, merges, memory)):
+        head = layer.unembedding if outcomes is None else layer.unembedding.index_select(0, outcomes[t])
+        if careful:
+            kl += [mathx.kl_of_logit_change(log_p[t], (few @ head.T).to(log_p))
+                   for few in moved.split(max(1, numbers // len(head)))]
+        else:
+            width = max(numbers // max(1, len(moved)) // 256, 1) * 256  # products of odd widths are slow
+            blocks = zip(log_p[t].split(width), head.split(width))
+            kl.append(mathx.kl_of_blocks(*zip(*(mathx.kl_block(p, (moved @ rows.T).to(p)) for p, rows in blocks))))
     return torch.cat(kl)
 
 
-def sweep_bytes(layer: MoELayer, touched: torch.Tensor) -> torch.Tensor:
-    """What one step of the sweep takes for each token, (T,) bytes: the hidden activations and the changes of its
-    touched simplices, the pre-activations of all experts, its distribution over the vocabulary in some ten copies (of
-    float32, or half as many of float64)."""
-    n, f, d = layer.experts.gate.shape
-    size = layer.x.itemsize
-    return touched.sum(1) * (size * (5 * f + d) + 64) + 5 * size * n * f + 40 * len(layer.unembedding)
+def sweep_bytes(layer: MoELayer, merges: Merges, sample: Sample | None) -> torch.Tensor:
+    """What one step of the sweep takes for each token, (T,) bytes: the pre-activations of all experts; for each touched
+    simplex its hidden activation, its members' products and their indices; the whole distribution in three copies."""
+    (n, f, d), size = layer.experts.gate.shape, merges.members.shape[1]
+    wide = model_io.widened(layer.x.dtype)
+    row = layer.x.itemsize * (f + size * d) + 128 * size
+    readout = 3 * wide.itemsize * len(layer.unembedding) if sample is None else 0
+    alone = (merges.gates > 0).sum(1)
+    return merges.touched.sum(1) * row + alone * layer.x.itemsize * (f + d) + 2 * layer.x.itemsize * n * f + readout
 
 
 def token_chunks(sizes: torch.Tensor, memory: int) -> Iterator[slice]:
@@ -325,35 +390,43 @@ def lens_barriers(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int = 
 
     Returns (M,) float64 on the CPU, nats.
     """
-    merges, offsets = merges_of(layer, simplices), sample_offsets(layer.x, seed)
-    vocab = len(layer.unembedding)
-    outcomes = min(vocab_sample or vocab, vocab)
-    total = torch.zeros(len(simplices), dtype=torch.float64, device=layer.x.device)
-    for chunk in token_chunks(sweep_bytes(layer, merges.touched), memory * 3 // 4):  # the rest is for logits
-        few = merges._replace(touched=merges.touched[chunk])
-        kl = lens_kl(layer.tokens(chunk), few, outcomes, offsets[chunk], memory // 4)
-        total.index_add_(0, few.touched.nonzero()[:, 1], kl.double())
+    sample = draw_sample(layer, vocab_sample, sample_offsets(layer.x, seed), memory)
+    return sweep(layer, simplices, sample, memory, tick)
+
+
+def sweep(layer: MoELayer, simplices: torch.Tensor, sample: Sample | None, memory: int, tick: Tick = no_tick
+          ) -> torch.Tensor:
+    """`lens_barriers` on a sample that is drawn, or exactly."""
+    merges = merges_of(layer, simplices)
+    total = torch.zeros(len(simplices), dtype=torch.float64)
+    for chunk in token_chunks(sweep_bytes(layer, merges, sample), memory * 3 // 4):  # the rest is for one token's work
+        few = layer.tokens(chunk), merges.tokens(chunk), sample and Sample(*(part[chunk] for part in sample))
+        kl = lens_kl(*few, memory).cpu()
+        if not kl.isfinite().all():
+            kl = lens_kl(*few, memory, careful=True).cpu()
+        total.index_add_(0, few[1].touched.nonzero()[:, 1], kl.double())
         tick(chunk.stop / len(layer.x))
-    return total.cpu() / len(layer.x)
+    return total / len(layer.x)
 
 
 def audit_sample(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int, seed: int = 0, memory: int = MEMORY,
                  size: int = 128) -> torch.Tensor:
     """KL of up to `size` (token, simplex) pairs, one random simplex that touches each of so many random tokens: as
     `lens_barriers` estimates it from its sample of the vocabulary, and exactly, (R, 2) float64."""
-    merges, vocab = merges_of(layer, simplices), len(layer.unembedding)
+    merges = merges_of(layer, simplices)
     generator = torch.Generator().manual_seed(seed)
-    changed = merges.touched.any(1).nonzero().squeeze(1).cpu()
-    t = changed[torch.randperm(len(changed), generator=generator)[:size]].to(layer.x.device)
+    changed = merges.touched.any(1).nonzero().squeeze(1)
+    t = changed[torch.randperm(len(changed), generator=generator)[:size]]
     if not len(t):
         return torch.empty(0, 2, dtype=torch.float64)
-    touched = merges.touched[t]
-    chosen = torch.multinomial(touched.double().cpu(), 1, generator=generator).to(layer.x.device)
-    one_each = merges._replace(touched=torch.zeros_like(touched).scatter(1, chosen, True))
-    offsets = sample_offsets(layer.x, seed)[t]
-    found = [lens_kl(layer.tokens(t), one_each, outcomes, offsets, memory // 4)
-             for outcomes in (min(vocab_sample, vocab), vocab)]
-    return torch.stack(found, dim=1).double().cpu()
+    merges = merges.tokens(t)
+    chosen = torch.multinomial(merges.touched.double(), 1, generator=generator)
+    merges = merges._replace(touched=torch.zeros_like(merges.touched).scatter(1, chosen, True))
+    offsets, layer = sample_offsets(layer.x, seed)[t], layer.tokens(t)
+    estimated = lens_kl(layer, merges, draw_sample(layer, vocab_sample, offsets, memory), memory, careful=True)
+    parts = log_readout(layer, memory).split(32), torch.cat(list(lens_moves(layer, merges, memory))).split(32)
+    exact = [mathx.kl_of_logit_change(log_p, (moved @ layer.unembedding.T).to(log_p)) for log_p, moved in zip(*parts)]
+    return torch.stack((estimated, torch.cat(exact)), dim=1).double().cpu()
 
 
 def model_barriers(layer: MoELayer, simplices: torch.Tensor, later: Callable[[torch.Tensor], torch.Tensor],
@@ -367,8 +440,8 @@ def model_barriers(layer: MoELayer, simplices: torch.Tensor, later: Callable[[to
     barriers = torch.zeros(len(simplices), dtype=torch.float64)
     for group in torch.arange(len(simplices)).split(64):
         merges = merges_of(layer, simplices[group])
-        change = merge_change(layer, merges)
-        t, s = merges.touched.nonzero().unbind(1)
+        change = torch.cat(list(merge_change(layer, merges)))
+        t, s = merges.touched.nonzero().to(change.device).unbind(1)
         for member, m in enumerate(group.tolist()):
             own = s == member
             moved = later(layer.y.index_add(0, t[own], change[own])) - base
@@ -410,10 +483,11 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     complex: so one measurement serves every order, and the numbering of the experts does not matter. `later` is what
     `model_barriers` needs, for the readout of that name. Raises InputError for a result that is not finite.
     """
-    sample = dict(vocab_sample=settings.vocab_sample, seed=settings.seed, memory=memory)
-    barriers_of = partial(lens_barriers, layer, **sample)
     if settings.readout == "model":
         barriers_of = partial(model_barriers, layer, later=later)
+    else:
+        sample = draw_sample(layer, settings.vocab_sample, sample_offsets(layer.x, settings.seed), memory)
+        barriers_of = partial(sweep, layer, sample=sample, memory=memory)
     n = layer.gates.shape[1]
     pairs = mathx.edges(n)
     share = len(pairs) / (len(pairs) + settings.max_triangles)
@@ -431,8 +505,9 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     signals = Signals((layer.gates > 0).sum(0).cpu(), saliency, barriers, candidates, triplets)
     if not settings.vocab_sample:
         return signals
-    return signals._replace(audit=torch.cat([audit_sample(layer, pairs, **sample),
-                                             audit_sample(layer, candidates, **sample)]))
+    audits = [audit_sample(layer, simplices, settings.vocab_sample, settings.seed, memory)
+              for simplices in (pairs, candidates)]
+    return signals._replace(audit=torch.cat(audits))
 
 
 # ------------------------------------------------------------------------------------- 3 decompose (sections 3.2, 3.3)

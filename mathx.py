@@ -20,6 +20,7 @@ Conventions
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,26 +34,57 @@ __version__ = "0.2.0"
 def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """KL(p || q) in nats, (R,), if q has the logits of p plus delta (section 3.1).
 
-    With m = E_p[delta], KL = log1p(E_p[expm1(x) - x]), x = delta - m. The mean is of terms >= 0: KL is never
-    negative, and its relative error is about eps / |delta| for small delta; a difference of log-softmaxes has
-    eps / delta^2. Rows whose exponentials overflow take log E_p[exp x] instead, which is accurate there.
+    With m = E_p[delta], KL = log1p(E_p[phi(delta - m)]), phi(x) = expm1(x) - x >= 0: KL is never negative, and its
+    relative error is about eps / |delta| for small delta; a difference of log-softmaxes has eps / delta^2. Rows whose
+    exponentials overflow take log E_p[exp(delta - m)] instead, which is accurate there.
 
     Parameters
     ----------
     log_p : (V,) for all rows, or (R, V): log-probabilities
     delta : (R, V)
     """
-    p = log_p.exp()
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return values @ p if p.dim() == 1 else torch.linalg.vecdot(values, p)
-    x = delta - mean(delta)[:, None]
-    kl = mean(torch.expm1(x).sub_(x)).clamp_(min=0).log1p_()
+    block = kl_block(log_p, delta)
+    kl = kl_of_blocks(*zip(block))
     overflow = ~kl.isfinite()
     if overflow.any():
         log_p_there = log_p if log_p.dim() == 1 else log_p[overflow]
-        kl[overflow] = (log_p_there + x[overflow]).logsumexp(-1).clamp(min=0)
+        kl[overflow] = (log_p_there + delta[overflow] - block.mean[overflow, None]).logsumexp(-1).clamp(min=0)
     return kl
+
+
+class KLBlock(NamedTuple):
+    """What KL needs of one block of the vocabulary: its mass under p, () or (R,); given the block, the mean of delta
+    and that of phi(delta - mean), (R,) both."""
+
+    mass: torch.Tensor
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+
+def kl_block(log_p: torch.Tensor, delta: torch.Tensor) -> KLBlock:
+    """The KLBlock of log-probabilities (V,) or (R, V), and of changes of logits delta (R, V)."""
+    p = log_p.exp()
+    mass = p.sum(-1)
+    p = p / mass.clamp(min=torch.finfo(p.dtype).tiny)[..., None]
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values @ p if p.dim() == 1 else torch.linalg.vecdot(values, p)
+    centre = mean(delta)
+    x = delta - centre[:, None]
+    return KLBlock(mass, centre, mean(torch.expm1(x).sub_(x)))
+
+
+def kl_of_blocks(mass: Sequence[torch.Tensor], mean: Sequence[torch.Tensor], spread: Sequence[torch.Tensor]
+                 ) -> torch.Tensor:
+    """KL(p || q), (R,), from the blocks of a vocabulary; not finite where exponentials overflow.
+
+    With y_B = mean_B - m, E_p[phi(delta - m)] = sum_B mass_B (phi(y_B) + exp(y_B) spread_B): what lies between the
+    blocks, and what lies within them. All terms are >= 0.
+    """
+    mass, mean, spread = (torch.stack(parts, -1) for parts in (mass, mean, spread))  # (B,) or (R, B), then (R, B)
+    y = mean - (mass * mean).sum(-1, keepdim=True)
+    terms = mass * (torch.expm1(y) - y + y.exp() * spread)
+    return terms.sum(-1).clamp(min=0).log1p()
 
 
 # --------------------------------------------------------------------------------------- the complex (section 3.2)

@@ -141,8 +141,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     tensor([0.2000, 1.4000])
     """
     wide = x.to(widened(x.dtype))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * normed.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
+    normed = wide * torch.rsqrt(mean_square + eps)
+    return normed.to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
 
 
 def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:

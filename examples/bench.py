@@ -3,13 +3,13 @@
 
     python examples/bench.py                      OLMoE-1B-7B's shape, 64 tokens; under 4 minutes
     python examples/bench.py --peak 8             sharply peaked next-token distributions
-    python examples/bench.py --scaling            the exponent in the number of experts
+    python examples/bench.py --scaling            the exponents in n, T and V
     python examples/bench.py --refit 16384        the refit of half of the experts on so many tokens instead
 
 The plain way is `hodgecover.plain_barrier` in float32: merge the weights, run the layer on every token, two
 log-softmaxes over the vocabulary. A sample of simplices is timed and scaled. The errors are against the same in
-float64. The rate of the bare product, (rows of a token, d) times the head, is taken before and after each of three
-sweeps, since a shared machine's rate moves. Times are medians.
+float64. The floor of a sweep is the time of its operations at the rate of the bare product, (rows of a token, d) times
+the head, which is taken before and after each of three sweeps, since a shared machine's rate moves. Times are medians.
 """
 import argparse
 import sys
@@ -30,8 +30,9 @@ from model_io import Experts, InputError, Layer, LayerPass, rms_norm
 
 SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, tokens=64, sample=4)
 UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak")}
-SCALED = dict(hidden=512, width=128, vocab=16384)  # of --scaling
-SCALED_EXPERTS = (16, 32, 64, 128, 256)
+SCALED = dict(hidden=512, width=128)  # of --scaling, which varies one of the following, the others in the middle
+SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128), "V": (4096, 8192, 16384, 32768)}
+OUTCOMES = (256, 1024, 4096)  # sizes of a sample of the vocabulary
 
 
 # ------------------------------------------------------------------------------------------- a layer, and its sweeps
@@ -106,6 +107,14 @@ def timed_sweep(layer: MoELayer, simplices: torch.Tensor, rows: int, outcomes: i
     return median(sweeps), 2 * rows * layer.unembedding.numel() / median(products)
 
 
+def timed_floor(layer: MoELayer, shape: Shape, simplices: torch.Tensor) -> tuple[int, float, float, float]:
+    """Of a sweep on the shape's outcomes: touched pairs, operations, median seconds, and the floor of the seconds."""
+    rows, outcomes = touched_pairs(layer, simplices), shape.outcomes % shape.vocab
+    count = estimate.product_operations(shape, len(layer.x), rows, simplices.shape[1])
+    spent, rate = timed_sweep(layer, simplices, max(1, rows // len(layer.x)), outcomes)
+    return rows, count, spent, count / rate
+
+
 def slope(sizes: tuple[int, ...], values: list[float]) -> float:
     """Exponent of a power law through the values, by least squares.
 
@@ -130,8 +139,8 @@ def compare(args: argparse.Namespace, dtype: torch.dtype) -> None:
     compare_samples(layer, shape, took)
 
 
-def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> float:
-    """Print a line for pairs and one for triangles; return the seconds of the pairs."""
+def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> dict[str, float]:
+    """Print a line for pairs and one for triangles; return the seconds of each."""
     print("| | merges | touched | operations | s | floor, s | share of the product's rate | plain way, s | faster | "
           "largest error of a sample |\n|---|---|---|---|---|---|---|---|---|---|")
     generator, spent = torch.Generator().manual_seed(1), {}
@@ -142,51 +151,51 @@ def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> float:
             raise InputError(f"tokens {len(layer.x)}: no {name} whose experts are all used; give more")
         some = used[torch.randperm(len(used), generator=generator)[:sample]]
 
-        rows = touched_pairs(layer, simplices)
-        count = estimate.product_operations(shape, len(layer.x), rows, simplices.shape[1])
-        spent[name], rate = timed_sweep(layer, simplices, max(1, rows // len(layer.x)))
-        floor = count / rate
+        rows, count, spent[name], floor = timed_floor(layer, shape, simplices)
         plain = sum(seconds(hodgecover.plain_barrier, narrow, s) for s in some.tolist()) / len(some) * len(simplices)
         exact = torch.stack([hodgecover.plain_barrier(wide, s) for s in some.tolist()])
         error = ((hodgecover.lens_barriers(layer, some) - exact).abs() / exact).max().item()
         print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {spent[name]:.1f} | {floor:.1f} | "
               f"{floor / spent[name]:.0%} | {plain:.0f} | {plain / spent[name]:.0f} x | {error:.1e} |", flush=True)
-    return spent["pairs"]
+    return spent
 
 
-def compare_samples(layer: MoELayer, shape: Shape, exact_seconds: float) -> None:
-    """Print a line for each size of the sample of the vocabulary, on pairs."""
-    print("| pairs, outcomes sampled | operations | s | faster | mean error | largest error | rank correlation of "
-          "barriers | of abs(b_harm) |\n|---|---|---|---|---|---|---|---|")
-    pairs = mathx.edges(shape.n)
-    rows = touched_pairs(layer, pairs)
-    exact = hodgecover.lens_barriers(layer, pairs)
-    for outcomes in (size for size in (256, 1024, 4096) if size < shape.vocab):
-        count = estimate.product_operations(shape._replace(outcomes=outcomes), len(layer.x), rows, 2)
-        spent, _ = timed_sweep(layer, pairs, max(1, rows // len(layer.x)), outcomes)
-        sampled = hodgecover.lens_barriers(layer, pairs, outcomes)
-        error = (sampled / exact - 1)[exact > 0]
-        ranks = mathx.spearman(sampled, exact)
-        harmonic_ranks = mathx.spearman(harmonic(sampled, shape.n), harmonic(exact, shape.n))
-        print(f"| {outcomes} | {count:.2e} | {spent:.1f} | {exact_seconds / spent:.1f} x | {error.mean():+.2%} | "
-              f"{error.abs().max():.1%} | {ranks:.5f} | {harmonic_ranks:.5f} |", flush=True)
+def compare_samples(layer: MoELayer, shape: Shape, exact_seconds: dict[str, float]) -> None:
+    """Print a line for each size of the sample of the vocabulary, on pairs and on triangles."""
+    print("| outcomes sampled | merges | operations | s | floor, s | share of the product's rate | faster | mean error "
+          "| largest error | rank correlation of barriers | of abs(b_harm) |\n" + "|---" * 11 + "|")
+    for name, simplices in {"pairs": mathx.edges(shape.n), "triangles": random_triangles(shape.n)}.items():
+        exact = hodgecover.lens_barriers(layer, simplices)
+        for outcomes in (size for size in OUTCOMES if size < shape.vocab):
+            _, count, spent, floor = timed_floor(layer, shape._replace(outcomes=outcomes), simplices)
+            sampled = hodgecover.lens_barriers(layer, simplices, outcomes)
+            error = (sampled / exact - 1)[exact > 0]
+            ranks, of_harmonic = mathx.spearman(sampled, exact), "-"
+            if name == "pairs":
+                of_harmonic = f"{mathx.spearman(harmonic(sampled, shape.n), harmonic(exact, shape.n)):.5f}"
+            print(f"| {outcomes} | {name} | {count:.2e} | {spent:.1f} | {floor:.1f} | {floor / spent:.0%} | "
+                  f"{exact_seconds[name] / spent:.1f} x | {error.mean():+.2%} | {error.abs().max():.1%} | "
+                  f"{ranks:.5f} | {of_harmonic} |", flush=True)
 
 
 def scaling(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Print touched rows and seconds of the pair sweep and of 500 triangles at fixed k, and the exponents in n."""
-    found = {"pairs": ([], []), "500 triangles": ([], [])}
-    print("| n | pairs: touched | s | 500 triangles: touched | s |\n|---|---|---|---|---|")
-    for n in SCALED_EXPERTS:
-        shape = Shape(n, args.top_k, *SCALED.values(), SCALED["vocab"])
-        layer = random_layer(shape, args.tokens, args.peak, dtype)
-        for (rows, times), simplices in zip(found.values(), (mathx.edges(n), random_triangles(n))):
-            rows.append(touched_pairs(layer, simplices))
-            times.append(median(seconds(hodgecover.lens_barriers, layer, simplices) for _ in range(3)))
-        print(f"| {n} | " + " | ".join(f"{rows[-1]} | {times[-1]:.2f}" for rows, times in found.values()) + " |",
-              flush=True)
-    for name, (rows, times) in found.items():
-        print(f"{name}: exponent in n of the touched pairs {slope(SCALED_EXPERTS, rows):.2f}, of the time "
-              f"{slope(SCALED_EXPERTS, times):.2f}")
+    """Print touched rows and seconds of the pair sweep and of 500 triangles at fixed k, and the exponents in the number
+    of experts n, of tokens T and of the vocabulary V."""
+    print("| varied | n | T | V | pairs: touched | s | 500 triangles: touched | s |\n|---|---|---|---|---|---|---|---|")
+    exponents = []
+    for varied, sizes in SCALED_SIZES.items():
+        found = {"pairs": ([], []), "500 triangles": ([], [])}
+        for size in sizes:
+            n, tokens, vocab = (dict(n=64, T=args.tokens, V=16384) | {varied: size}).values()
+            layer = random_layer(Shape(n, args.top_k, *SCALED.values(), vocab, vocab), tokens, args.peak, dtype)
+            for (rows, times), simplices in zip(found.values(), (mathx.edges(n), random_triangles(n))):
+                rows.append(touched_pairs(layer, simplices))
+                times.append(median(seconds(hodgecover.lens_barriers, layer, simplices) for _ in range(3)))
+            print(f"| {varied} | {n} | {tokens} | {vocab} | "
+                  + " | ".join(f"{rows[-1]} | {times[-1]:.2f}" for rows, times in found.values()) + " |", flush=True)
+        exponents += [f"{name}: exponent in {varied} of the touched pairs {slope(sizes, rows):.2f}, of the time "
+                      f"{slope(sizes, times):.2f}" for name, (rows, times) in found.items()]
+    print("\n".join(exponents))
 
 
 def time_refit(args: argparse.Namespace, dtype: torch.dtype) -> None:
@@ -227,7 +236,7 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                         help="of the products; auto: bfloat16 if the processor multiplies it, else float32")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--scaling", action="store_true", help="the exponent in the number of experts instead")
+    mode.add_argument("--scaling", action="store_true", help="the exponents in n, T and V instead")
     mode.add_argument("--refit", type=int, metavar="TOKENS", help="the refit of one layer instead")
     return parser
 
@@ -240,7 +249,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.refit is not None:
         hodgecover.check_range("refit", args.refit, 1, 10**9)
     hodgecover.check_range("peak", args.peak, 0)
-    experts = {"scaling": min(SCALED_EXPERTS), "refit": args.experts // 2, "compare": args.experts}[mode]
+    experts = {"scaling": min(SCALED_SIZES["n"]), "refit": args.experts // 2, "compare": args.experts}[mode]
     if args.top_k > experts:
         raise InputError(f"top_k {args.top_k}: must be at most {experts}, the experts of the layer")
     for name in UNUSED.get(mode, ()):

@@ -68,10 +68,10 @@ def shape_of(model: Model, vocab_sample: int = 0) -> Shape:
 
 def product_operations(shape: Shape, tokens: int, rows: float, members: int) -> float:
     """Operations of the products in the barriers of simplices of so many members, if `rows` (token, simplex) pairs
-    touch: for each pair a readout and a down projection a member; for each token its own readout and the
-    pre-activations of all experts."""
-    n, _, d, f, vocab, outcomes = shape
-    return 2 * d * (rows * (outcomes + members * f) + tokens * (vocab + 2 * n * f))
+    touch: for each pair a readout and a down projection a member; for each token its own readout, the pre-activations
+    of all experts and the down projections of its own."""
+    n, k, d, f, vocab, outcomes = shape
+    return 2 * d * (rows * (outcomes + members * f) + tokens * (vocab + (2 * n + k) * f))
 
 
 def touched_share(n: int, k: int, members: int) -> float:
@@ -152,7 +152,8 @@ def lens_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles:
     sweep = sweep_operations(shape, 2, pairs) + sweep_operations(shape, 3, triangles)
     operations = tokens * (len(hodgecover.sparse_layers(model)) * sweep + 2 * active)
     streams = 16 * tokens * shape.d
-    return operations, max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + memory
+    sample = 12 * tokens * shape.outcomes if shape.outcomes < shape.vocab else 0
+    return operations, max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + sample + memory
 
 
 def model_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int, memory: int
@@ -177,7 +178,8 @@ def estimate_refit(model: Model, keep: int, tokens: int, memory: int = hodgecove
     _, k, d, f, _, _ = shape
     operations = len(sparse) * refit.refit_operations(tokens, keep, k, d, f) + 4 * tokens * active
     weights = 3 * model_io.widened(model.dtype).itemsize * keep * d * f  # down projections: change, scaled, refitted
-    peak = (max(held) * (1 + keep / shape.n) + weights
+    hidden, inverses = refit.hidden_bytes(tokens * k, f, model.dtype), 8 * keep * f * f
+    peak = (max(held) * (1 + keep / shape.n) + weights + inverses + hidden * (hidden <= memory)
             + min(memory, refit.activation_bytes(model, tokens)))
     stored = sum(info.end - info.start for name, info in model.checkpoint.tensors.items()
                  if ".experts." in name and "down_proj" in name)

@@ -20,6 +20,7 @@ gate and up projections, routers, shared experts, attention and norms stay as th
     R tokens of an expert  D_e down projection (d, f)    x_te gated hidden activation of token t in expert e (f,)
 """
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,13 +38,14 @@ from model_io import LayerPass, Model
 TOKENS = 16384  # default calibration sample
 RIDGE, SWEEPS = 0.3, 3
 SPARSE = 0.01  # share of zeros from which an expert counts as sparse
-PIECE = 4096  # tokens that are taken at a time
+PIECE = 2048  # tokens that are taken at a time
 SYSTEM_NUMBERS = 1 << 24  # numbers of the systems that are solved at a time
 STREAMS = 8  # tensors (T, d) that a refit holds at once: h, x and y of both models, the next x and y of one
 CACHE_VERSION = "1"
 
 Fit = Callable[[LayerPass, torch.Tensor], torch.Tensor]  # (layer pass, residual (T, d)) -> down projections (n, d, f)
-Features = Callable[[int], list[tuple[torch.Tensor, torch.Tensor]]]  # e -> pieces (rows (R,), x_e (R, f))
+Rows = tuple[torch.Tensor, torch.Tensor]  # which tokens (R,), their features x_e (R, f)
+Features = Callable[[int], list[Rows]]  # expert -> pieces
 
 
 # -------------------------------------------------------------------------------------------------------- the solver
@@ -66,37 +68,50 @@ def block_ridge(features: Features, start: torch.Tensor, residual: torch.Tensor,
     Returns D (n, d, f), float32 or wider. A block that no row touches stays as it is.
     """
     blocks = start.to(model_io.widened(start.dtype), copy=True)
+    solvers = []  # A_e is the same in every sweep
+    for e, block in enumerate(blocks):
+        gram = normal_matrix(features(e), block)
+        weight = ridge * gram.trace() / len(gram)
+        gram.diagonal().add_(weight)
+        solvers.append((weight, solver(gram, start[e] == 0 if sparse and sparse[e] else None)))
     for _ in range(sweeps):
-        for e, block in enumerate(blocks):
+        for e, (block, (weight, solve)) in enumerate(zip(blocks, solvers)):
             pieces = features(e)
-            gram, wanted = normal_equations(pieces, block, residual)
-            if not gram.any():
-                continue
-            first = start[e].double()
-            weight = ridge * gram.trace() / len(gram)
-            system = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            wanted -= weight * (block.double() - first).T
-            if sparse and sparse[e]:
-                change = solve_rows(system, wanted, first != 0)
-            else:
-                change = solve_spd(system, wanted).T
-            block.copy_(block.double() + change)
+            wanted = residual.new_zeros(block.T.shape)  # sum_t x_te residual_t'
             for rows, x in pieces:
-                residual[rows] -= x.to(residual) @ change.T.to(residual)
+                torch.addmm(wanted, x.T.to(residual), residual.index_select(0, rows), out=wanted)
+            change = solve(wanted.double() - weight * (block.double() - start[e].double()).T).T
+            block.copy_(block.double() + change)
+            subtract(residual, pieces, change)
     return blocks
 
 
-def normal_equations(pieces: list[tuple[torch.Tensor, torch.Tensor]], block: torch.Tensor, residual: torch.Tensor
-                     ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (A_e (f, f), sum_t x_te residual_t' (f, d)) in float64 for a block (d, f), products with the residual in
-    the residual's own dtype."""
-    d, f = block.shape
-    gram = block.new_zeros(f, f, dtype=torch.float64)
-    wanted = block.new_zeros(f, d, dtype=torch.float64)
+def normal_matrix(pieces: list[Rows], block: torch.Tensor) -> torch.Tensor:
+    """Return A_e = sum_t x_te x_te' (f, f) in float64, for a block (d, f)."""
+    gram = block.new_zeros(block.shape[1], block.shape[1], dtype=torch.float64)
+    for _, x in pieces:
+        torch.addmm(gram, x.double().T, x.double(), out=gram)
+    return gram
+
+
+def subtract(residual: torch.Tensor, pieces: list[Rows], change: torch.Tensor) -> None:
+    """Take what a change (d, f) of a block gives from the residual (T, d), in place; products in the residual's
+    dtype."""
     for rows, x in pieces:
-        gram += x.double().T @ x.double()
-        wanted += x.T.to(residual) @ residual[rows]
-    return gram, wanted
+        residual.index_add_(0, rows, x.to(residual) @ change.T.to(residual), alpha=-1)
+
+
+def solver(system: torch.Tensor, fixed: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return wanted (f, d) -> the solution (f, d) of a positive (semi)definite system (f, f), inverted once: that of
+    least norm if Cholesky's factorisation fails; 0 where fixed (d, f), the others the best given that; 0 for a system
+    of 0."""
+    if not system.any():
+        return torch.zeros_like
+    if fixed is not None:
+        return lambda wanted: solve_rows(system, wanted, ~fixed).T
+    factor, failed = torch.linalg.cholesky_ex(system)
+    inverse = torch.linalg.pinv(system, hermitian=True) if failed.any() else torch.cholesky_inverse(factor)
+    return partial(torch.matmul, inverse)
 
 
 def solve_spd(system: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -129,10 +144,17 @@ def solve_rows(system: torch.Tensor, wanted: torch.Tensor, free: torch.Tensor, n
 # ---------------------------------------------------------------------------------------------------------- one layer
 
 
-def gated_hidden(step: LayerPass, e: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return pieces (tokens routed to expert e (R,), the inputs of its down projection times their gates (R, f))."""
-    routed = step.gates[:, e].nonzero().squeeze(1)
-    return [(t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])) for t in routed.split(PIECE)]
+def gated_piece(step: LayerPass, e: int, piece: int) -> Rows:
+    """Return (tokens of a piece that are routed to expert e (R,), the inputs of its down projection times their gates
+    (R, f))."""
+    tokens = slice(piece * PIECE, (piece + 1) * PIECE)
+    t = tokens.start + step.gates[tokens, e].nonzero().squeeze(1)
+    return t, step.gates[t, e, None] * step.layer.experts.hidden(e, step.x[t])
+
+
+def gated_hidden(step: LayerPass, e: int, piece_of: Callable[..., Rows] = gated_piece) -> list[Rows]:
+    """Return the pieces of expert e, for `block_ridge`."""
+    return [piece_of(step, e, piece) for piece in range(-(-len(step.x) // PIECE))]
 
 
 def add_outputs(stream: torch.Tensor, step: LayerPass, down: torch.Tensor) -> None:
@@ -142,20 +164,27 @@ def add_outputs(stream: torch.Tensor, step: LayerPass, down: torch.Tensor) -> No
         rows += model_io.mix_experts(experts, x, gates).to(rows)
 
 
-def fit_scale(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
+def fit_scale(step: LayerPass, residual: torch.Tensor, piece_of: Callable[..., Rows] = gated_piece) -> torch.Tensor:
     """Return the factors (n,) float64 of the experts' outputs that best give the residual (T, d) besides what they give
     now, by least squares; 1 for an expert without a token."""
-    n, d = step.gates.shape[1], residual.shape[1]
-    gram = residual.new_zeros(n, n, dtype=torch.float64)
+    n, down = step.gates.shape[1], step.layer.experts.down
+    gram = residual.new_zeros(n * n, dtype=torch.float64)
     wanted = residual.new_zeros(n, dtype=torch.float64)
-    for t in torch.arange(len(residual), device=residual.device).split(PIECE // 16):
-        outputs = residual.new_zeros(n, len(t), d, dtype=torch.float64)
+    for piece, (gates, part) in enumerate(zip(step.gates.split(PIECE), residual.split(PIECE))):
+        routed = gates != 0
+        slot = routed.cumsum(1) - 1  # of each of a token's own experts
+        outputs = part.new_zeros(len(part), routed.sum(1).max(), part.shape[1])  # (T, k, d)
+        expert = slot.new_zeros(outputs.shape[:2])
         for e in range(n):
-            hit = step.gates[t, e].nonzero().squeeze(1)
-            outputs[e, hit] = (step.gates[t[hit], e, None] * step.layer.experts(e, step.x[t[hit]])).double()
-        gram += outputs.flatten(1) @ outputs.flatten(1).T
-        wanted += outputs.flatten(1) @ residual[t].flatten().double()
-    return 1 + torch.linalg.pinv(gram, hermitian=True) @ wanted
+            rows, x = piece_of(step, e, piece)
+            t = rows - piece * PIECE
+            outputs[t, slot[t, e]] = (x @ down[e].to(x).T).to(outputs)
+            expert[t, slot[t, e]] = e
+        for own, e, lacking in zip(outputs.split(PIECE // 16), expert.split(PIECE // 16), part.split(PIECE // 16)):
+            own = own.double()
+            gram.index_add_(0, (e[:, :, None] * n + e[:, None]).flatten(), (own @ own.mT).flatten())
+            wanted.index_add_(0, e.flatten(), (own @ lacking.double()[:, :, None]).flatten())
+    return 1 + torch.linalg.pinv(gram.view(n, n), hermitian=True) @ wanted
 
 
 def sparse_experts(down: torch.Tensor) -> list[bool]:
@@ -163,28 +192,41 @@ def sparse_experts(down: torch.Tensor) -> list[bool]:
     return [(each == 0).sum().item() > SPARSE * each.numel() for each in down]
 
 
-def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS) -> torch.Tensor:
+def refit_layer(step: LayerPass, residual: torch.Tensor, ridge: float = RIDGE, sweeps: int = SWEEPS,
+                memory: int = hodgecover.MEMORY) -> torch.Tensor:
     """Return the down projections (n, d, f) of one layer that best give the residual (T, d) besides what they give now,
     in their dtype: a factor for each expert, then ridge regression about the scaled ones.
 
-    The gates and the hidden activations are the layer's own. The residual is changed in place.
+    The gates and the hidden activations are the layer's own; these are kept if they take at most `memory` bytes, and
+    computed again in each sweep if not. The residual is changed in place.
     """
-    down = step.layer.experts.down
-    factor = fit_scale(step, residual).to(residual)[:, None, None]
-    add_outputs(residual, step, down.to(residual) * (1 - factor))
+    down, piece_of = step.layer.experts.down, gated_piece
+    if hidden_bytes((step.gates != 0).sum().item(), down.shape[2], step.x.dtype) <= memory:
+        piece_of = functools.cache(lambda _, e, piece: gated_piece(step, e, piece))
+    features = partial(gated_hidden, step, piece_of=piece_of)
+    factor = fit_scale(step, residual, piece_of).to(residual)[:, None, None]
     start = down.to(residual) * factor
-    return block_ridge(partial(gated_hidden, step), start, residual, ridge, sweeps, sparse_experts(down)).to(down)
+    for e, change in enumerate(start - down.to(residual)):
+        subtract(residual, features(e), change)
+    return block_ridge(features, start, residual, ridge, sweeps, sparse_experts(down)).to(down)
+
+
+def hidden_bytes(rows: int, f: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the hidden activations (f,) of so many rows, and of their tokens."""
+    return rows * (f * dtype.itemsize + 8)
 
 
 def refit_operations(tokens: int, keep: int, k: int, d: int, f: int) -> float:
-    """Return the operations of `refit_layer` and of applying its result, for `keep` experts, k of them a token.
+    """Return the operations of `refit_layer`, if the hidden activations are kept, and of applying its result, for
+    `keep` experts, k of them a token.
 
-    Once: three passes through the chosen experts, and the factors' normal matrix. In each sweep: hidden activations,
-    normal matrices, both products with the residual, a solve.
+    Once: the hidden activations, two passes through the down projections, one through the whole experts with
+    the result, the factors' normal matrix, each expert's and its inverse. In each sweep: both products with the
+    residual, a solve.
     """
     rows = tokens * k
-    once = 3 * 6 * rows * d * f + 2 * tokens * keep**2 * d
-    return once + SWEEPS * (rows * (8 * d * f + 2 * f * f) + keep * (f**3 / 3 + 2 * f * f * d))
+    once = rows * ((4 + 2 + 2 + 6) * d * f + 2 * (k + 1) * d + 2 * f * f) + keep * f**3
+    return once + SWEEPS * (rows * 4 * d * f + keep * 2 * f * f * d)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -301,7 +343,8 @@ def run(args: argparse.Namespace) -> None:
     bar = hodgecover.progress_bar()
     with common.copied(model, out, entry) as output:
         hodgecover.make_cache(cache)
-        fit = resumable(refit_layer, cache, key, lambda index: bar(index / len(model.layer_names)))
+        fit = resumable(partial(refit_layer, memory=args.memory), cache, key,
+                        lambda index: bar(index / len(model.layer_names)))
         large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
         empty = scratch(output.checkpoint.path) if large else torch.empty
         entry["output_error"] = []

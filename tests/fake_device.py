@@ -13,6 +13,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 DEVICE = "fake:0"
+NO_LAUNCH = {aten.empty.memory_format, aten.new_empty.default, aten.detach.default, aten.alias.default}
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
+         aten.unique_dim.default, aten.equal.default, aten.bincount.default, aten.repeat_interleave.Tensor}
 MAY_MIX = {aten.index.Tensor, aten.index_put_.default, aten.copy_.default, aten._to_copy.default}
 
 _setup_privateuseone_for_python_backend("fake")
@@ -34,7 +37,7 @@ class Wrapped(torch.Tensor):
         self.held = held
 
     def tolist(self):
-        return self.held.tolist()
+        return self.cpu().tolist()
 
     def __repr__(self):
         return f"Wrapped({self.held!r})"
@@ -44,12 +47,23 @@ class Wrapped(torch.Tensor):
         raise MixedDevices(f"{func} outside of the mode")
 
 
+def must_wait(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
+    """Whether the host waits for the device in an operation on its tensors: for a number, a shape, or a copy."""
+    if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if func is aten._to_copy.default:
+        return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
+    return func in WAITS or func is aten.copy_.default and not isinstance(args[0], Wrapped)
+
+
 class Accelerator(TorchDispatchMode):
-    """Makes the device; `operations` counts what ran on it, by name."""
+    """Makes the device. `operations` counts what ran on it, by name; `launches` those that are neither views nor empty
+    memory; `waits` those in which the host waits for it."""
 
     def __init__(self):
         super().__init__()
         self.operations: dict[str, int] = {}
+        self.launches = self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -59,6 +73,7 @@ class Accelerator(TorchDispatchMode):
         if wrapped and bare and func not in MAY_MIX:
             raise MixedDevices(f"{func}: {[tuple(value.shape) for value in bare]} on the CPU, "
                                f"{[tuple(value.shape) for value in wrapped.values()]} on the device")
+        self.waits += bool(wrapped) and must_wait(func, args, kwargs)
         on_device = bool(wrapped)
         if func is aten.copy_.default:
             on_device = isinstance(args[0], Wrapped)
@@ -67,6 +82,7 @@ class Accelerator(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         if on_device:
             self.operations[str(func)] = self.operations.get(str(func), 0) + 1
+            self.launches += not func.is_view and func not in NO_LAUNCH
         args, kwargs = pytree.tree_map_only(Wrapped, lambda value: value.held, (args, kwargs))
         found = func(*args, **kwargs)
 

@@ -2,6 +2,7 @@
 """Everything that computes, on a pretend accelerator (fake_device.py): no operation mixes devices, and the numbers are
 the CPU's. It tells nothing of a real GPU's kernels, speed or memory."""
 import json
+from functools import partial
 
 import hodgecover
 import model_io
@@ -9,7 +10,9 @@ import pytest
 import torch
 from conftest import GOLDEN, QUICK, contents, run
 from fake_device import Accelerator, MixedDevices, Wrapped
+from model_io import Experts
 from safetensors.torch import load_file
+from strategies import random_layer
 
 
 def test_the_pretend_device_tells_mixed_operations():
@@ -25,6 +28,39 @@ def test_the_pretend_device_tells_mixed_operations():
             with pytest.raises(MixedDevices):
                 mixed()
         assert accelerator.operations["aten.mm.default"] == 1
+
+
+@pytest.mark.parametrize("wait", [
+    Wrapped.tolist, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.unique, torch.Tensor.nonzero, bool,
+    lambda there: there[there > 1], lambda there: torch.zeros(1).copy_(there)])
+def test_the_pretend_device_tells_when_the_host_waits(wait):
+    with Accelerator() as accelerator:
+        there = torch.ones(1).to("fake")
+        there.view(1, 1)[0].add(there[torch.tensor([0])])
+        assert (accelerator.launches, accelerator.waits) == (3, 0)
+        wait(there)
+        assert accelerator.waits == 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("vocab_sample", [0, 1024])
+def test_the_sweep_is_few_launches_a_token_and_waits_twice_a_chunk_at_most(monkeypatch, vocab_sample, size):
+    weight, chunks, split = torch.ones(12, dtype=torch.float64), [], hodgecover.token_chunks
+    norm = partial(model_io.rms_norm, weight=weight, eps=0.0)
+    layer = random_layer(n=16, tokens=160, vocab=50304)._replace(norm=norm)
+    simplices = torch.combinations(torch.arange(16), size)[::4]
+    here = hodgecover.lens_barriers(layer, simplices, vocab_sample)
+    monkeypatch.setattr(hodgecover, "token_chunks", lambda *args: [chunks.append(one) or one for one in split(*args)])
+    with Accelerator() as accelerator:
+        there = layer._replace(
+            experts=Experts(*(part.to("fake") for part in layer.experts)),
+            norm=partial(model_io.rms_norm, weight=weight.to("fake"), eps=0.0),
+            **{name: getattr(layer, name).to("fake") for name in ("x", "gates", "y", "unembedding")})
+        before = accelerator.launches
+        found = hodgecover.lens_barriers(there, simplices, vocab_sample, memory=2 * 10**8)
+    assert len(chunks) > 1 and accelerator.waits <= 2 * len(chunks)
+    assert accelerator.launches - before <= 60 * 160
+    torch.testing.assert_close(found, here)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)

@@ -43,13 +43,14 @@ def a_second_each(monkeypatch) -> None:
 
 
 def test_operations_are_counted_over_uniform_routing():
-    """Rows are those of all top-k choices, on average; a row is a readout and a down projection a member."""
+    """Rows are those of all top-k choices, on average; a row is a readout and a down projection a member; a token has
+    the down projections of its own experts, too."""
     n, k, d, f, vocab, outcomes = SHAPE
     routes = list(itertools.combinations(range(n), k))
     for members in (2, 3):
         simplices = list(itertools.combinations(range(n), members))
         rows = sum(bool({*route} & {*s}) for route in routes for s in simplices) / len(routes)
-        by_hand = rows * (2 * d * outcomes + members * 2 * d * f) + 2 * d * vocab + 2 * (2 * n * f * d)
+        by_hand = rows * (2 * d * outcomes + members * 2 * d * f) + 2 * d * vocab + 2 * (2 * n * f * d) + k * 2 * d * f
         assert estimate.sweep_operations(SHAPE, members, len(simplices)) == pytest.approx(by_hand)
 
 
@@ -57,7 +58,7 @@ def test_operations_are_counted_over_uniform_routing():
 @pytest.mark.parametrize("members", [2, 3])
 def test_operations_are_those_that_torch_counts(monkeypatch, members, outcomes):
     """On the routing at hand, but for the rows that a product is padded with."""
-    monkeypatch.setattr(hodgecover, "padded_product", torch.matmul)
+    monkeypatch.setattr(hodgecover, "ROW_STEP", 1)
     shape = SHAPE._replace(outcomes=outcomes or SHAPE.vocab)
     layer = bench.random_layer(shape, 9, 1.0, torch.float32)
     simplices = torch.combinations(torch.arange(shape.n), members)[::2]
@@ -70,7 +71,7 @@ def test_operations_are_those_that_torch_counts(monkeypatch, members, outcomes):
 
 def test_the_rate_is_that_of_the_operations_that_are_timed(monkeypatch, tiny):
     """As many a token as the real sweep over pairs has."""
-    monkeypatch.setattr(hodgecover, "padded_product", torch.matmul)
+    monkeypatch.setattr(hodgecover, "ROW_STEP", 1)
     monkeypatch.setattr(estimate, "TIMED_OPERATIONS", 5e8)
     a_second_each(monkeypatch)
     model = Model(tiny)
@@ -83,14 +84,14 @@ def test_the_rate_is_that_of_the_operations_that_are_timed(monkeypatch, tiny):
 
 
 def test_the_rate_of_a_refit_is_that_of_the_operations_that_are_timed(monkeypatch, tiny):
-    """But for the solves, which torch does not count, and the application of the result, which is not timed."""
+    """But for the inverses, which torch does not count, and the application of the result, which is not timed."""
     a_second_each(monkeypatch)
     with FlopCounterMode(display=False) as counter:
         rate = estimate.refit_rate(Model(tiny), 200)
     d, f = 96, 16
-    solves, applied = refit.SWEEPS * 2 * (f**3 / 3 + 2 * f * f * d), 6 * 400 * d * f
+    inverses, applied = 2 * f**3, 6 * 400 * d * f
     assert rate == refit.refit_operations(200, 2, 2, d, f)
-    assert counter.get_total_flops() == pytest.approx(rate - solves - applied)
+    assert counter.get_total_flops() == pytest.approx(rate - inverses - applied)
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -106,6 +107,7 @@ def test_an_estimate_counts_layers_output_and_memory(tiny, fixed_rates, capsys):
     assert cost.memory == estimate.PROCESS_BYTES + in_bytes + 12345
     sampled = estimate.estimate(Model(tiny), Settings(vocab_sample=64), 2048)
     assert sampled.operations < cost.operations / 2
+    assert sampled.memory == cost.memory - 12345 + hodgecover.MEMORY + 2048 * 64 * 12  # the outcomes, their weights
 
     before = contents(tiny.parent)
     assert run(estimate, tiny, "--keep", 32, "--dtype", "float32", "--tokens", 2500) == 0
@@ -135,9 +137,10 @@ def test_the_cost_of_a_refit_counts_its_parts(tiny, fixed_rates, capsys):
     held = 4 * TINY_LAYER + 2 * TINY_EXPERTS
     streams = refit.activation_bytes(Model(tiny), 4096)
     weights = 3 * 4 * 32 * 96 * 16
-    assert cost.memory == estimate.PROCESS_BYTES + 1.5 * held + weights + streams
+    hidden, inverses = 4096 * 8 * (16 * 4 + 8), 8 * 32 * 16 * 16
+    assert cost.memory == estimate.PROCESS_BYTES + 1.5 * held + weights + inverses + hidden + streams
     assert cost.disk == 4 * 32 * 96 * 16 * 2  # half of the down projections, bfloat16
-    assert estimate.estimate_refit(Model(tiny), 32, 4096, memory=1000).memory == cost.memory - streams + 1000
+    assert estimate.estimate_refit(Model(tiny), 32, 4096, memory=1000).memory == cost.memory - streams - hidden + 1000
 
     assert run(estimate, tiny, "--keep", 32, "--refit", 4096, "--dtype", "float32") == 0
     assert f"refit of 4 layers, float32: {cost.operations:.1e} operations" in capsys.readouterr().out
@@ -195,37 +198,61 @@ def table_rows(text: str) -> list[list[str]]:
     """Cells of the lines of Markdown tables that are no head."""
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in rows if not row[0].endswith("sampled") and row[0] not in ("", "n")]
+    return [row for row in rows if not row[0].endswith("sampled") and row[0] not in ("", "varied")]
 
 
 def test_the_bench_compares_the_sweep_with_the_plain_way(capsys):
     assert run(bench, *SMALL, "--experts", 10, "--tokens", 8, "--vocab", 3000) == 0
-    pairs, triangles, sampled, _ = table_rows(capsys.readouterr().out)
+    pairs, triangles, sampled, *others = table_rows(capsys.readouterr().out)
     layer = bench.random_layer(Shape(10, 2, 8, 4, 3000, 3000), 8, 4.0, torch.float32)
     routed = [{*gates.nonzero().flatten().tolist()} for gates in layer.gates]
     for cells, members in ((pairs, 2), (triangles, 3)):
         simplices = list(itertools.combinations(range(10), members))
         touched = sum(bool(route & {*s}) for route in routed for s in simplices)
         assert cells[1:3] == [str(len(simplices)), str(touched)]
-        assert float(cells[3]) == pytest.approx(2 * 8 * (touched * (3000 + members * 4) + 8 * (3000 + 80)), rel=0.01)
+        assert float(cells[3]) == pytest.approx(2 * 8 * (touched * (3000 + members * 4) + 8 * (3000 + 88)), rel=0.01)
         assert float(cells[-1]) < 1e-4  # of float32
     exact, estimated = (hodgecover.lens_barriers(layer, mathx.edges(10), outcomes) for outcomes in (0, 256))
-    assert sampled[0] == "256" and float(sampled[6]) == pytest.approx(mathx.spearman(estimated, exact), abs=1e-5)
+    assert [row[:2] for row in (sampled, *others)] == [[size, of] for of in ("pairs", "triangles")
+                                                       for size in ("256", "1024")]
+    assert float(sampled[9]) == pytest.approx(mathx.spearman(estimated, exact), abs=1e-5)
     ranks = mathx.spearman(bench.harmonic(estimated, 10), bench.harmonic(exact, 10))
-    assert float(sampled[7]) == pytest.approx(ranks, abs=1e-5) and ranks < 0.999
-    assert sampled[4] == f"{(estimated[exact > 0] / exact[exact > 0] - 1).mean():+.2%}" and (exact > 0).sum() > 5
+    assert float(sampled[10]) == pytest.approx(ranks, abs=1e-5) and ranks < 0.999
+    assert sampled[7] == f"{(estimated[exact > 0] / exact[exact > 0] - 1).mean():+.2%}" and (exact > 0).sum() > 5
+
+
+def test_the_floor_is_the_operations_at_the_rate_of_the_product(monkeypatch, capsys):
+    """A product of 800 operations a second, and sweeps of twice the floor."""
+    shape = Shape(10, 2, 8, 4, 3000, 3000)
+
+    def timed(layer, simplices, rows, outcomes):
+        touched, reads = bench.touched_pairs(layer, simplices), outcomes or 3000
+        count = estimate.product_operations(shape._replace(outcomes=reads), 8, touched, simplices.shape[1])
+        return 2 * count / 800, 800
+    monkeypatch.setattr(bench, "timed_sweep", timed)
+    assert run(bench, *SMALL, "--experts", 10, "--tokens", 8, "--vocab", 3000) == 0
+    exact, sampled = (part.splitlines() for part in capsys.readouterr().out.split("\n\n")[1:])
+    for table in (exact, sampled):
+        column = [cell.strip() for cell in table[0].split("|")].index("share of the product's rate")
+        assert [line.split("|")[column].strip() for line in table[2:]] == ["50%"] * (len(table) - 2)
+    assert len(exact) == 4 and len(sampled) == 6
 
 
 def test_the_bench_fits_exponents(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SCALED", dict(hidden=8, width=4, vocab=20))
-    monkeypatch.setattr(bench, "SCALED_EXPERTS", (8, 16, 32))
-    monkeypatch.setattr(bench, "seconds", lambda function, layer, simplices: float(len(layer.gates[0])) ** 1.5)
+    def seconds(function, layer, simplices):
+        return len(layer.gates[0]) ** 1.5 * len(layer.x) ** 0.5 * len(layer.unembedding) ** 0.25
+    monkeypatch.setattr(bench, "SCALED", dict(hidden=8, width=4))
+    monkeypatch.setattr(bench, "SCALED_SIZES", {"n": (8, 16, 32), "T": (2, 4), "V": (20, 40)})
+    monkeypatch.setattr(bench, "seconds", seconds)
     assert run(bench, "--scaling", "--top-k", 2, "--tokens", 4, "--dtype", "float32") == 0
     said = capsys.readouterr().out
-    touched = [float(cells[1]) for cells in table_rows(said)]
-    assert touched == [4 * (n * (n - 1) - (n - 2) * (n - 3)) // 2 for n in (8, 16, 32)]
-    slope = bench.slope((8, 16, 32), touched)
+    touched = [float(cells[4]) for cells in table_rows(said)]
+    assert touched[:3] == [4 * (n * (n - 1) - (n - 2) * (n - 3)) // 2 for n in (8, 16, 32)]
+    slope = bench.slope((8, 16, 32), touched[:3])
     assert f"pairs: exponent in n of the touched pairs {slope:.2f}, of the time 1.50" in said and 1 < slope < 1.2
+    for size, rows, time in (("T", "1.00", "0.50"), ("V", "0.00", "0.25")):
+        assert f"\npairs: exponent in {size} of the touched pairs {rows}, of the time {time}" in said
+    assert said.count("\n500 triangles: exponent in ") == 3
 
 
 def test_the_bench_times_a_refit(capsys):

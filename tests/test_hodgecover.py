@@ -109,6 +109,17 @@ def test_barriers_do_not_depend_on_the_buffers(monkeypatch, vocab_sample):
         torch.testing.assert_close(again, whole, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("vocab_sample", [0, 20])
+def test_barriers_whose_exponentials_overflow_are_the_plain_ones(vocab_sample):
+    """Changes of logits up to many thousands: the chunk is read out again, by logsumexp."""
+    layer, pairs = random_layer(), mathx.edges(7)
+    loud = layer._replace(unembedding=layer.unembedding * 1e4)
+    found = hodgecover.lens_barriers(loud, pairs, vocab_sample)
+    assert found.max() > 710
+    if not vocab_sample:
+        torch.testing.assert_close(found, plain_barriers(loud, pairs), rtol=1e-5, atol=1e-12)
+
+
 def test_chunks_of_tokens_respect_the_budget():
     sizes = torch.tensor([3, 4, 5, 20, 1, 1, 1])
     chunks = list(hodgecover.token_chunks(sizes, 10))

@@ -161,6 +161,19 @@ def test_kl_of_peaked_distributions_and_of_tiny_and_huge_changes(seed, peak, siz
     torch.testing.assert_close(single.double(), kl, rtol=1e-3, atol=1e-6 * min(size, 1) + 1e-6 * peak * (size > 1))
 
 
+@given(SEEDS, st.sampled_from([1e-2, 1, 10, 300]), st.sampled_from([1e-9, 1e-4, 1e-1, 1, 30]), st.integers(1, 50))
+def test_kl_from_blocks_of_the_vocabulary_is_that_from_the_whole(seed, peak, size, width):
+    """Blocks without mass among them; a shift that all changes share, as common as it is in logits, changes nothing."""
+    log_p = (peak * normal(seed, 50)).log_softmax(-1)
+    delta = size * normal(seed + 1, 3, 50)
+    whole = mathx.kl_of_logit_change(log_p, delta)
+    for shift in (0, 3 * size):
+        blocks = zip(log_p.split(width), (delta + shift).split(width, dim=1))
+        kl = mathx.kl_of_blocks(*zip(*(mathx.kl_block(*block) for block in blocks)))
+        assert (kl >= 0).all()
+        torch.testing.assert_close(kl, whole, rtol=1e-5, atol=1e-300)
+
+
 def test_kl_of_a_change_that_overflows():
     """The exponential of 2000 is infinite; KL is log E_p[exp delta] - E_p[delta] = 2000 - log 2 - 1000."""
     log_p = torch.full((2,), math.log(0.5), dtype=torch.float64)

@@ -173,9 +173,10 @@ def test_a_planted_scaling_comes_back():
         torch.testing.assert_close(refit.refit_layer(step, residual.clone(), 0.1, sweeps), expected)
 
 
-def test_pieces_of_any_size_give_the_same(monkeypatch):
+def test_pieces_of_any_size_give_the_same_kept_or_not(monkeypatch):
     step, residual = layer_pass(1), torch.randn(700, 6, generator=torch.Generator().manual_seed(9)).double()
     whole = refit.refit_layer(step, residual.clone())
+    torch.testing.assert_close(refit.refit_layer(step, residual.clone(), memory=0), whole)  # nothing is kept
     monkeypatch.setattr(refit, "PIECE", 160)
     torch.testing.assert_close(refit.refit_layer(step, residual.clone()), whole)
 
@@ -192,11 +193,11 @@ def test_more_than_one_zero_in_a_hundred_makes_an_expert_sparse():
 
 
 def test_operations_are_those_that_torch_counts():
-    """But for the solves, which it does not count."""
+    """But for the inverses, which it does not count; an expert without a token has none, and no solves."""
     step, (n, f, d) = layer_pass(0), (5, 3, 6)
     with FlopCounterMode(display=False) as counter:
         refit.add_outputs(step.x.clone(), step, refit.refit_layer(step, step.x.clone()))
-    solves = refit.SWEEPS * n * (f**3 / 3 + 2 * f * f * d)
+    solves = n * f**3 + refit.SWEEPS * 2 * f * f * d
     expected = refit.refit_operations(len(step.x), n, 2, d, f) - solves
     assert counter.get_total_flops() == pytest.approx(expected)
 
@@ -330,10 +331,10 @@ def test_a_killed_run_continues_from_the_layers_that_are_done(work, tmp_path, mo
     work = [*work, "--out", tmp_path / "out"] + (["--cache", tmp_path / cache] if cache else [])
     folder, solve, fit, fitted = tmp_path / (cache or "out-refit"), refit.block_ridge, refit.refit_layer, []
 
-    def killed_in_the_second(step, residual):
+    def killed_in_the_second(step, residual, **options):
         if step.index:
             raise KeyboardInterrupt
-        return fit(step, residual)
+        return fit(step, residual, **options)
     monkeypatch.setattr(refit, "refit_layer", killed_in_the_second)
     assert run(refit, *work) == 130
     done, = folder.iterdir()
@@ -342,7 +343,8 @@ def test_a_killed_run_continues_from_the_layers_that_are_done(work, tmp_path, mo
     if cache:
         (folder / "notes.txt").write_text("mine")
 
-    monkeypatch.setattr(refit, "refit_layer", lambda step, residual: fitted.append(step.index) or fit(step, residual))
+    monkeypatch.setattr(refit, "refit_layer", lambda step, *given, **options: fitted.append(step.index)
+                        or fit(step, *given, **options))
     monkeypatch.setattr(refit, "block_ridge", lambda *given: fitted.append("solved") or solve(*given))
     assert run(refit, *work) == 0 and fitted == [1, "solved"]
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
