@@ -883,8 +883,8 @@ def read_entry(cache: Path, name: str, key: dict[str, str], fields: Sequence[str
 def write_entry(cache: Path, name: str, tensors: dict[str, torch.Tensor], key: dict[str, str]) -> None:
     """Write a cache file, whole or not at all."""
     tensors = {field: tensor.cpu().contiguous() for field, tensor in tensors.items()}
-    data = safetensors.torch.save(tensors, key | {"sha256": digest(tensors)})
-    model_io.write_whole(cache_file(cache, name, key), data)
+    with model_io.new_file(cache_file(cache, name, key)) as beside:
+        safetensors.torch.save_file(tensors, beside, key | {"sha256": digest(tensors)})
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -1285,14 +1285,22 @@ def copy_small_files(source: Path, out: Path, notice: str = "") -> None:
             (out / file.name).write_text(card, encoding="utf-8", errors="surrogateescape")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside under a hidden name and rename it, so that it is whole or absent however the process ends."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Context manager: the name of a hidden file beside `path` that becomes it on success and vanishes on failure, so
+    that `path` is whole or as it was however the process ends."""
     beside = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
-        beside.write_bytes(data)
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with new_file(path) as beside:
+        beside.write_bytes(data)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
     python examples/bench.py --peak 8             sharply peaked next-token distributions
     python examples/bench.py --scaling            the exponents in n, T and V
     python examples/bench.py --refit 16384        the refit of half of the experts on so many tokens instead
+    python examples/bench.py --gradients 4096     heapr.py's pass back and a step of distil.py --layerwise instead
 
 The plain way is `hodgecover.plain_barrier` in float32: merge the weights, run the layer on every token, two
 log-softmaxes over the vocabulary. A sample of simplices is timed and scaled. The errors are against the same in
@@ -12,6 +13,7 @@ float64. The floor of a sweep is the time of its operations at the rate of the b
 the head, which is taken before and after each of three sweeps, since a shared machine's rate moves. Times are medians.
 """
 import argparse
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +28,12 @@ import hodgecover
 import mathx
 from estimate import Shape
 from hodgecover import MoELayer
-from model_io import Experts, InputError, Layer, LayerPass, rms_norm
+from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, layer_shapes, read_config, rms_norm,
+                      run_layer)
 
 SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, tokens=64, sample=4)
-UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak")}
+UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak"),
+          "gradients": ("vocab", "tokens", "sample", "peak")}
 SCALED = dict(hidden=512, width=128)  # of --scaling, which varies one of the following, the others in the middle
 SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128), "V": (4096, 8192, 16384, 32768)}
 OUTCOMES = (256, 1024, 4096)  # sizes of a sample of the vocabulary
@@ -219,6 +223,62 @@ def time_refit(args: argparse.Namespace, dtype: torch.dtype) -> None:
           f"{product:.1e}; residual {residual.norm() / before:.4f} of what it was")
 
 
+def random_decoder_layer(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, Layer]:
+    """A decoder layer of OLMoE's kind with its attention, heads of width 128, and its configuration."""
+    cfg = read_config(dict(model_type="olmoe", vocab_size=1, hidden_size=args.hidden, num_hidden_layers=1,
+                           num_attention_heads=max(1, args.hidden // 128), num_experts=args.experts,
+                           intermediate_size=args.width, num_experts_per_tok=args.top_k))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(shape: list[int]) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1]**-0.5).to(dtype)
+    n, d, f = args.experts, args.hidden, args.width
+    experts = Experts(normal([n, f, d]), normal([n, f, d]), normal([n, d, f]))
+    shapes = layer_shapes(cfg, {"mlp.gate.weight", "mlp.experts.gate_up_proj"})
+    weights = {name: normal(shape) for name, shape in shapes.items() if ".experts." not in name}
+    return cfg, Layer(experts, weights.pop("mlp.gate.weight"), weights)
+
+
+def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Print the times of a layer's forward pass, of heapr.py's pass back, and of a step of distil.py --layerwise, Adam
+    included, and the process's largest memory after each."""
+    import distil
+    import heapr
+
+    cfg, layer = random_decoder_layer(args, dtype)
+    length = min(hodgecover.SEQ_LEN, args.gradients)
+    h, target = torch.randn(2, args.gradients // length, length, args.hidden).to(dtype)
+    weights = distil.layer_weights(layer)
+    dtypes = dict.fromkeys(weights, dtype)
+
+    def forward() -> None:
+        with torch.no_grad():
+            for part in h.split(max(1, PASS_TOKENS // length)):
+                run_layer(part, layer, cfg)
+
+    def step() -> None:
+        own = {name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in weights.items()}
+        at_once = max(1, hodgecover.MEMORY // distil.graph_bytes(cfg, 1, length))
+
+        def loss_of(which: torch.Tensor) -> torch.Tensor:
+            y = run_layer(h[which], distil.as_layer(own, dtypes), cfg)[2]
+            return distil.stream_error(y, target[which].flatten(0, 1))
+        plan = distil.Plan(1, distil.LR, 1.0, [*distil.PARTS], 0, hodgecover.MEMORY)
+        distil.train(own, loss_of, len(h), length, at_once, plan, "", lambda *_: None)
+    print(f"n = {args.experts}, k = {args.top_k}, d = {args.hidden}, f = {args.width}, {h[..., 0].numel():,} tokens, "
+          f"{dtype}, {torch.get_num_threads()} threads\n\n| | s | of the forward pass | memory, GB |\n"
+          "|---|---|---|---|")
+    back = partial(heapr.back_through, layer, cfg, h, target.clone())
+    works = {"forward pass": forward, "pass back of heapr.py": back,
+             f"{-(-len(h) // distil.BATCH)} steps of distil.py": step}
+    bare = None
+    for name, work in works.items():
+        spent = seconds(work)
+        bare = bare or spent
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"| {name} | {spent:.1f} | {spent / bare:.1f} x | {memory:.1f} |", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 
@@ -236,20 +296,29 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                         help="of the products; auto: bfloat16 if the processor multiplies it, else float32")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--scaling", action="store_true", help="the exponents in n, T and V instead")
+    mode.add_argument("--scaling", action="store_const", const=True, help="the exponents in n, T and V instead")
     mode.add_argument("--refit", type=int, metavar="TOKENS", help="the refit of one layer instead")
+    mode.add_argument("--gradients", type=int, metavar="TOKENS", help="gradients of one layer instead")
     return parser
+
+
+MODES = {"scaling": scaling, "refit": time_refit, "gradients": time_gradients, "compare": compare}
+
+
+def mode_of(args: argparse.Namespace) -> str:
+    """Return which of MODES the options ask for."""
+    return next((name for name in MODES if getattr(args, name, None) is not None), "compare")
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for sizes that make no layer, and for options that the mode does not use."""
-    mode = "scaling" if args.scaling else "refit" if args.refit is not None else "compare"
+    mode = mode_of(args)
     for name in SIZES:
         hodgecover.check_range(name, getattr(args, name), 3 if name == "experts" else 1, 10**9)
-    if args.refit is not None:
-        hodgecover.check_range("refit", args.refit, 1, 10**9)
+    if mode in ("refit", "gradients"):
+        hodgecover.check_range(mode, getattr(args, mode), 1, 10**9)
     hodgecover.check_range("peak", args.peak, 0)
-    experts = {"scaling": min(SCALED_SIZES["n"]), "refit": args.experts // 2, "compare": args.experts}[mode]
+    experts = {"scaling": min(SCALED_SIZES["n"]), "refit": args.experts // 2}.get(mode, args.experts)
     if args.top_k > experts:
         raise InputError(f"top_k {args.top_k}: must be at most {experts}, the experts of the layer")
     for name in UNUSED.get(mode, ()):
@@ -260,8 +329,7 @@ def check_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
-    mode = scaling if args.scaling else compare if args.refit is None else time_refit
-    mode(args, hodgecover.choose_dtype(args.dtype, "cpu"))
+    MODES[mode_of(args)](args, hodgecover.choose_dtype(args.dtype, "cpu"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ or not. Zeros stay zeros in experts' matrices of which more than 1% are 0.
 End to end (the default): the loss is KL(source || CKPT) over the whole vocabulary, a mean over positions, in nats. With
 --kl-weight W below 1 it is W times that, and 1 - W times the loss of the next token. The source runs once, layer by
 layer, before the training, and its last stream is kept. The weights, their gradients and two moments of Adam are in
-memory, some 20 bytes a trained parameter: the command says beforehand what it needs, and refuses if that is not free.
+memory, some 32 bytes a trained parameter: the command says beforehand what it needs, and refuses if that is not free.
 
 --layerwise: one layer after the other, in memory alone. Its loss is |y - y_source|^2 / |y_source|^2, a mean over
 tokens: y is the residual stream after the layer at the compressed model's own inputs, the layers before it trained,
@@ -436,15 +436,15 @@ def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int
 
 
 def needed_bytes(output: Model, layers: list[str], parts: list[str], length: int) -> int:
-    """Return the bytes of weights, gradients, two moments and a copy, and of the graph of one sequence, for training
-    these layers at once."""
+    """Return the bytes of weights, gradients, two moments, a copy and what is being saved, and of the graph of one
+    sequence, for training these layers at once."""
     cfg, wide = output.config, model_io.widened(output.dtype).itemsize
     total = graph_bytes(cfg, len({*layers} & {*output.layer_names}), length)
     for name, info in output.checkpoint.tensors.items():
         layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
         if layer:
             trained = part_of(name.removeprefix(f"{layer}.")) in parts
-            total += math.prod(info.shape) * wide * (5 if trained else 1)
+            total += math.prod(info.shape) * wide * (8 if trained else 1)
     return total
 
 
@@ -459,7 +459,7 @@ def check_memory(model: Model, args: argparse.Namespace) -> None:
         needed = needed_bytes(model, layers, args.train, args.seq_len)
         what, help = "end to end: all layers'", "give --layerwise"
     free = hodgecover.available_memory(model.device)
-    what += " weights, gradients and moments"
+    what += " weights, gradients, moments and copies"
     if needed > free:
         raise InputError(f"{model.checkpoint.path}: {what} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
                          f"{help}")

@@ -263,8 +263,31 @@ def test_the_bench_times_a_refit(capsys):
     assert 0 < float(said.split("residual ")[1].split()[0]) < 1
 
 
+def test_the_bench_times_gradients(monkeypatch, capsys):
+    """Of all tokens: a pass forward, one back, and the steps of one training."""
+    spent, seen, real = [2.0, 6.0, 8.0], [], model_io.run_layer
+
+    def seconds(work):
+        work()
+        return spent.pop(0)
+
+    def watched(h, *given):
+        seen.append(h.shape[0] * h.shape[1])
+        return real(h, *given)
+    monkeypatch.setattr(bench, "seconds", seconds)
+    monkeypatch.setattr(hodgecover, "SEQ_LEN", 4)
+    for module in (bench, model_io):
+        monkeypatch.setattr(module, "run_layer", watched)
+    assert run(bench, *SMALL, "--gradients", 40) == 0
+    rows = table_rows(capsys.readouterr().out)
+    assert [row[:3] for row in rows] == [["forward pass", "2.0", "1.0 x"], ["pass back of heapr.py", "6.0", "3.0 x"],
+                                         ["2 steps of distil.py", "8.0", "4.0 x"]]
+    assert sum(seen) == 3 * 40
+
+
 @pytest.mark.parametrize("options, says", [
-    (["--scaling", "--refit", 64], "not allowed with argument"),
+    (["--scaling", "--refit", 64], "not allowed with argument"), (["--gradients", 0], "--gradients 0: must be from 1"),
+    (["--gradients", 64, "--vocab", 99], "--vocab: --gradients does not use it"),
     (["--scaling", "--vocab", 99], "--vocab: --scaling does not use it"),
     (["--refit", 64, "--tokens", 99], "--tokens: --refit does not use it"),
     (["--refit", 0], "--refit 0: must be from 1"),
