@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -881,10 +882,15 @@ def read_entry(cache: Path, name: str, key: dict[str, str], fields: Sequence[str
 
 
 def write_entry(cache: Path, name: str, tensors: dict[str, torch.Tensor], key: dict[str, str]) -> None:
-    """Write a cache file, whole or not at all."""
+    """Write a cache file, whole or not at all. Raises OSError if the disk is full."""
     tensors = {field: tensor.cpu().contiguous() for field, tensor in tensors.items()}
-    with model_io.new_file(cache_file(cache, name, key)) as beside:
-        safetensors.torch.save_file(tensors, beside, key | {"sha256": digest(tensors)})
+    file = cache_file(cache, name, key)
+    try:
+        with model_io.new_file(file) as beside:
+            safetensors.torch.save_file(tensors, beside, key | {"sha256": digest(tensors)})
+    except safetensors.SafetensorError as err:
+        number = int(re.search(r"\(os error (\d+)\)|$", str(err))[1] or errno.EIO)
+        raise OSError(number, os.strerror(number), str(file)) from None
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
