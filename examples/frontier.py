@@ -142,7 +142,7 @@ def draw(pyplot, plain: Found, again: Found, source: Model, perplexity: float):
         axis.yaxis.set_major_formatter("{x:.0f}")
         axis.yaxis.set_minor_formatter("{x:.0f}")
     axes[0].set_ylabel("held-out perplexity (dotted: source)")
-    axes[1].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper right", handlelength=3)
     return figure
 
 
