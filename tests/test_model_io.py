@@ -749,6 +749,28 @@ def test_a_head_or_norm_that_is_not_finite_is_named(tmp_path, name):
         Model(rewrite(tmp_path / "c", change)).logits(torch.ones(1, 4, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_what_is_stored_is_read_again(path, tmp_path):
+    """All weights of a layer, doubled and then as they were; nothing else changes."""
+    shutil.copytree(path, tmp_path / "c")
+    model, source = Model(tmp_path / "c", torch.float64), Model(path, torch.float64)
+    for index, name in enumerate(model.layer_names):
+        layer = source.layer(index)
+        weights = dict(layer.weights)
+        if layer.experts is not None:
+            weights |= {f"mlp.experts.{part}": stack for part, stack in layer.experts._asdict().items()}
+            weights["mlp.gate.weight"] = layer.router
+        for factor in (2, 1):
+            model.store(name, {part: weight * factor for part, weight in weights.items()})
+            found = model.layer(index)
+            for part, weight in found.weights.items():
+                torch.testing.assert_close(weight, layer.weights[part] * factor, rtol=1e-2 * (factor - 1) + 1e-6, atol=0)
+            assert found.experts is None or all(map(torch.equal, found.experts, [s * factor for s in layer.experts]))
+            assert found.router is None or torch.equal(found.router, layer.router * factor)
+    for tensor, info in source.checkpoint.tensors.items():
+        torch.testing.assert_close(model.checkpoint.load(tensor), source.checkpoint.load(tensor), rtol=0, atol=1e-6)
+
+
 def test_new_weights_that_overflow_are_refused_and_not_written(tmp_path):
     def half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.half() for name, tensor in tensors.items()}
