@@ -426,7 +426,8 @@ class Model:
         return tensor.to(widened(self.dtype) if wide else self.dtype)
 
     def _less_1(self, name: str) -> bool:
-        """Return whether a tensor is a norm weight that is stored less 1: all but the recurrence's, in some families."""
+        """Return whether a tensor is a norm weight that is stored less 1, as some families store all but the
+        recurrence's."""
         norm = re.search(r"norm(_\w+)?\.weight$", name) and "linear_attn." not in name
         return bool(norm) and FAMILIES[self.config.model_type].norms_less_1
 

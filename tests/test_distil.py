@@ -161,8 +161,10 @@ def test_the_steps_are_adam_s_by_its_formula():
     start, targets = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3), (40, 2, 3)))
     weight = start.clone().requires_grad_()
     plan = plan_of(lr=0.1, epochs=2)
-    distil.train({"w": weight}, lambda which: (weight - targets[which]).square().sum() * (3 if 0 in which else 0.01), 40,
-                 2, 3, plan, "", lambda *_: None)
+
+    def loss_of(which):
+        return (weight - targets[which]).square().sum() * (3 if 0 in which else 0.01)
+    distil.train({"w": weight}, loss_of, 40, 2, 3, plan, "", lambda *_: None)
     plain, m, v, unit = start.clone(), 0.0, 0.0, start.square().mean().sqrt()
     steps = distil.batches(40, plan)
     for t, which in enumerate(steps, 1):
@@ -403,7 +405,7 @@ def test_what_does_not_fit_is_refused_before_the_work(mode, says, half, tmp_path
 
 
 def test_what_it_needs_is_counted(half):
-    """Weights, gradients, two moments, a copy and three saved: 32 bytes a trained parameter, 4 of each other; beside the
+    """Weights, gradients, two moments, a copy and three saved: 32 bytes a trained parameter, 4 of each other; and the
     graph."""
     model = Model(half[1])
     size = {name: torch.Size(info.shape).numel() for name, info in model.checkpoint.tensors.items()}
