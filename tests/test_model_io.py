@@ -764,7 +764,8 @@ def test_what_is_stored_is_read_again(path, tmp_path):
             model.store(name, {part: weight * factor for part, weight in weights.items()})
             found = model.layer(index)
             for part, weight in found.weights.items():
-                torch.testing.assert_close(weight, layer.weights[part] * factor, rtol=1e-6 if factor == 1 else 0.01, atol=0)
+                near = 1e-6 if factor == 1 else 0.01  # a norm that is stored less 1 is rounded without it
+                torch.testing.assert_close(weight, layer.weights[part] * factor, rtol=near, atol=0)
             assert found.experts is None or all(map(torch.equal, found.experts, [s * factor for s in layer.experts]))
             assert found.router is None or torch.equal(found.router, layer.router * factor)
     for tensor, info in source.checkpoint.tensors.items():
