@@ -870,12 +870,12 @@ def read_entry(cache: Path, name: str, key: dict[str, str], fields: Sequence[str
             stale = [part for part in key if found.get(part) != key[part]]
             tensors = {} if stale else {field: opened.get_tensor(field).clone() for field in opened.keys()}
     except (OSError, safetensors.SafetensorError) as err:
-        log.warning("%s: damaged (%s); measuring again", file, err)
+        log.warning("%s: damaged (%s); doing it again", file, err)
         return None
     if stale:
-        log.warning("%s: made with other %s; measuring again", file, ", ".join(stale))
+        log.warning("%s: made with other %s; doing it again", file, ", ".join(stale))
     elif tensors.keys() != {*fields} or found.get("sha256") != digest(tensors):
-        log.warning("%s: damaged (its hash differs); measuring again", file)
+        log.warning("%s: damaged (its hash differs); doing it again", file)
     else:
         return tensors
     return None
@@ -1156,11 +1156,11 @@ class Parser(argparse.ArgumentParser):
         return {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
 
 
-def add_text_options(parser: argparse._ActionsContainer, tokens: int = TOKENS) -> None:
-    """The options that choose calibration text, the same in every command."""
-    parser.add_argument("--calib", metavar="FILE", type=Path, nargs="+", default=[], help="calibration text: UTF-8, or "
+def add_text_options(parser: argparse._ActionsContainer, tokens: int = TOKENS, use: str = "calibration") -> None:
+    """The options that choose calibration text, or text of another use, the same in every command."""
+    parser.add_argument("--calib", metavar="FILE", type=Path, nargs="+", default=[], help=f"{use} text: UTF-8, or "
                         ".jsonl with a text field on each line [Python's own documentation]")
-    parser.add_argument("--tokens", metavar="T", type=int, default=tokens, help="calibration tokens [%(default)s]")
+    parser.add_argument("--tokens", metavar="T", type=int, default=tokens, help=f"{use} tokens [%(default)s]")
     parser.add_argument("--seq-len", metavar="L", type=int, default=SEQ_LEN, help="tokens per sequence [%(default)s]")
 
 

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -25,10 +26,10 @@ from model_io import InputError, Model  # noqa: E402
 
 
 def command_line(file: str, description: str, out: bool = True, text: int = hodgecover.TOKENS, source: bool = False,
-                 seed: bool = True, memory: bool = True) -> Parser:
+                 seed: bool = True, memory: bool = True, use: str = "calibration") -> Parser:
     """The parser of the command in `file`, described by its docstring: a checkpoint, after its source, if it compares
-    the two; `--out`, if it writes one; calibration text of so many tokens, if it reads any; where and how to compute,
-    with `--seed` and `--memory`, if it uses them."""
+    the two; `--out`, if it writes one; text of so many tokens for calibration or another use, if it reads any; where
+    and how to compute, with `--seed` and `--memory`, if it uses them."""
     parser = Parser(prog=Path(file).name, description=description,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     if source:
@@ -37,7 +38,7 @@ def command_line(file: str, description: str, out: bool = True, text: int = hodg
     if out:
         parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="output folder")
     if text:
-        hodgecover.add_text_options(parser, text)
+        hodgecover.add_text_options(parser, text, use)
     hodgecover.add_resource_options(parser, seed, memory)
     return parser
 
@@ -94,13 +95,28 @@ def outline(model: Model, count: int) -> dict[str, object]:
 
 def check_source(model: Model, source: Model) -> None:
     """Raise InputError unless a checkpoint can have been made from `source`, by whichever tool: the same family, hidden
-    size, vocabulary, and layers with experts, but perhaps without the multi-token head."""
+    size, vocabulary, and layers with experts, but perhaps without the multi-token head; no more and no wider experts.
+    """
     count = len(model.layer_names)
     wanted = outline(source, count)
     for name, value in outline(model, count).items():
         if value != wanted[name]:
             raise InputError(f"{model.checkpoint.path}: its {name} is {value}; must be {wanted[name]}, as in "
                              f"{source.checkpoint.path}")
+    sizes = [(each.config.num_experts, each.config.expert_width) for each in (model, source)]
+    if any(own > of_source for own, of_source in zip(*sizes)):
+        raise InputError(f"{model.checkpoint.path}: has more or wider experts than {source.checkpoint.path}; the "
+                         "source must be the larger one, and come first")
+
+
+def folder_beside(out: Path, command: str) -> Path:
+    """Return OUT-command, the folder of what a command has done until its output is whole. Raises InputError if it
+    cannot be one."""
+    out = Path(os.path.abspath(out))
+    folder = out.with_name(f"{out.name}-{command}") if out.name else out
+    if folder == out or folder.exists() and not folder.is_dir():
+        raise InputError(f"out {out}: {folder} is no folder that what is done can lie in; remove it or name another")
+    return folder
 
 
 @contextlib.contextmanager
@@ -113,7 +129,10 @@ def copied(model: Model, out: Path, entry: dict) -> Iterator[Model]:
     hodgecover.check_out(model, out)
     with model_io.new_folder(out) as folder:
         model_io.write_checkpoint(model.checkpoint, folder, {}, {})
-        yield Model(folder, model.dtype, str(model.device))
+        try:
+            yield Model(folder, model.dtype, str(model.device))
+        except InputError as err:  # the fault is the checkpoint's
+            raise InputError(str(err).replace(str(folder), str(model.checkpoint.path))) from None
         (folder / RECORD).write_bytes(hodgecover.record_bytes(model.checkpoint, entry))
 
 
@@ -130,11 +149,11 @@ def scratch(folder: Path) -> Callable[..., torch.Tensor]:
     return empty
 
 
-def clear(cache: Path, key: dict[str, str], entries: Iterable[str]) -> None:
-    """Remove these entries, what a killed run left of them, and the folder if it is empty then."""
-    for entry in entries:
-        file = hodgecover.cache_file(cache, entry, key)
-        for path in (file, *cache.glob(f".{file.name}.*")):
+def clear(cache: Path, patterns: Iterable[str]) -> None:
+    """Remove the files of these names from a folder, what a killed run left of them, and the folder if it is empty
+    then."""
+    for pattern in patterns:
+        for path in (*cache.glob(pattern), *cache.glob(f".{pattern}.*")):
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it is not empty
         cache.rmdir()
@@ -142,7 +161,9 @@ def clear(cache: Path, key: dict[str, str], entries: Iterable[str]) -> None:
 
 def import_pyplot(path: Path):
     """Return matplotlib's pyplot, without a display, to draw a picture in a file of that name. Raises InputError if it
-    is not installed, or does not know the format of the name's ending."""
+    is not installed or does not know the format of the name's ending, and if the file's folder does not exist."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: its folder does not exist; make it or name another")
     try:
         import matplotlib
     except ImportError:

@@ -12,18 +12,21 @@ End to end (the default): the loss is KL(source || CKPT) over the whole vocabula
 layer, before the training, and its last stream is kept. The weights, their gradients and two moments of Adam are in
 memory, some 32 bytes a trained parameter: the command says beforehand what it needs, and refuses if that is not free.
 
---layerwise: one layer after the other, in memory alone. Its loss is |y - y_source|^2 / |y_source|^2, a mean over
-tokens: y is the residual stream after the layer at the compressed model's own inputs, the layers before it trained,
-y_source the source's. A layer whose loss is not lower at the end keeps its weights.
+--layerwise: one layer after the other, with no other in memory. Its loss is |y - y_source|^2 / |y_source|^2, a mean
+over tokens: y is the residual stream after the layer at the compressed model's own inputs, the layers before it
+trained, y_source the source's. A layer whose loss is not lower at the end keeps its weights. The final norm is not
+trained.
 
 Adam with betas 0.9 and 0.95, warm-up over a tenth of the steps, then a cosine to 0; the gradient is clipped to norm 1.
 --lr is in units of each matrix's root mean square (ours; Adafactor's scaling, arXiv 1804.04235), so that one number
 suits models of any scale. A step takes 8 sequences. Weights are trained in float32 and stored in CKPT's own types.
 
 --train names the parts that are trained: experts (routed, shared and dense feed-forward), router, norms, attention.
-The embedding, the head and a multi-token head stay as they are. Each line of progress says how the load of the routed
-experts lies: how much the busiest of a layer takes, of an even share, and how many take nothing. A killed run continues
-from its last saved step, which lies in OUT-distil until the output is whole.
+The embedding, the head and a multi-token head stay as they are. Each line of progress says how evenly tokens are
+routed: the load of the busiest expert of any layer, as a multiple of an even share, and how many of a layer are idle.
+
+A killed run continues from its last saved step, a minute old at most, or more if saving takes long. Steps lie in
+OUT-distil until the output is whole. --memory bounds the graph of a step; another value is another run.
 
     n experts of a layer    d hidden size    V vocabulary    B sequences of L tokens, T = B L
     h (B, L, d) stream before a layer    y (T, d) after it
@@ -34,7 +37,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -60,6 +63,7 @@ SMALLEST = 1e-3  # a matrix's root mean square for --lr, at least
 PIECE = 4096  # tokens that are compared at a time
 STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
 CACHE_VERSION = "1"
+SETTINGS = ("epochs", "lr", "kl_weight", "train", "layerwise", "seed", "memory")
 PARTS = {"norms": r"norm(_\w+)?\.weight$", "router": r"mlp\.(gate|shared_expert_gate)\.weight$", "experts": r"mlp\.",
          "attention": r"(self_attn|linear_attn)\."}  # the first that fits a weight's name
 
@@ -180,28 +184,39 @@ def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int
     groups = [{"params": [weight], "unit": weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item()}
               for weight in weights.values()]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
-    done, saved = restore(weights, optimizer, plan, name), time.monotonic()
+    done, due = restore(weights, optimizer, plan, name), time.monotonic() + SAVE_SECONDS
     for step, which in enumerate(steps[done:], done):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * group["unit"] * schedule(step, len(steps))
         optimizer.zero_grad()
         loss = add_gradient(loss_of, which, at_once, len(which) * length)
-        torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
+        if not math.isfinite(loss) or not norm.isfinite():
+            raise InputError(f"step {step + 1} of {len(steps)}: the loss or its gradient is not finite: NaN or "
+                             "infinity in the weights, or a learning rate that is too high")
         optimizer.step()
         for weight, mask in masks:
             weight.detach().mul_(mask)
         last = step + 1 == len(steps)
-        if plan.cache and (last or time.monotonic() - saved >= SAVE_SECONDS):
+        if plan.cache and (last or time.monotonic() >= due):
+            started = time.monotonic()
             save(weights, optimizer, step + 1, plan, name, last)
-            saved = time.monotonic()
+            due = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - started))
         report(step + 1, len(steps), loss)
     optimizer.zero_grad()
 
 
 def zeros_to_keep(weights: Weights) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return (weight, where it is not 0) of the experts' matrices of which more than 1% are 0."""
-    return [(weight, weight.detach() != 0) for name, weight in weights.items()
-            if part_of(name) == "experts" and (weight == 0).sum() > SPARSE * weight.numel()]
+    """Return (weight, where it may move) of the experts' matrices, alone or stacked, for those of which more than 1%
+    are 0: not there."""
+    found = []
+    for name, weight in weights.items():
+        if part_of(name) == "experts":
+            zero = weight.detach() == 0
+            pruned = zero.flatten(-2).double().mean(-1) > SPARSE
+            if pruned.any():
+                found.append((weight, ~(zero & pruned[..., None, None])))
+    return found
 
 
 def save(weights: Weights, optimizer: torch.optim.Adam, step: int, plan: Plan, name: str, last: bool) -> None:
@@ -250,6 +265,11 @@ def graph_bytes(cfg: Config, layers: int, length: int) -> int:
     layer = 16 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + cfg.top_k * (2 * cfg.hidden_size
                                                                                    + 5 * cfg.expert_width)
     return 4 * length * (layers * layer + 8 * cfg.vocab_size * (layers > 1))
+
+
+def graph_sequences(cfg: Config, layers: int, length: int, memory: int) -> int:
+    """Return how many sequences of a step to put into one graph of `memory` bytes, at least one."""
+    return min(BATCH, max(1, memory // graph_bytes(cfg, layers, length)))
 
 
 def add_load(counts: dict[str, torch.Tensor], name: str, gates: torch.Tensor | None) -> None:
@@ -309,7 +329,7 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
         weight = student.weights[norm]["norm.weight"].to(student.dtypes[norm]["norm.weight"])
         hidden = model_io.rms_norm(h, weight, cfg.rms_norm_eps)
         return readout_loss(hidden, source_norm(target[which]), ids[which].to(output.device), head, kl_weight)
-    at_once = max(1, plan.memory // graph_bytes(cfg, cfg.num_layers, length))
+    at_once = graph_sequences(cfg, cfg.num_layers, length, plan.memory)
 
     def report(done: int, steps: int, loss: float) -> None:
         line = ""
@@ -368,17 +388,23 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
         of_source.layer.unload()
         target, first = of_source.y, count * ids.shape[1]
         before = after = stream_errors(step.y, target, first)
+        final, start = step, {}
         if before[0] > 0:
             start = distil_layer(step, target, count, output, plan, lambda share: say((index + share) / layers))
-            step.y.copy_(output.rerun(step, empty).y)
-            after = stream_errors(step.y, target, first)
-        if after[0] > before[0]:
+        if start:
+            final = output.rerun(step, empty)
+            after = stream_errors(final.y, target, first)
+        if start and not after[0] < before[0]:
+            hodgecover.log.warning("%s: its stream error would be %.5f, not lower; it keeps its weights; a lower --lr "
+                                   "may help", step.name, after[0])
             output.store(step.name, start)
-            step.y.copy_(output.rerun(step, empty).y)
+            final = output.rerun(step, empty)
             after = before
-        found = Trained(step.name, before[0], after[0], before[1], after[1])
+        step.y.copy_(final.y)
         counts: dict[str, torch.Tensor] = {}
-        add_load(counts, step.name, step.gates)
+        add_load(counts, step.name, None if final.gates is None else final.gates[:first])
+        found = Trained(step.name, before[0], after[0], before[1], after[1])
+        del final
         say((index + 1) / layers, f"{found.line()}, {load_line(counts)}")
         yield found
 
@@ -386,7 +412,7 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
 def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Model, plan: Plan, say: Callable
                  ) -> Weights:
     """Train one layer to the stream (T, d) after the source's, on the first `count` sequences, and write it into the
-    output's files. Returns the weights that it had."""
+    output's files. Returns the weights that it had, of those that are trained."""
     cfg, length = output.config, step.h.shape[1]
     target = target.view_as(step.h)
     step.layer.unload()
@@ -397,10 +423,11 @@ def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Mode
     def loss_of(which: torch.Tensor) -> torch.Tensor:
         y = model_io.run_layer(step.h[which], student.layer(step.name), cfg)[2]
         return stream_error(y, target[which].flatten(0, 1))
-    at_once = max(1, plan.memory // graph_bytes(cfg, 1, length))
-    train(trained, loss_of, count, length, at_once, plan, f"distil-{step.name}",
-          lambda done, steps, loss: say(done / steps))
-    student.store(output)
+    at_once = graph_sequences(cfg, 1, length, plan.memory)
+    if trained:
+        train(trained, loss_of, count, length, at_once, plan, f"distil-{step.name}",
+              lambda done, steps, loss: say(done / steps))
+        student.store(output)
     return start
 
 
@@ -430,45 +457,50 @@ def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int
     ids = hodgecover.sample_ids(source, read, args.tokens, args.seq_len, args.seed)
     if not args.eval:
         return ids, 0
-    held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
+    try:
+        held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
+    except InputError as err:
+        raise InputError(f"eval: {err}") from None
     held_out = evaluate.evenly_spaced(held_out, max(1, EVAL_TOKENS // args.seq_len))
     return torch.cat((ids, held_out)), len(held_out)
 
 
-def needed_bytes(output: Model, layers: list[str], parts: list[str], length: int) -> int:
-    """Return the bytes of weights, gradients, two moments, a copy and what is being saved, and of the graph of one
-    sequence, for training these layers at once."""
-    cfg, wide = output.config, model_io.widened(output.dtype).itemsize
-    total = graph_bytes(cfg, len({*layers} & {*output.layer_names}), length)
-    for name, info in output.checkpoint.tensors.items():
-        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        if layer:
-            trained = part_of(name.removeprefix(f"{layer}.")) in parts
+def weight_bytes(model: Model, prefixes: Sequence[str], parts: Sequence[str]) -> int:
+    """Return the bytes of the weights with these prefixes while some PARTS of theirs are trained: weights, gradients,
+    two moments, a copy, and what is being saved."""
+    total, wide = 0, model_io.widened(model.dtype).itemsize
+    for name, info in model.checkpoint.tensors.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), None)
+        if prefix:
+            trained = part_of(name.removeprefix(f"{prefix}.")) in parts
             total += math.prod(info.shape) * wide * (8 if trained else 1)
     return total
 
 
-def check_memory(model: Model, args: argparse.Namespace) -> None:
-    """Say what the training needs. Raises InputError if that is not free."""
-    layers, norm = model.layer_names[:model.config.num_layers], model.prefix.removesuffix(".")
+def check_memory(model: Model, args: argparse.Namespace, tokens: int) -> None:
+    """Say what the training of so many tokens needs. Raises InputError if that is not free."""
+    cfg, norm = model.config, model.prefix.removesuffix(".")
+    layers = model.layer_names[:cfg.num_layers]
     if args.layerwise:
-        needed = max(needed_bytes(model, [layer], args.train, args.seq_len) for layer in layers)
-        what, help = "a layer's", "train fewer parts"
+        at_once, weights = 1, max(weight_bytes(model, [layer], args.train) for layer in layers)
+        what, advice = "a layer", "train fewer parts"
     else:
-        layers += [f"{norm}.norm", f"{norm}.embed_tokens", "lm_head"]
-        needed = needed_bytes(model, layers, args.train, args.seq_len)
-        what, help = "end to end: all layers'", "give --layerwise"
+        others = [f"{norm}.norm", f"{norm}.embed_tokens", "lm_head"]
+        at_once, weights = len(layers), weight_bytes(model, layers + others, args.train)
+        what, advice = "end to end: all layers", "give --layerwise"
+    sequences = graph_sequences(cfg, at_once, args.seq_len, args.memory)
+    streams = min(args.memory, activation_bytes(model, tokens))  # the rest lies on disk
+    needed = weights + sequences * graph_bytes(cfg, at_once, args.seq_len) + streams
     free = hodgecover.available_memory(model.device)
-    what += " weights, gradients, moments and copies"
     if needed > free:
-        raise InputError(f"{model.checkpoint.path}: {what} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-                         f"{help}")
-    print(f"{what} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
+        raise InputError(f"{model.checkpoint.path}: {what} in training would take {needed / 1e9:.2f} GB, "
+                         f"{free / 1e9:.2f} GB are free; {advice}")
+    print(f"{what} in training: {needed / 1e9:.2f} GB of memory", flush=True)
 
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = common.command_line(__file__, __doc__, text=TOKENS, source=True)
+    parser = common.command_line(__file__, __doc__, text=TOKENS, source=True, use="training")
     parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
     parser.add_argument("--lr", metavar="RATE", type=float, default=LR, help="peak learning rate, in units of each "
                         "matrix's root mean square [%(default)s]")
@@ -477,15 +509,17 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[*PARTS], help="of "
                         f"{', '.join(PARTS)} [all]")
     parser.add_argument("--layerwise", action="store_true", help="one layer after the other, in memory alone")
-    parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on which the training is watched")
+    parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on 8,192 tokens of which the "
+                        "training is watched")
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError for an option out of range, and for one that the mode does not use."""
+    """Raise InputError for an option out of range, and for one that the mode does not use. Sorts the parts."""
     hodgecover.check_range("epochs", args.epochs, 1, 10**6)
     hodgecover.check_range("lr", args.lr, 0, 1)
     hodgecover.check_range("kl_weight", args.kl_weight, 0, 1)
+    args.train = [part for part in PARTS if part in args.train]
     if args.layerwise and args.kl_weight != 1:
         raise InputError(f"kl_weight {args.kl_weight}: does not go with --layerwise, which has another loss")
 
@@ -497,7 +531,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.refuse_fold(source)
     common.check_source(model, source)
     out = args.out.absolute()
-    cache = out.with_name(f"{out.name}-distil")
+    cache = common.folder_beside(out, "distil")
     hodgecover.check_out(model, out, cache)
     hodgecover.refuse_inside(source, out, "out")
     ids, held_out = read_ids(source, args)
@@ -506,7 +540,7 @@ def run(args: argparse.Namespace) -> None:
     text = hodgecover.describe_text(ids[:len(ids) - held_out], args.calib)
     entry = common.entry("distil.py", settings | text, source=source, checkpoint=model)
     key = distil_key(source, model, ids, settings)
-    check_memory(model, args)
+    check_memory(model, args, ids.numel())
     if len(model.layer_names) > model.config.num_layers:
         print("the multi-token head stays as it is")
 
@@ -523,11 +557,8 @@ def run(args: argparse.Namespace) -> None:
         bar(None)
         if held_out:
             entry["held_out"] = compare(source, model, output, ids[len(ids) - held_out:])
-    common.clear(cache, key, ["distil", *(f"distil-{name}" for name in model.layer_names)])
+    common.clear(cache, ["distil-*"])
     print(f"output: {args.out}")
-
-
-SETTINGS = ("epochs", "lr", "kl_weight", "train", "layerwise", "seed", "memory")
 
 
 def tell(bar: Callable[[float | None], None], share: float, line: str = "") -> None:

@@ -157,10 +157,10 @@ def run(args: argparse.Namespace) -> None:
     source = samples[0].source
     text = reproduce.held_out(source, args.tokens)
     reproduce.show_source(source, text, "held-out tokens")
-    found = [reproduce.show_table(table, samples, text) for table in chosen]
-    show_parameters(found[0], source, list(chosen[0].columns))
+    plain, again = (reproduce.show_table(table, samples, text) for table in chosen)
+    show_parameters(plain, source, list(chosen[0].columns))
     if args.picture:
-        common.write_picture(draw(pyplot, *found, source, source.perplexity(text)), args.picture, dpi=110)
+        common.write_picture(draw(pyplot, plain, again, source, source.perplexity(text)), args.picture, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,9 +14,9 @@ camera     |w_j|^2 sum[(gate h_j)^2] over these tokens: no gradient (CAMERA-P wi
 magnitude  |gate_j| |up_j| |w_j|: no text
 random     nothing, by --seed: no text
 
-The gradients are exact, with one layer in memory: a pass forward keeps each layer's input, on disk if they need more
-than --memory; a pass back reads each layer again, runs it on its input and takes dL/dh from dL/dy. A killed run
-continues from the layers that the pass back has done, which lie in OUT-heapr until the output is whole.
+The gradients are the whole model's, with one layer in memory: a pass forward keeps each layer's input, on disk if they
+need more than --memory; a pass back reads each layer again, runs it on its input and takes dL/dh from dL/dy. A killed
+run continues from the layers that the pass back has done, which lie in OUT-heapr until the output is whole.
 
 Ours: equally many units of every expert stay, in their old order, since a configuration has one width; the papers rank
 all units of a model or a layer together, which gives each expert a width of its own that no stock loader takes. An
@@ -344,7 +344,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     model = common.open_model(args.checkpoint, args)
     width, before = choose_width(model, args.rate, args.width), model.config.expert_width
-    cache = args.out.absolute().with_name(f"{args.out.absolute().name}-heapr") if args.score == "heapr" else None
+    cache = common.folder_beside(args.out, "heapr") if args.score == "heapr" else None
     hodgecover.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
                 "dtype": str(model.dtype).removeprefix("torch.")}
@@ -366,7 +366,7 @@ def run(args: argparse.Namespace) -> None:
         bar(None)
         export(model, {name: best_units(score, width) for name, score in scores.items()}, folder, files)
     if cache:
-        common.clear(cache, heapr_key(model, ids), [f"heapr-{name}" for name in model.layer_names])
+        common.clear(cache, ["heapr-*"])
     print(f"hidden units of each expert: {before} -> {width}, by {args.score}")
     common.show_output(model, args.out)
 

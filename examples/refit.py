@@ -329,7 +329,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.refuse_fold(source)
     common.check_source(model, source)
     out = args.out.absolute()
-    cache = args.cache or out.with_name(f"{out.name}-refit")
+    cache = args.cache or common.folder_beside(out, "refit")
     hodgecover.check_out(model, out, cache)
     hodgecover.refuse_inside(source, out, "out")
     hodgecover.refuse_inside(model, cache, "cache")
@@ -352,7 +352,7 @@ def run(args: argparse.Namespace) -> None:
             bar(None)
             print(f"{layer.name}: output error {layer.before:.4f} -> {layer.after:.4f}", flush=True)
             entry["output_error"].append(layer)
-    common.clear(cache, key, [f"refit-{name}" for name in model.layer_names])
+    common.clear(cache, [hodgecover.cache_file(cache, f"refit-{name}", key).name for name in model.layer_names])
     print(f"output: {args.out}")
 
 

@@ -300,7 +300,7 @@ def test_barriers_of_other_settings_are_not_used_and_not_lost(small, monkeypatch
     cache = small.parent / "small-barriers"
     mine = next(cache.iterdir())
     assert compress(small, "--layers", 1, *other) == 0
-    assert f"{mine}: made with other {says}; measuring again" in capsys.readouterr().err
+    assert f"{mine}: made with other {says}; doing it again" in capsys.readouterr().err
     assert layers_in(cache) == ["1", "1"]
     monkeypatch.setattr(hodgecover, "measure_layer", refuse)
     for options in ([], other):
@@ -322,7 +322,7 @@ def test_barriers_of_other_weights_are_not_used(small, capsys):
     save_file(tensors, file, metadata={"format": "pt"})
     os.utime(file, ns=(modified.st_atime_ns, modified.st_mtime_ns))
     assert compress(small, "--layers", 1) == 0
-    assert "made with other weights; measuring again" in capsys.readouterr().err
+    assert "made with other weights; doing it again" in capsys.readouterr().err
 
 
 def damaged(content: bytes) -> list[bytes]:
@@ -344,7 +344,7 @@ def test_a_damaged_file_is_measured_again(small, capsys, caplog):
         file.write_bytes(content)
         caplog.clear()
         assert hodgecover.read_entry(cache, "model.layers.0", key, fields) is None
-        assert str(file) in caplog.text and "measuring again" in caplog.text
+        assert str(file) in caplog.text and "doing it again" in caplog.text
     shutil.rmtree(small.parent / "out")
     capsys.readouterr()
     assert compress(small) == 0

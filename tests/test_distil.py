@@ -14,6 +14,7 @@ import heapr
 import hodgecover
 import model_io
 import pytest
+import refit
 import torch
 import wanda
 from conftest import GOLDEN, PROSE, assert_refused, contents, record, refuse, run, with_tokenizer
@@ -302,6 +303,65 @@ def test_pruned_weights_stay_pruned(mode, half, tmp_path):
     assert not any(torch.equal(old[name], new[name]) for name in experts)
 
 
+def test_zeros_are_kept_by_matrix():
+    """Of a stack, those of a matrix of which more than 1% are 0; none of a bias, nor of other parts."""
+    stack = torch.ones(3, 10, 20)
+    stack[0, 0, :3] = stack[1, 0, 0] = 0
+    plain = stack[0].clone()
+    weights = {"mlp.experts.up": stack, "mlp.up_proj.weight": plain, "mlp.shared_expert.up_proj.weight": stack[2],
+               "self_attn.q_proj.weight": plain}
+    (one, kept), (two, alone) = distil.zeros_to_keep(weights)
+    assert one is stack and two is plain and torch.equal(alone, plain != 0)
+    assert torch.equal(kept[0], stack[0] != 0) and kept[1:].all()
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_a_layer_without_the_part_is_left_alone(mode, tmp_path):
+    """A dense layer has no router."""
+    source = with_tokenizer(named("qwen2-dense-between"), tmp_path / "source")
+    (tmp_path / "text.txt").write_text(PROSE)
+    options = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(baselines, source, "--keep", 4, "--method", "reap", "--out", tmp_path / "few", *options) == 0
+    assert run(distil, source, tmp_path / "few", "--out", tmp_path / "out", "--train", "router", *options, *mode) == 0
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_a_loss_that_is_not_finite_ends_it_and_is_not_saved(mode, half, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distil, "SAVE_SECONDS", 0)
+    real, losses = distil.add_gradient, iter([1.0, float("nan")])
+    monkeypatch.setattr(distil, "add_gradient", lambda *given: real(*given) * next(losses))
+    capsys.readouterr()
+    assert run(distil, *half, "--out", tmp_path / "out", "--epochs", 3, *mode) == 2
+    assert "step 2 of 3: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and len([*(tmp_path / "out-distil").iterdir()]) == 1
+    monkeypatch.setattr(distil, "add_gradient", real)
+    assert run(distil, *half, "--out", tmp_path / "out", "--epochs", 2, *mode) == 0  # another run
+    assert not (tmp_path / "out-distil").exists()  # the other's steps go, too
+
+
+def test_weights_that_are_not_finite_are_the_checkpoint_s_fault(half, tmp_path, capsys):
+    model = Model(half[1])
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    model.checkpoint.overwrite(name, model.checkpoint.load(name) * torch.nan)
+    for mode, says in (([], "step 1 of 1: the loss"), (["--layerwise"], f"{half[1]}: model.layers.1 gives values")):
+        capsys.readouterr()
+        assert run(distil, *half, "--out", tmp_path / "out", *mode) == 2
+        assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_load_is_that_of_the_trained_layer_on_the_text(half, tmp_path, capsys):
+    capsys.readouterr()
+    assert run(distil, *half, "--out", tmp_path / "out", "--layerwise", "--train", "router", "--lr", 0.3, "--epochs", 4,
+               "--eval", tmp_path / "held-out.txt") == 0
+    said = [line.split("load: ")[1] for line in capsys.readouterr().out.splitlines() if "load: " in line]
+    ids = hodgecover.sample_ids(Model(half[0]), lambda: [PROSE], 128, 16, 0)
+    for line, step, before in zip(said, Model(tmp_path / "out").stream(ids), Model(half[1]).stream(ids), strict=True):
+        counts = {}
+        distil.add_load(counts, step.name, step.gates)
+        assert f"load: {line}" == distil.load_line(counts)
+        assert not torch.equal(step.gates > 0, before.gates > 0)
+
+
 def test_after_narrowing_and_twice(half, tmp_path):
     """Commands compose; the history goes on."""
     source, ckpt, *options = half
@@ -405,16 +465,20 @@ def test_what_does_not_fit_is_refused_before_the_work(mode, says, half, tmp_path
 
 
 def test_what_it_needs_is_counted(half):
-    """Weights, gradients, two moments, a copy and three saved: 32 bytes a trained parameter, 4 of each other; and the
-    graph."""
+    """Weights, gradients, two moments, a copy and three saved: 32 bytes a trained parameter, 4 of each other."""
     model = Model(half[1])
     size = {name: torch.Size(info.shape).numel() for name, info in model.checkpoint.tensors.items()}
-    graph = distil.graph_bytes(model.config, 1, 16)
     layer = model.layer_names[1]
     own = {name: count for name, count in size.items() if name.startswith(f"{layer}.")}
     router = own[f"{layer}.mlp.gate.weight"]
-    assert distil.needed_bytes(model, [layer], [*distil.PARTS], 16) == graph + 32 * sum(own.values())
-    assert distil.needed_bytes(model, [layer], ["router"], 16) == graph + 4 * sum(own.values()) + 28 * router
+    assert distil.weight_bytes(model, [layer], [*distil.PARTS]) == 32 * sum(own.values())
+    assert distil.weight_bytes(model, [layer], ["router"]) == 4 * sum(own.values()) + 28 * router
+
+
+@pytest.mark.parametrize("memory, sequences", [(0, 1), (3.5, 3), (99, 8)])
+def test_a_graph_has_what_fits_of_a_step(memory, sequences):
+    cfg = Model(named("olmoe-plain")).config
+    assert distil.graph_sequences(cfg, 2, 16, memory * distil.graph_bytes(cfg, 2, 16)) == sequences
 
 
 @pytest.mark.parametrize("options, says", [
@@ -423,15 +487,33 @@ def test_what_it_needs_is_counted(half):
     (["--layerwise", "--kl-weight", 0.5], "--kl-weight 0.5: does not go with --layerwise"),
     (["--tokens", 1], "--tokens 1: must be"), (["--seed", -1], "--seed -1: must be"),
     (["--eval", "nowhere"], "nowhere: cannot be read"), (["--out", "SOURCE/out"], "lies in the checkpoint"),
-    (["--out", "CKPT"], "lies in the checkpoint"),
+    (["--out", "CKPT"], "lies in the checkpoint"), (["--out", "/"], "--out /: / is no folder that what is done"),
+    (["--eval", "short.txt"], "--eval: the text has 4 tokens"),
 ])
 def test_bad_input_gets_one_line_before_the_work(half, tmp_path, capsys, monkeypatch, options, says):
     monkeypatch.setattr(Model, "layer", refuse)
     capsys.readouterr()
-    options = [str(option).replace("SOURCE", str(half[0])).replace("CKPT", str(half[1])) for option in options]
+    (tmp_path / "short.txt").write_text("abc")
+    paths = {"SOURCE": half[0], "CKPT": half[1], "short.txt": tmp_path / "short.txt"}
+    options = [str(option) for option in options]
+    for name, path in paths.items():
+        options = [option.replace(name, str(path)) for option in options]
     before = contents(tmp_path)
     assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out", *options), says)
     assert contents(tmp_path) == before
+
+
+def test_a_file_in_the_place_of_the_steps_is_refused(half, tmp_path, capsys):
+    (tmp_path / "out-distil").write_text("mine")
+    capsys.readouterr()
+    assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out"), "out-distil is no folder that what is done")
+
+
+@pytest.mark.parametrize("command, options", [(distil, []), (refit, [])])
+def test_a_source_that_is_smaller_is_refused(command, options, half, tmp_path, capsys):
+    capsys.readouterr()
+    swapped = [half[1], half[0], *half[2:]]
+    assert_refused(capsys, run(command, *swapped, "--out", tmp_path / "out"), "has more or wider experts than")
 
 
 def test_another_model_is_refused(half, tmp_path, capsys):
