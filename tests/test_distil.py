@@ -284,6 +284,15 @@ def test_every_family(family, tmp_path, mode, capsys):
 
 
 @pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
+def test_to_watch_held_out_text_changes_no_weight(mode, half, tmp_path):
+    assert run(distil, *half, "--out", tmp_path / "plain", "--epochs", 2, *mode) == 0
+    assert run(distil, *half, "--out", tmp_path / "watched", "--epochs", 2, "--eval", tmp_path / "held-out.txt",
+               *mode) == 0
+    plain, watched = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "watched"))
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+@pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
 @pytest.mark.parametrize("parts", [["router"], ["experts"], ["norms", "attention"]])
 def test_only_the_named_parts_are_trained(parts, mode, half, tmp_path):
     assert run(distil, *half, "--out", tmp_path / "out", "--train", *parts, *mode) == 0
@@ -350,6 +359,7 @@ def test_weights_that_are_not_finite_are_the_checkpoint_s_fault(half, tmp_path, 
 
 
 def test_the_load_is_that_of_the_trained_layer_on_the_text(half, tmp_path, capsys):
+    (tmp_path / "held-out.txt").write_text("z" * 4000)  # routed to few experts, and not counted
     capsys.readouterr()
     assert run(distil, *half, "--out", tmp_path / "out", "--layerwise", "--train", "router", "--lr", 0.3, "--epochs", 4,
                "--eval", tmp_path / "held-out.txt") == 0
@@ -514,6 +524,12 @@ def test_a_source_that_is_smaller_is_refused(command, options, half, tmp_path, c
     capsys.readouterr()
     swapped = [half[1], half[0], *half[2:]]
     assert_refused(capsys, run(command, *swapped, "--out", tmp_path / "out"), "has more or wider experts than")
+
+
+def test_a_source_with_a_fold_is_refused(half, tmp_path, capsys):
+    (half[0] / "hodgecover-fold.st").write_bytes(b"")
+    capsys.readouterr()
+    assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out"), "router fold")
 
 
 def test_another_model_is_refused(half, tmp_path, capsys):
