@@ -1141,12 +1141,13 @@ Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as st
 
 class Copy(NamedTuple):
     """A tensor of the output: its name in the source, its source, the rows of the first dimension to keep in their new
-    order ([None]: the whole tensor), and its shape in the output if an edit changes it."""
+    order ([None]: the whole tensor), its shape in the output if an edit changes it, and the edit."""
 
     name: str
     source: TensorInfo
     rows: list[int] | list[None] = [None]
     edited_shape: list[int] | None = None
+    edit: Edit | None = None
 
     def shape(self) -> list[int]:
         """Return the shape in the output."""
@@ -1160,11 +1161,11 @@ class Copy(NamedTuple):
             return math.prod(self.edited_shape) * DTYPES[self.source.dtype].itemsize
         return sum(end - start for start, end in map(self.source.range, self.rows))
 
-    def read(self, checkpoint: Checkpoint, edit: Edit | None) -> Iterator[bytes | memoryview]:
-        """Yield the bytes of the output, straight from the source's file or through an edit."""
-        if edit is not None:
+    def read(self, checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of the output, straight from the source's file or through the edit."""
+        if self.edit is not None:
             for row in self.rows:
-                yield as_bytes(edit(checkpoint.load(self.name, row), row or 0), DTYPES[self.source.dtype])
+                yield as_bytes(self.edit(checkpoint.load(self.name, row), row or 0), DTYPES[self.source.dtype])
             return
         with open(checkpoint.path / self.source.file, "rb") as file:
             for start, end in map(self.source.range, self.rows):
@@ -1211,9 +1212,8 @@ def with_text_keys(config: dict, changes: dict[str, int]) -> dict:
     return config | changes
 
 
-def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, str], checkpoint: Checkpoint,
-                      edits: dict[str, Edit] = {}) -> None:
-    """Write a safetensors file of tensors copied from a checkpoint, through their edit (by their name there) if any."""
+def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Write a safetensors file of tensors copied from a checkpoint, by their new names."""
     header = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name, copy in tensors.items():
@@ -1225,7 +1225,7 @@ def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, 
     with open(path, "wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for copy in tensors.values():
-            out.writelines(copy.read(checkpoint, edits.get(copy.name)))
+            out.writelines(copy.read(checkpoint))
 
 
 def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes],
@@ -1244,26 +1244,36 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
     notice : text put at the head of the model card (README.md), after its front matter
     shapes : name of a tensor in the source -> its shape in the output, if its edit changes that
 
-    Raises InputError if the layers do not keep the same number of experts, or `out` cannot become a new folder.
+    Raises InputError if the layers do not keep the same number of experts, and as `write_tensors` does.
     """
     counts = {len(kept) for kept in survivors.values()}
     if len(counts) > 1:
         raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
-    kept = {name: copy._replace(edited_shape=shapes.get(copy.name))
+    kept = {name: copy._replace(edited_shape=shapes.get(copy.name), edit=edits.get(copy.name))
             for name, copy in surviving_tensors(checkpoint, survivors).items()}
+    if counts:
+        config = with_num_experts(checkpoint.raw_config, counts.pop())
+        files = {"config.json": (json.dumps(config, indent=2) + "\n").encode()} | files
+    write_tensors(checkpoint, out, kept, files, notice)
+
+
+def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Copy], files: dict[str, bytes], notice: str = ""
+                  ) -> None:
+    """Write tensors that are made from a checkpoint's, by their new names, each to the shard of its source, to the
+    folder `out`, which appears whole or not at all; files and notice as in `write_checkpoint`.
+
+    Raises InputError if `out` cannot become a new folder.
+    """
     with new_folder(out) as staging:
         for file, metadata in checkpoint.metadata.items():
             shard = {name: copy for name, copy in kept.items() if copy.source.file == file}
-            write_safetensors(staging / file, shard, metadata, checkpoint, edits)
+            write_safetensors(staging / file, shard, metadata, checkpoint)
         if checkpoint.sharded:
             index = read_json(checkpoint.path / INDEX)
             size = sum(copy.nbytes() for copy in kept.values())
             index["metadata"] = (index.get("metadata") or {}) | {"total_size": size}
             index["weight_map"] = {name: copy.source.file for name, copy in sorted(kept.items())}
             (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        if counts:
-            config = with_num_experts(checkpoint.raw_config, counts.pop())
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, content in files.items():
             (staging / name).write_bytes(content)
         copy_small_files(checkpoint.path, staging, notice)
