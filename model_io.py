@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sparse Mixture-of-Experts checkpoints: run, read, check and rewrite them one layer at a time.
+"""Sparse Mixture-of-Experts checkpoints, and dense ones: run, read, check and rewrite them one layer at a time.
 
 A checkpoint is a folder with `config.json`, safetensors weights (one file, or shards with an index) and
 `tokenizer.json`. `Model` runs it and never holds more than one decoder layer, the embedding or the head, and the
@@ -66,7 +66,7 @@ class Config:
     rotary_dim: int
     rope_theta: float
     rms_norm_eps: float
-    num_experts: int
+    num_experts: int  # 0 in a dense family
     expert_width: int
     shared_width: int | None  # of the shared expert
     dense_width: int | None  # of a layer without experts
@@ -324,6 +324,14 @@ def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch
     return out
 
 
+def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the first half of a pre-norm decoder layer on the residual stream h (B, L, d): return the stream after the
+    token mixer and the feed-forward input x, both (T, d)."""
+    h = h + FAMILIES[cfg.model_type].attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
+    h = h.flatten(0, 1)
+    return h, rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+
+
 def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
               ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Run one pre-norm decoder layer on the residual stream h (B, L, d).
@@ -332,9 +340,7 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
     layer y (T, d). A shared expert's output, times its sigmoid gate, is in y.
     """
     w = layer.weights
-    h = h + FAMILIES[cfg.model_type].attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
-    h = h.flatten(0, 1)
-    x = rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+    h, x = run_mixer(h, w, cfg)
     if layer.router is None:
         return x, None, h + mlp(x, w, "mlp")
     gates = route(x, layer, cfg)
@@ -347,7 +353,7 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
 class Family(NamedTuple):
     """What differs between model families: the token mixer (x (B, L, d), weights, cfg) -> (B, L, d), defaults of
     the configuration (partial_rotary_factor None: the whole head rotates), whether norm weights are stored less 1,
-    and whether a sparse layer has a shared expert."""
+    whether a sparse layer has a shared expert, and whether no layer has experts."""
 
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
     rms_norm_eps: float = 1e-6
@@ -355,13 +361,14 @@ class Family(NamedTuple):
     always_renormalised: bool = False
     norms_less_1: bool = False
     shared_expert: bool = False
+    dense: bool = False
 
 
 QWEN3_5 = Family(qwen3_5_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
                  shared_expert=True)
 FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
             "qwen2_moe": Family(qwen2_attention, shared_expert=True),
-            "qwen3_moe": Family(qwen3_attention), "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
+            "qwen3": Family(qwen3_attention, dense=True), "qwen3_moe": Family(qwen3_attention), "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
 
 
 # -------------------------------------------------------------------------------------- the model that streams
@@ -386,7 +393,7 @@ class LayerPass(NamedTuple):
 
 
 class Model:
-    """A sparse MoE language model that streams its weights from a checkpoint folder.
+    """A language model, sparse MoE or dense, that streams its weights from a checkpoint folder.
 
     >>> model = Model("examples/tiny-olmoe")
     >>> model.logits(torch.tensor([[1, 2, 3]])).shape
@@ -856,6 +863,9 @@ def read_config(raw: dict) -> Config:
 
     def optional(key: str, kind: type):
         return None if text.get(key) is None else value_of(text, key, kind)
+
+    def of_experts(key: str) -> int:
+        return 0 if family.dense else value_of(text, key, int)
     num_heads = value_of(text, "num_attention_heads", int)
     head_dim = value_of(text, "head_dim", int, value_of(text, "hidden_size", int) // num_heads)
     rotary_dim = head_dim
@@ -875,11 +885,11 @@ def read_config(raw: dict) -> Config:
         rotary_dim=rotary_dim,
         rope_theta=value_of(text | rope, "rope_theta", float, 10000.0),
         rms_norm_eps=value_of(text, "rms_norm_eps", float, family.rms_norm_eps),
-        num_experts=value_of(text, expert_count_keys(text)[0], int),
-        expert_width=value_of(text, expert_width_key(raw), int),
+        num_experts=of_experts(expert_count_keys(text)[0]),
+        expert_width=of_experts(expert_width_key(raw)),
         shared_width=optional("shared_expert_intermediate_size", int),
         dense_width=optional("intermediate_size", int),
-        top_k=value_of(text, "num_experts_per_tok", int),
+        top_k=of_experts("num_experts_per_tok"),
         norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, False),
         tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False),
         eos_token_id=eos,

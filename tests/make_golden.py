@@ -28,6 +28,7 @@ SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_h
 OLMOE = SMALL | dict(intermediate_size=16, num_experts=8, num_experts_per_tok=3)
 QWEN2 = OLMOE | dict(intermediate_size=24, moe_intermediate_size=16, shared_expert_intermediate_size=20)
 QWEN3 = OLMOE | dict(intermediate_size=24, moe_intermediate_size=16, head_dim=12, num_key_value_heads=2)
+DENSE = SMALL | dict(intermediate_size=24, head_dim=12, num_key_value_heads=2)
 QWEN3_5 = SMALL | dict(
     num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, shared_expert_intermediate_size=12, head_dim=16,
     num_key_value_heads=2, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4,
@@ -51,6 +52,9 @@ CASES = {
     "qwen3-dense-first": (transformers.Qwen3MoeConfig, QWEN3 | dict(mlp_only_layers=[0], norm_topk_prob=True), {}),
     "qwen3-plain-tied": (transformers.Qwen3MoeConfig, QWEN3 | dict(tie_word_embeddings=True, attention_bias=True),
                          {"max_shard_size": "60KB"}),
+    "dense-qwen3": (transformers.Qwen3Config, DENSE, {"max_shard_size": "40KB"}),
+    "dense-qwen3-tied": (transformers.Qwen3Config, DENSE | dict(
+        tie_word_embeddings=True, attention_bias=True, num_key_value_heads=1), {}),
     "qwen3_5-text": (transformers.Qwen3_5MoeTextConfig, QWEN3_5, {}),
     "qwen3_5-vision-mtp": (transformers.Qwen3_5MoeConfig, dict(
         text_config=QWEN3_5 | dict(mtp_num_hidden_layers=1, layer_types=["linear_attention", "full_attention"] * 2),

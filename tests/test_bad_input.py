@@ -7,11 +7,15 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import baselines
+import estimate
+import heapr
 import hodgecover
 import model_io
 import pytest
 import torch
-from conftest import QUICK, ROOT, assert_refused, contents, record, refuse, run
+import wanda
+from conftest import DENSE, QUICK, ROOT, assert_refused, contents, record, refuse, run
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -292,6 +296,16 @@ def test_a_dense_checkpoint_is_refused(tmp_path, capsys):
     config(num_hidden_layers=1)(path)
     weights(lambda tensors: {name: t for name, t in tensors.items() if ".layers.1." not in name})(path)
     assert_refused(capsys, run(hodgecover, path, "--keep", 3), "no layer has a router over two")
+
+
+@pytest.mark.parametrize("path", DENSE, ids=lambda path: path.name)
+@pytest.mark.parametrize("command, options", [
+    (hodgecover, ["--keep", 3]), (baselines, ["--keep", 3, "--method", "reap", "--out", "out"]),
+    (heapr, ["--width", 8, "--out", "out"]), (wanda, ["--rate", 0.5, "--out", "out"]), (estimate, ["--keep", 3])])
+def test_a_dense_family_has_no_experts(tmp_path, monkeypatch, capsys, path, command, options):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(capsys, run(command, path, *options), f"{path}: no layer has a router over two")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_nested_text_config_is_rewritten_where_it_was_read(tmp_path):

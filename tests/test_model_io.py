@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir())
+SPARSE = [path for path in GOLDEN if not path.name.startswith("dense-")]
 PLAIN = Path(__file__).parent / "golden" / "olmoe-plain"
 SURVIVORS = [5, 0, 3, 6]  # not in order: the output permutes them
 NOTICE = "> Four experts a layer are left."
@@ -377,11 +378,11 @@ def test_padding_truncation_and_special_tokens_of_the_tokenizer_file_are_not_app
 # ----------------------------------------------------------------------------------------------------- writing
 
 
-@pytest.fixture
-def compressed(golden, tmp_path) -> tuple[Path, Path]:
+@pytest.fixture(params=SPARSE, ids=lambda path: path.name)
+def compressed(request, tmp_path) -> tuple[Path, Path]:
     """A golden checkpoint with the small files that published ones have, and its compression to SURVIVORS."""
     source = tmp_path / "source"
-    shutil.copytree(golden, source)
+    shutil.copytree(request.param, source)
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Model\nscore 61.2\n")
