@@ -85,24 +85,40 @@ def show_output(model: Model, out: Path) -> None:
     print(f"output: {out}")
 
 
+SPLIT = {"qwen3": "qwen3_moe"}  # the family that dot_moe.py makes of a dense one
+
+
 def outline(model: Model, count: int) -> dict[str, object]:
-    """What a checkpoint shares with its source, by name, over its first `count` layers."""
+    """What a checkpoint shares with its source, by name, over its first `count` layers; of a dense family, what its
+    sparse one does."""
     cfg = model.config
-    sparse = [index for index in hodgecover.sparse_layers(model) if index < count]
-    return {"family": cfg.model_type, "hidden size": cfg.hidden_size, "vocabulary": cfg.vocab_size,
-            "number of decoder layers": cfg.num_layers, "list of layers with experts": sparse}
+    if cfg.model_type in SPLIT:
+        sparse = list(range(cfg.num_layers))
+    else:
+        sparse = [index for index in hodgecover.sparse_layers(model) if index < count]
+    return {"family": SPLIT.get(cfg.model_type, cfg.model_type), "hidden size": cfg.hidden_size,
+            "vocabulary": cfg.vocab_size, "number of decoder layers": cfg.num_layers,
+            "list of layers with experts": sparse}
 
 
 def check_source(model: Model, source: Model) -> None:
     """Raise InputError unless a checkpoint can have been made from `source`, by whichever tool: the same family, hidden
-    size, vocabulary, and layers with experts, but perhaps without the multi-token head; no more and no wider experts.
+    size, vocabulary, and layers with experts, but perhaps without the multi-token head; no more and no wider experts,
+    or of a dense source, no more neurons in all.
     """
+    hodgecover.sparse_layers(model)
     count = len(model.layer_names)
     wanted = outline(source, count)
     for name, value in outline(model, count).items():
         if value != wanted[name]:
             raise InputError(f"{model.checkpoint.path}: its {name} is {value}; must be {wanted[name]}, as in "
                              f"{source.checkpoint.path}")
+    if source.config.model_type in SPLIT:
+        width = model.config.num_experts * model.config.expert_width
+        if width > source.config.dense_width:
+            raise InputError(f"{model.checkpoint.path}: has {width} neurons in the experts of a layer; "
+                             f"{source.checkpoint.path} has {source.config.dense_width}")
+        return
     sizes = [(each.config.num_experts, each.config.expert_width) for each in (model, source)]
     if any(own > of_source for own, of_source in zip(*sizes)):
         raise InputError(f"{model.checkpoint.path}: has more or wider experts than {source.checkpoint.path}; the "

@@ -48,6 +48,7 @@ import evaluate
 import hodgecover
 import model_io
 import torch
+from hodgecover import Tick, no_tick
 from model_io import Config, Experts, InputError, Layer, LayerPass, Model
 from torch.nn import functional
 
@@ -59,7 +60,7 @@ REPORTS = 10  # lines of progress
 EVAL_TOKENS = 8192  # of held-out text
 SAVE_SECONDS = 60  # between two saved steps
 SPARSE = 0.01  # share of zeros from which an expert's matrix counts as pruned
-SMALLEST = 1e-3  # a matrix's root mean square for --lr, at least
+SMALLEST = 1e-6  # a matrix's root mean square for --lr, at least: a router of dot_moe.py has 1e-4
 PIECE = 4096  # tokens that are compared at a time
 STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
 CACHE_VERSION = "1"
@@ -174,11 +175,12 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int, plan: Plan, name: str,
-          report: Callable[[int, int, float], None]) -> None:
+          report: Callable[[int, int, float], None], begin: Tick = no_tick) -> None:
     """Train weights in place by Adam on `count` sequences of `length`, `at_once` of them in a graph.
 
     `loss_of` gives the summed loss of some sequences. `report` is told the steps done, their number, and the loss of
-    the last. What is saved, under `name` in the plan's cache, is taken up.
+    the last; `begin`, before each step, the share that is done. What is saved, under `name` in the plan's cache, is
+    taken up.
     """
     steps, masks = batches(count, plan), zeros_to_keep(weights)
     groups = [{"params": [weight], "unit": weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item()}
@@ -189,6 +191,7 @@ def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * group["unit"] * schedule(step, len(steps))
         optimizer.zero_grad()
+        begin(step / len(steps))
         loss = add_gradient(loss_of, which, at_once, len(which) * length)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
         if not math.isfinite(loss) or not norm.isfinite():
@@ -262,8 +265,9 @@ def mean_loss(loss_of: Loss, which: torch.Tensor, at_once: int, positions: int) 
 def graph_bytes(cfg: Config, layers: int, length: int) -> int:
     """Return about what the graph of one sequence takes: streams, attention and gated units of each layer and, if they
     are several, the next-token distributions of both models."""
-    layer = 16 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + cfg.top_k * (2 * cfg.hidden_size
-                                                                                   + 5 * cfg.expert_width)
+    d, dense = cfg.hidden_size, cfg.dense_width or 0
+    units = max(cfg.top_k * (2 * d + 5 * cfg.expert_width), 2 * d + 5 * dense)
+    layer = 16 * d + 4 * cfg.num_heads * cfg.head_dim + units
     return 4 * length * (layers * layer + 8 * cfg.vocab_size * (layers > 1))
 
 
@@ -477,20 +481,22 @@ def weight_bytes(model: Model, prefixes: Sequence[str], parts: Sequence[str]) ->
     return total
 
 
-def check_memory(model: Model, args: argparse.Namespace, tokens: int) -> None:
-    """Say what the training of so many tokens needs. Raises InputError if that is not free."""
+def check_memory(model: Model, args: argparse.Namespace, tokens: int, of_layer: int = 0,
+                 advice: str = "train fewer parts") -> None:
+    """Say what the training of so many tokens needs, with `of_layer` more bytes a layer. Raises InputError if that is
+    not free, with advice for what has one layer in memory already."""
     cfg, norm = model.config, model.prefix.removesuffix(".")
     layers = model.layer_names[:cfg.num_layers]
     if args.layerwise:
         at_once, weights = 1, max(weight_bytes(model, [layer], args.train) for layer in layers)
-        what, advice = "a layer", "train fewer parts"
+        what = "a layer"
     else:
         others = [f"{norm}.norm", f"{norm}.embed_tokens", "lm_head"]
         at_once, weights = len(layers), weight_bytes(model, layers + others, args.train)
         what, advice = "end to end: all layers", "give --layerwise"
     sequences = graph_sequences(cfg, at_once, args.seq_len, args.memory)
     streams = min(args.memory, activation_bytes(model, tokens))  # the rest lies on disk
-    needed = weights + sequences * graph_bytes(cfg, at_once, args.seq_len) + streams
+    needed = weights + at_once * of_layer + sequences * graph_bytes(cfg, at_once, args.seq_len) + streams
     free = hodgecover.available_memory(model.device)
     if needed > free:
         raise InputError(f"{model.checkpoint.path}: {what} in training would take {needed / 1e9:.2f} GB, "
