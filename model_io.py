@@ -1092,24 +1092,29 @@ def json_text(line: str, where: str) -> str:
 def python_documentation(part: str) -> tuple[str, ...]:
     """Return English that every Python carries: the language reference in pydoc and the standard library's docstrings.
 
-    A document is one reference topic or one module. A hash of its name puts it into a `part` ("train" 80%,
-    "calibration" 10%, "held-out" 10%) and in its place there, so that neither moves when others come and go.
+    A document is one reference topic or one module; `in_part` says which belong to the `part`.
     """
     from pydoc_data.topics import topics
 
+    sources = {f"topic {name}": text for name, text in topics.items()} | python_modules()
+    texts = (docstrings(source) if isinstance(source, Path) else source for source in in_part(sources, part))
+    return tuple(filter(None, texts))
+
+
+def python_modules() -> dict[str, Path]:
+    """Return the files of the standard library by `module NAME`, without its tests."""
     library = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "_vendor", "__pycache__"}
-    sources: dict[str, str | Path] = {f"topic {name}": text for name, text in topics.items()}
-    for path in library.rglob("*.py"):
-        name = path.relative_to(library)
-        if not skip & set(name.parts):
-            sources[f"module {name.as_posix()}"] = path
-    chosen = {}
-    for name, source in sources.items():
-        place = hashlib.sha256(name.encode()).hexdigest()
-        if part == ("calibration", "held-out", *["train"] * 8)[int(place, 16) % 10]:
-            chosen[place] = docstrings(source) if isinstance(source, Path) else source
-    return tuple(chosen[place] for place in sorted(chosen) if chosen[place])
+    names = {path: path.relative_to(library) for path in library.rglob("*.py")}
+    return {f"module {name.as_posix()}": path for path, name in names.items() if not skip & set(name.parts)}
+
+
+def in_part(documents: dict[str, str | Path], part: str) -> list[str | Path]:
+    """Return the documents of a part ("train" 80%, "calibration" 10%, "held-out" 10%). A hash of a document's name puts
+    it into its part and in its place there, so that neither moves when others come and go."""
+    parts = ("calibration", "held-out", *["train"] * 8)
+    places = {hashlib.sha256(name.encode()).hexdigest(): document for name, document in documents.items()}
+    return [places[place] for place in sorted(places) if parts[int(place, 16) % 10] == part]
 
 
 def docstrings(path: Path) -> str:

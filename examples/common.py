@@ -5,6 +5,7 @@ A command reads one or two checkpoint folders and writes one. It imports this fi
 the functions whose docstrings say what they return.
 """
 import argparse
+import ast
 import contextlib
 import io
 import math
@@ -12,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -51,6 +53,32 @@ def open_model(path: Path, args: argparse.Namespace) -> Model:
 def calibration_ids(model: Model, args: argparse.Namespace):
     """The command line's calibration text, (B, L)."""
     return hodgecover.calibration_ids(model, args.calib, args.tokens, args.seq_len, args.seed)
+
+
+def code_alone(path: Path) -> str:
+    """The code of a Python source file, without its docstrings and comments; nothing if it does not parse."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            documented = ast.get_docstring(node) is not None
+            node.body = node.body[documented:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+@cache
+def python_code(part: str) -> tuple[str, ...]:
+    """The code of the standard library, one module a document; `model_io.in_part` says which belong to the `part`.
+
+    Its tables of characters and the language reference are left out."""
+    modules = {name: path for name, path in model_io.python_modules().items()
+               if not name.startswith(("module encodings/", "module pydoc_data/"))}
+    return tuple(filter(None, map(code_alone, model_io.in_part(modules, part))))
+
+
+TEXTS = {"documentation": model_io.python_documentation, "code": python_code}  # part -> documents
 
 
 def entry(command: str, settings: dict, **read: Model) -> dict:

@@ -7,7 +7,7 @@
 
 Tables are those of reproduce.py: held-out perplexity and KL from the source, mean +- standard deviation over the
 samples, and differences sample by sample. A sample is a seed: of the 2,048 tokens that choose what stays, of the 16,384
-of a refit, and of the 131,072 that are trained on once, unless a line says otherwise. These are Python's documentation,
+of a refit, and of the 131,072 that are trained on once, unless a line says otherwise. These are of `--text`,
 the parts to train and to calibrate on.
 
 `64 - 48 - 32` drops a quarter of the experts, trains on half of the tokens, drops a third of the rest by their saliency
@@ -27,19 +27,13 @@ import common  # noqa: F401  (puts the three files on the path)
 import distil
 import frontier
 import hodgecover
-import model_io
 import reproduce
 from model_io import Model
-from refit_study import encoded, refitted
+from refit_study import refitted, training_ids
 from reproduce import Make, Sample, Table
 
 TOKENS = 131_072  # to train on
 GONE = {"50%": reproduce.DROPPED["50%"]}
-
-
-def training_ids(sample: Sample, tokens: int, text: str = "with training text") -> torch.Tensor:
-    """So many tokens of one of refit_study.TEXTS, (B, L), or all there are."""
-    return model_io.sequences(encoded(sample.source, text), reproduce.SEQ_LEN, tokens // reproduce.SEQ_LEN, sample.seed)
 
 
 def train(sample: Sample, output: Model, ids: torch.Tensor, layerwise: bool = False, **changes: object) -> Model:
@@ -54,12 +48,12 @@ def train(sample: Sample, output: Model, ids: torch.Tensor, layerwise: bool = Fa
 def distilled(sample: Sample, value: object, out: Path, make: Make, tokens: int = TOKENS,
               text: str = "with training text", **options: object) -> Model:
     """Make a checkpoint, and train it."""
-    return train(sample, make(sample, value, out), training_ids(sample, tokens, text), **options)
+    return train(sample, make(sample, value, out), training_ids(sample, text, tokens), **options)
 
 
 def in_two_steps(sample: Sample, dropped: float, out: Path) -> Model:
     """Drop half of the experts that are to go, train, drop the others, train."""
-    first, second = training_ids(sample, TOKENS).tensor_split(2)
+    first, second = training_ids(sample, "with training text", TOKENS).tensor_split(2)
     with tempfile.TemporaryDirectory() as folder:
         few = train(sample, reproduce.selected(sample, dropped / 2, Path(folder) / "few", "reap"), first)
         rest = (dropped / 2) / (1 - dropped / 2)
@@ -92,7 +86,7 @@ def variant_tables() -> list[Table]:
     by_part = {"all": way} | {part: partial(way, parts=[part]) for part in distil.PARTS}
     by_step = {"64 - 32": way, "64 - 48 - 32": in_two_steps}
     by_rate = {f"learning rate {lr}": partial(way, lr=lr) for lr in (0.02, 0.005, 0.01, 0.04)}
-    by_text = {"documentation": partial(way, tokens=65_536),
+    by_text = {"its own text": partial(way, tokens=65_536),
                "source code": partial(way, tokens=65_536, text="source code")}
     return [Table(title, GONE, lines) for title, lines in (
         ("tokens", by_tokens), ("loss", by_loss), ("parts", by_part), ("steps", by_step), ("learning rate", by_rate),
@@ -103,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     tables = reproduce.picked(variant_tables() if args.variants else method_tables(), args.only, args.columns)
     samples = reproduce.read_samples(args)
-    text = reproduce.held_out(samples[0].source, args.tokens)
+    text = reproduce.held_out(samples[0], args.tokens)
     reproduce.show_source(samples[0].source, text, "held-out tokens")
     for table in tables:
         reproduce.show_table(table, samples, text)

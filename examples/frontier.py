@@ -77,7 +77,8 @@ def on_more_tokens(sample: Sample, rate: float, out: Path, make: Make) -> Model:
 @functools.cache
 def larger(sample: Sample) -> Sample:
     """The sample of the same seed with as many tokens as a refit sees."""
-    return replace(sample, ids=hodgecover.calibration_ids(sample.source, [], TOKENS, reproduce.SEQ_LEN, sample.seed))
+    read = partial(sample.documents, "calibration")
+    return replace(sample, ids=hodgecover.sample_ids(sample.source, read, TOKENS, reproduce.SEQ_LEN, sample.seed))
 
 
 def lines() -> dict[str, Make]:
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     pyplot = common.import_pyplot(args.picture) if args.picture else None
     samples = reproduce.read_samples(args)
     source = samples[0].source
-    text = reproduce.held_out(source, args.tokens)
+    text = reproduce.held_out(samples[0], args.tokens)
     reproduce.show_source(source, text, "held-out tokens")
     plain, again = (reproduce.show_table(table, samples, text) for table in chosen)
     show_parameters(plain, source, list(chosen[0].columns))

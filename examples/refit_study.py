@@ -19,7 +19,6 @@ The other fits change the survivors otherwise, by the same regression on the sam
     router rows        one Gauss-Newton step on the router's logits of the tokens as they are routed
 """
 import argparse
-import ast
 import functools
 import sys
 import sysconfig
@@ -31,8 +30,7 @@ from statistics import mean, stdev
 
 import torch
 
-import common  # noqa: F401  (puts the three files on the path)
-import distil
+import common
 import hodgecover
 import mathx
 import model_io
@@ -119,16 +117,8 @@ def fitted_router(step: LayerPass, mix: torch.Tensor, residual: torch.Tensor) ->
 
 
 def source_code() -> list[str]:
-    """The standard library's own code without its docstrings and comments."""
-    found = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                documented = ast.get_docstring(node) is not None
-                node.body = node.body[documented:] or [ast.Pass()]
-        found.append(ast.unparse(tree))
-    return found
+    """The standard library's own code, without the modules in folders."""
+    return [common.code_alone(path) for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
 
 
 def licences() -> list[str]:
@@ -140,24 +130,31 @@ def licences() -> list[str]:
     return sorted(texts)
 
 
-TEXTS = {"documentation": partial(model_io.python_documentation, "calibration"), "source code": source_code,
-         "licences": licences, "with training text": distil.documentation}
+PARTS = {"calibration text": ["calibration"], "with training text": ["train", "calibration"]}  # of a sample's documents
+OTHER = {"source code": source_code, "licences": licences}
 
 
 @functools.cache
-def encoded(source: Model, text: str) -> torch.Tensor:
-    """The ids (T,) of one of TEXTS."""
-    return source.encode(TEXTS[text]())
+def other(source: Model, text: str) -> torch.Tensor:
+    """The ids (T,) of one of OTHER."""
+    return source.encode(OTHER[text]())
+
+
+def training_ids(sample: Sample, text: str, tokens: int) -> torch.Tensor:
+    """So many tokens of one of PARTS or of OTHER, (B, L), or all there are."""
+    source = sample.source
+    ids = other(source, text) if text in OTHER else reproduce.encoded(source, sample.documents, *PARTS[text])
+    return model_io.sequences(ids, reproduce.SEQ_LEN, tokens // reproduce.SEQ_LEN, sample.seed)
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
 
 
-def refitted(sample: Sample, value: object, out: Path, make: Make, text: str = "documentation", tokens: int = TOKENS,
-             first: Change | None = None, fit: refit.Fit = refit.refit_layer) -> Model:
-    """Make a checkpoint, and refit it on so many tokens of one of TEXTS; `first`: a change before that."""
+def refitted(sample: Sample, value: object, out: Path, make: Make, text: str = "calibration text",
+             tokens: int = TOKENS, first: Change | None = None, fit: refit.Fit = refit.refit_layer) -> Model:
+    """Make a checkpoint, and refit it on so many tokens of a text; `first`: a change before that."""
     output = make(sample, value, out)
-    ids = model_io.sequences(encoded(sample.source, text), reproduce.SEQ_LEN, tokens // reproduce.SEQ_LEN, sample.seed)
+    ids = training_ids(sample, text, tokens)
     if first:
         first(sample.source, output, ids)
     for _ in refit.refit(sample.source, output, ids, fit):
@@ -179,7 +176,7 @@ def method_tables() -> list[Table]:
 
 def curve_tables() -> list[Table]:
     """Tokens, ridge, sweeps, other text and other fits, of HodgeCover's survivors."""
-    def way(text: str = "documentation", tokens: int = TOKENS, **options: object) -> Make:
+    def way(text: str = "calibration text", tokens: int = TOKENS, **options: object) -> Make:
         return partial(refitted, make=reproduce.hodgecover_way, text=text, tokens=tokens, **options)
 
     def layer(**options: object) -> refit.Fit:
@@ -191,7 +188,7 @@ def curve_tables() -> list[Table]:
     by_ridge = {f"ridge {ridge}, {tokens:,} tokens": way(tokens=tokens, fit=layer(ridge=ridge))
                 for tokens in (2048, 16384, 65536) for ridge in (0.03, 0.3, 3.0)}
     by_sweeps = {f"{sweeps} sweeps": way(fit=layer(sweeps=sweeps)) for sweeps in (1, 2, 3, 10)}
-    by_text = {text: way(text) for text in ("documentation", "source code", "licences")}
+    by_text = {text: way(text) for text in ("calibration text", *OTHER)}
     by_fit = {"factors and down projections (refit.py)": way(), "factors": way(fit=layer(sweeps=0))}
     by_fit |= {f"factors and {count} directions": way(fit=partial(fit_directions, count=count)) for count in (2, 4, 8)}
     by_fit |= {"down projections, unscaled": way(fit=fit_unscaled),
@@ -279,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
     if args.where:
         return show_correlations(samples)
     source = samples[0].source
-    text = reproduce.held_out(source, args.tokens)
+    text = reproduce.held_out(samples[0], args.tokens)
     reproduce.show_source(source, text, "held-out tokens")
     for table in tables:
         reproduce.show_table(table, samples, text)

@@ -66,6 +66,7 @@ class Sample:
     ids: torch.Tensor
     seed: int
     cache: Path
+    documents: Callable[[str], Sequence[str]] = model_io.python_documentation  # of a part, one of common.TEXTS
 
     def signals(self, settings: Settings) -> dict[str, Signals]:
         """What HodgeCover measures, by layer name; from the cache, if it is there."""
@@ -343,14 +344,20 @@ def evenly(text: torch.Tensor, tokens: int) -> torch.Tensor:
     return text[torch.linspace(0, len(text) - 1, min(len(text), tokens // text.shape[1])).long()]
 
 
-def held_out(source: Model, tokens: int) -> torch.Tensor:
-    """Held-out text, (B, L)."""
-    return evenly(model_io.sequences(source.encode(model_io.python_documentation("held-out")), SEQ_LEN), tokens)
+@functools.cache
+def encoded(source: Model, documents: Callable[[str], Sequence[str]], *parts: str) -> torch.Tensor:
+    """The ids (T,) of these parts of one of common.TEXTS, one after the other."""
+    return source.encode([text for part in parts for text in documents(part)])
 
 
-def outside(source: Model, samples: list[Sample], tokens: int) -> torch.Tensor:
+def held_out(sample: Sample, tokens: int) -> torch.Tensor:
+    """Held-out text, (B, L), the same for each sample."""
+    return evenly(model_io.sequences(encoded(sample.source, sample.documents, "held-out"), SEQ_LEN), tokens)
+
+
+def outside(samples: list[Sample], tokens: int) -> torch.Tensor:
     """Calibration text that no sample contains, (B, L). Raises InputError if there is none."""
-    text = model_io.sequences(source.encode(model_io.python_documentation("calibration")), SEQ_LEN)
+    text = model_io.sequences(encoded(samples[0].source, samples[0].documents, "calibration"), SEQ_LEN)
     used = torch.cat([sample.ids for sample in samples])
     free = text[~(text[:, None] == used).all(2).any(1)]
     if not len(free):
@@ -372,6 +379,8 @@ def command_line(file: str, description: str) -> hodgecover.Parser:
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", dest="checkpoint", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
                         help="source checkpoint [examples/tiny-olmoe]")
+    parser.add_argument("--text", choices=common.TEXTS, default="documentation", help="of Python, to calibrate, train "
+                        "and evaluate on: what the model was trained on [%(default)s]")
     parser.add_argument("--samples", metavar="N", type=int, default=5, help="calibration samples, 1 to 10 [5]")
     parser.add_argument("--tokens", metavar="N", type=int, default=16384, help="of the text to evaluate on [16384]")
     parser.add_argument("--only", metavar="LABEL", nargs="+", default=[], help="lines to fill [all]")
@@ -385,12 +394,13 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     """The command line's samples: sample s has seed s. Raises InputError for options out of range."""
     hodgecover.check_range("samples", args.samples, 1, 10)
     hodgecover.check_range("tokens", args.tokens, SEQ_LEN, 10**9)
-    source = Model(args.checkpoint)
+    source, documents = Model(args.checkpoint), common.TEXTS[args.text]
     folder = args.checkpoint.absolute()
     cache = args.cache or folder.with_name(f"{folder.name}-samples")
     hodgecover.refuse_inside(source, cache, "cache")
-    return [Sample(source, hodgecover.calibration_ids(source, [], CALIBRATION, SEQ_LEN, seed), seed, cache / str(seed))
-            for seed in range(args.samples)]
+    read = partial(documents, "calibration")
+    return [Sample(source, hodgecover.sample_ids(source, read, CALIBRATION, SEQ_LEN, seed), seed, cache / str(seed),
+                   documents) for seed in range(args.samples)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -402,10 +412,10 @@ def run(args: argparse.Namespace) -> None:
     for dropped in DROPPED.values():
         survivors(source, dropped)
     if args.settings:
-        text = outside(source, samples, args.tokens)
+        text = outside(samples, args.tokens)
         show_source(source, text, "tokens of calibration text outside the samples")
     else:
-        text = held_out(source, args.tokens)
+        text = held_out(samples[0], args.tokens)
         show_source(source, text, "held-out tokens")
     for table in tables:
         show_table(table, samples, text)

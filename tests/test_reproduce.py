@@ -2,11 +2,13 @@
 """The studies: a cell is what the commands give, the statistics are right, and every table can be filled."""
 import ast
 import re
+from dataclasses import replace
 from functools import partial
 from statistics import mean
 
 import audit
 import baselines
+import common
 import distil
 import distil_study
 import evaluate
@@ -30,22 +32,28 @@ TEXT = PROSE[:640]
 TEXTS = {"calibration": TEXT, "held-out": TEXT[::-1], "train": TEXT.upper()}
 
 
+def documents(part: str) -> tuple[str]:
+    """The one document of a part."""
+    return (TEXTS[part],)
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Samples of 64 tokens in sequences of 32, and texts of a page."""
     monkeypatch.setattr(reproduce, "CALIBRATION", 64)
     monkeypatch.setattr(reproduce, "SEQ_LEN", 32)
-    monkeypatch.setattr(model_io, "python_documentation", lambda part: (TEXTS[part],))
-    monkeypatch.setitem(refit_study.TEXTS, "documentation", lambda: [TEXTS["calibration"]])
-    monkeypatch.setitem(refit_study.TEXTS, "source code", lambda: ["x = 1\n" * 20])
-    monkeypatch.setitem(refit_study.TEXTS, "licences", lambda: ["As it is. " * 20])
+    monkeypatch.setattr(model_io, "python_documentation", documents)  # hodgecover.py's default text
+    monkeypatch.setitem(common.TEXTS, "documentation", documents)
+    monkeypatch.setitem(refit_study.OTHER, "source code", lambda: ["x = 1\n" * 20])
+    monkeypatch.setitem(refit_study.OTHER, "licences", lambda: ["As it is. " * 20])
 
 
 @pytest.fixture
 def sample(small, tmp_path) -> reproduce.Sample:
     """The sample of seed 1 of the small model."""
     source = Model(small)
-    return reproduce.Sample(source, hodgecover.calibration_ids(source, [], 64, 32, 1), 1, tmp_path / "cache")
+    return reproduce.Sample(source, hodgecover.calibration_ids(source, [], 64, 32, 1), 1, tmp_path / "cache",
+                            documents)
 
 
 def shown(capsys, command, model, *arguments) -> list[list[str]]:
@@ -68,7 +76,7 @@ USERS = ["--tokens", 64, "--seq-len", 32, "--seed", 1, "--dtype", "float32"]
 def test_cell_of_a_method_is_what_its_command_gives(label, method, sample, tmp_path):
     source, out = sample.source, tmp_path / "out"
     assert run(baselines, source.checkpoint.path, "--keep", 4, "--out", out, *method, *USERS) == 0
-    text = reproduce.held_out(source, 64)
+    text = reproduce.held_out(sample, 64)
     found = reproduce.score(sample, text, reproduce.method_tables()[0].lines[label], 0.5)
     expected = model_io.compare(source, Model(out), text)
     assert found[:2] == (expected.output_perplexity, expected.kl)
@@ -78,7 +86,7 @@ def test_cell_of_a_method_is_what_its_command_gives(label, method, sample, tmp_p
 def test_cell_of_hodgecover_is_what_its_command_gives(label, router, sample, tmp_path):
     source, out = sample.source, tmp_path / "out"
     assert run(hodgecover, source.checkpoint.path, "--keep", 4, "--out", out, "--router", router, *USERS) == 0
-    text = reproduce.held_out(source, 64)
+    text = reproduce.held_out(sample, 64)
     found = reproduce.score(sample, text, reproduce.method_tables()[0].lines[label], 0.5)
     output = hodgecover.folded_model(out) if router == "fold" else Model(out)
     expected = model_io.compare(source, output, text)
@@ -86,7 +94,7 @@ def test_cell_of_hodgecover_is_what_its_command_gives(label, router, sample, tmp
 
 
 def test_cell_of_a_refitted_hybrid_is_what_three_commands_give(sample, tmp_path):
-    source, text = sample.source, reproduce.held_out(sample.source, 64)
+    source, text = sample.source, reproduce.held_out(sample, 64)
     path, few, sparse, recovered = (source.checkpoint.path, *(tmp_path / name for name in ("few", "sparse", "out")))
     assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
     assert run(wanda, few, "--total-rate", 0.5, "--source", path, "--out", sparse, *USERS) == 0
@@ -149,7 +157,7 @@ def test_text_is_evenly_spaced_from_the_first_to_the_last():
 
 
 def test_settings_are_compared_on_text_that_no_sample_has(sample):
-    text = reproduce.outside(sample.source, [sample], 10**6)
+    text = reproduce.outside([sample], 10**6)
     everything = model_io.sequences(sample.source.encode([TEXT]), 32).tolist()
     ours = sample.ids.tolist()
     assert text.tolist() == [sequence for sequence in everything if sequence not in ours] and len(text)
@@ -158,7 +166,7 @@ def test_settings_are_compared_on_text_that_no_sample_has(sample):
 def test_no_text_is_left_for_settings(sample):
     everything = model_io.sequences(sample.source.encode([TEXT]), 32)
     with pytest.raises(InputError, match="^samples: "):
-        reproduce.outside(sample.source, [reproduce.Sample(sample.source, everything, 0, sample.cache)], 64)
+        reproduce.outside([replace(sample, ids=everything)], 64)
 
 
 # ----------------------------------------------------------------------------------------- fewer and narrower experts
@@ -167,7 +175,7 @@ def test_no_text_is_left_for_settings(sample):
 def test_cell_of_the_frontier_is_what_three_commands_give(sample, tmp_path, monkeypatch):
     """Experts dropped, the rest made narrower, refitted."""
     monkeypatch.setattr(frontier, "TOKENS", 64)
-    source, text = sample.source, reproduce.held_out(sample.source, 64)
+    source, text = sample.source, reproduce.held_out(sample, 64)
     path, few, thin, recovered = (source.checkpoint.path, *(tmp_path / name for name in ("few", "thin", "out")))
     assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
     assert run(heapr, few, "--width", 11, "--out", thin, *USERS) == 0
@@ -279,7 +287,7 @@ def test_redirects(small, capsys):
                                            *audit.REDIRECTS]
     source = Model(small)
     samples = [reproduce.Sample(source, hodgecover.calibration_ids(source, [], 64, 32, seed), seed,
-                                small.with_name("small-samples") / str(seed)) for seed in range(2)]
+                                small.with_name("small-samples") / str(seed), documents) for seed in range(2)]
     plans = [plan for one in samples for plan in reproduce.hodgecover_plans(one, 0.5, one.settings()).values()]
     targets = [[*plan.redirect.values()] for plan in plans]
     busiest = mean(max(map(of.count, of)) for of in targets)
@@ -357,7 +365,7 @@ def test_each_fit_and_text_is_one_of_its_own(sample, tmp_path):
     lines = {"not refitted": tables[0].lines["not refitted"]} | tables[3].lines | tables[4].lines
     made = {label: make(sample, 0.5, tmp_path / str(at)).checkpoint.fingerprint()
             for at, (label, make) in enumerate(lines.items())}
-    assert made.pop("documentation") == made["factors and down projections (refit.py)"]
+    assert made.pop("calibration text") == made["factors and down projections (refit.py)"]
     assert len({*made.values()}) == len(made) == 11
 
 
@@ -458,8 +466,11 @@ def test_what_foretells_a_change_by_brute_force(sample):
 def test_source_code_has_no_docstrings(monkeypatch, tmp_path):
     documented = '"""Doc."""\nclass A:\n    """Doc."""\ndef f():\n    "Doc."\n    return 1  # why\n'
     (tmp_path / "module.py").write_text(documented)
+    (tmp_path / "broken.py").write_text("(")
     monkeypatch.setattr(refit_study.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert refit_study.source_code() == [ast.unparse(ast.parse("class A: pass\ndef f(): return 1"))]
+    alone = ast.unparse(ast.parse("class A: pass\ndef f(): return 1"))
+    assert sorted(refit_study.source_code()) == ["", alone]
+    assert sum((common.python_code.__wrapped__(part) for part in ("train", "calibration", "held-out")), ()) == (alone,)
 
 
 # ------------------------------------------------------------------------------------------------------- distillation
@@ -490,7 +501,7 @@ def test_two_steps_train_on_two_halves(sample, tmp_path, monkeypatch):
     made = distil_study.in_two_steps(sample, 0.5, tmp_path / "made")
     assert [count for count, _ in seen] == [6, 4] and made.config.num_experts == 4
     together = torch.cat([ids for _, ids in seen])
-    assert torch.equal(together, distil_study.training_ids(sample, distil_study.TOKENS)) and len(seen[0][1]) > 1
+    assert torch.equal(together, distil_study.training_ids(sample, "with training text", distil_study.TOKENS)) and len(seen[0][1]) > 1
 
 
 def test_distillation_tables_are_filled(small, capsys):

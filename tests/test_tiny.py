@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""examples/random_checkpoint.py and examples/train_tiny_olmoe.py: the checkpoints that they make."""
+"""examples/random_checkpoint.py and examples/train_tiny.py: the checkpoints that they make."""
 import json
 import math
 import re
@@ -9,7 +9,7 @@ import model_io
 import pytest
 import random_checkpoint
 import torch
-import train_tiny_olmoe
+import train_tiny
 from conftest import PROSE, ROOT, assert_refused, contents, refuse, run
 from model_io import Checkpoint, Model
 from safetensors.torch import load_file
@@ -93,29 +93,33 @@ def test_a_random_checkpoint_that_cannot_be_made_gets_one_line(tmp_path, monkeyp
     assert [file.name for file in tmp_path.rglob("*")] == ["used", "file"]
 
 
-# ------------------------------------------------------------------------------------------------ train_tiny_olmoe.py
+# ------------------------------------------------------------------------------------------------ train_tiny.py
 
 
-@pytest.fixture
-def little(monkeypatch) -> None:
-    """A smaller model on less text, in shorter sequences."""
-    monkeypatch.setattr(train_tiny_olmoe, "CONFIG", train_tiny_olmoe.CONFIG | {
+TEXT = {"train": (PROSE * 3, "A second document. " * 60), "held-out": (PROSE * 2,), "calibration": (PROSE[::-1],)}
+
+
+@pytest.fixture(params=train_tiny.CONFIGS)
+def kind(request, monkeypatch) -> str:
+    """A kind's name, its model made smaller, on less text."""
+    name = request.param
+    monkeypatch.setitem(train_tiny.CONFIGS, name, train_tiny.CONFIGS[name] | {
         "hidden_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "num_hidden_layers": 2, "vocab_size": 300})
-    monkeypatch.setattr(train_tiny_olmoe, "python_documentation",
-                        lambda part: (PROSE * 3, "A second document. " * 60) if part == "train" else (PROSE * 2,))
+    monkeypatch.setitem(train_tiny.TEXTS, name, TEXT.get)
+    return name
 
 
-def test_training_runs_the_model_that_is_written(little, tmp_path):
+def test_training_runs_the_model_that_is_written(kind, tmp_path):
     """The dense way to the experts' sum gives the logits of model_io; the balance is what its docstring says."""
-    config = train_tiny_olmoe.CONFIG
+    config = train_tiny.CONFIGS[kind]
     cfg = model_io.read_config(config)
     torch.manual_seed(1)
     weights = {name: weight.detach().bfloat16().float()
-               for name, weight in train_tiny_olmoe.initial_weights(cfg, config["intermediate_size"]).items()}
-    train_tiny_olmoe.save(weights, tmp_path)
+               for name, weight in train_tiny.initial_weights(cfg).items()}
+    train_tiny.save(weights, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     model, ids = Model(tmp_path), torch.randint(300, (2, 20))
-    logits, balance = train_tiny_olmoe.forward(ids, weights, cfg)
+    logits, balance = train_tiny.forward(ids, weights, cfg)
     torch.testing.assert_close(logits, model.logits(ids), rtol=1e-4, atol=1e-5)
     by_hand = 0.0
     for step in model.stream(ids):
@@ -125,38 +129,38 @@ def test_training_runs_the_model_that_is_written(little, tmp_path):
     assert balance.item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
-def test_training_learns(little):
+def test_training_learns(kind):
     """More than the frequencies of the tokens, in 60 short steps; the experts share the work."""
-    config = train_tiny_olmoe.CONFIG
+    config = train_tiny.CONFIGS[kind]
     cfg = model_io.read_config(config)
     torch.manual_seed(2)
     ids = torch.arange(2000) * 7 % 40
-    weights = train_tiny_olmoe.train(ids, cfg, 60, batch=2, seq_len=16, peak=0.08)
-    logits, balance = train_tiny_olmoe.forward(ids[None, :64], weights, cfg)
+    weights = train_tiny.train(ids, cfg, 60, batch=2, seq_len=16, peak=0.08)
+    logits, balance = train_tiny.forward(ids[None, :64], weights, cfg)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[1:64]).item()
-    assert math.exp(loss) < 4 < 35 < train_tiny_olmoe.unigram_perplexity(ids, ids[:64], cfg.vocab_size)
+    assert math.exp(loss) < 4 < 35 < train_tiny.unigram_perplexity(ids, ids[:64], cfg.vocab_size)
     assert 3 <= balance < 3.1 and not any(weight.requires_grad for weight in weights.values())
 
 
-def test_training_writes_a_whole_checkpoint(little, tmp_path, monkeypatch, capsys):
+def test_training_writes_a_whole_checkpoint(kind, tmp_path, monkeypatch, capsys):
     """What was trained, the same each time; in the layout of the checkpoint that the repository carries."""
-    train, trained = train_tiny_olmoe.train, []
-    monkeypatch.setattr(train_tiny_olmoe, "train", lambda *given: trained.append(train(*given)) or trained[-1])
+    train, trained = train_tiny.train, []
+    monkeypatch.setattr(train_tiny, "train", lambda *given: trained.append(train(*given)) or trained[-1])
     for name in ("a", "b"):
-        assert run(train_tiny_olmoe, tmp_path / name, "--steps", 1) == 0
+        assert run(train_tiny, kind, tmp_path / name, "--steps", 1) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
     said = capsys.readouterr()
     found, unigram = (float(part.split()[-1]) for part in said.out.splitlines()[0].split(", of "))
-    ids = model_io.sequences(Model(tmp_path / "a").encode([PROSE * 2]), train_tiny_olmoe.SEQ_LEN)
+    ids = model_io.sequences(Model(tmp_path / "a").encode([PROSE * 2]), train_tiny.SEQ_LEN)
     assert Model(tmp_path / "a").perplexity(ids) == pytest.approx(found, abs=0.06)
     assert unigram < 100  # of 300 tokens
     assert "step     0/1" in said.err
 
     embedding = trained[0]["model.embed_tokens.weight"].bfloat16()
     assert torch.equal(Checkpoint(tmp_path / "a").load("model.embed_tokens.weight"), embedding)
-    ours, published = Model(tmp_path / "a"), Model(ROOT / "examples" / "tiny-olmoe")
-    left_out = re.compile(r"layers\.[23]\.|experts\.([89]|\d\d)\.")  # more layers and experts than `little` has
+    ours, published = Model(tmp_path / "a"), Model(ROOT / "examples" / f"tiny-{kind.replace('_', '-')}")
+    left_out = re.compile(r"layers\.[234]\.|experts\.([89]|\d\d)\.")  # more layers and experts than `little` has
     assert {*ours.checkpoint.tensors} == {name for name in published.checkpoint.tensors if not left_out.search(name)}
     assert {file.name for file in ours.checkpoint.path.iterdir()} == {
         file.name for file in published.checkpoint.path.iterdir()}
@@ -167,31 +171,35 @@ def test_a_unigram_model_knows_frequencies_alone():
     counts = [3 + 1, 1 + 1, 0 + 1, 0 + 1]
     by_hand = math.exp(-sum(math.log(counts[token] / 8) for token in (0, 1, 2)) / 3)
     train_ids, ids = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 1, 2])
-    assert train_tiny_olmoe.unigram_perplexity(train_ids, ids, 4) == pytest.approx(by_hand)
+    assert train_tiny.unigram_perplexity(train_ids, ids, 4) == pytest.approx(by_hand)
 
 
-def test_the_held_out_text_is_written_whole(little, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny_olmoe, "train", refuse)
-    assert run(train_tiny_olmoe, "--held-out", tmp_path / "text.txt") == 0
-    assert contents(tmp_path) == {"text.txt": (PROSE * 2).encode()}
+@pytest.mark.parametrize("part", ["held-out", "calibration"])
+def test_the_text_of_a_part_is_written_whole(kind, part, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny, "train", refuse)
+    assert run(train_tiny, kind, f"--{part}", tmp_path / "text.txt") == 0
+    assert contents(tmp_path) == {"text.txt": TEXT[part][0].encode()}
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "one of the arguments DIR --held-out is required"), (["new", "--held-out", "text"], "not allowed with"),
-    (["--held-out", "text", "--steps", 5], "--steps: does not go with --held-out"),
-    (["new", "--steps", 0], "--steps 0: must be from 1"), (["used"], "used: exists and is not an empty folder"),
+    (["olmoe"], "one of the arguments DIR --held-out --calibration is required"), (["gpt", "new"], "invalid choice"),
+    (["olmoe", "new", "--held-out", "text"], "not allowed with"),
+    (["olmoe", "--held-out", "text", "--steps", 5], "--steps: does not go with --held-out"),
+    (["olmoe", "--calibration", "text", "--steps", 5], "--steps: does not go with --calibration"),
+    (["olmoe", "new", "--steps", 0], "--steps 0: must be from 1"),
+    (["olmoe", "used"], "used: exists and is not an empty folder"),
 ])
 def test_training_that_cannot_be_done_gets_one_line(tmp_path, monkeypatch, capsys, arguments, says):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_tiny_olmoe, "python_documentation", refuse)
-    assert_refused(capsys, run(train_tiny_olmoe, *arguments), says)
+    monkeypatch.setitem(train_tiny.TEXTS, "olmoe", refuse)
+    assert_refused(capsys, run(train_tiny, *arguments), says)
     assert [file.name for file in tmp_path.rglob("*")] == ["used", "file"]
 
 
-def test_training_that_fails_leaves_nothing(little, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny_olmoe, "train", refuse)
+def test_training_that_fails_leaves_nothing(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny, "train", refuse)
     with pytest.raises(AssertionError):
-        run(train_tiny_olmoe, tmp_path / "out")
+        run(train_tiny, kind, tmp_path / "out")
     assert not list(tmp_path.iterdir())

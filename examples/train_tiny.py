@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Train a checkpoint such as examples/tiny-olmoe: a small OLMoE on the documentation that every Python carries.
+"""Train a checkpoint such as those that lie beside this file: a small model on text that every Python carries.
 
-    python examples/train_tiny_olmoe.py DIR               train (a quarter of an hour on 2 cores) and write DIR
-    python examples/train_tiny_olmoe.py --held-out FILE   only write the held-out text, for evaluate.py and --eval
+    python examples/train_tiny.py olmoe DIR                 train (a quarter of an hour on 2 cores) and write DIR
+    python examples/train_tiny.py qwen3_moe DIR             the same of the other kind
+    python examples/train_tiny.py olmoe --held-out FILE     only write the held-out text, for evaluate.py and --eval
+    python examples/train_tiny.py olmoe --calibration FILE  only write the calibration text, for --calib
+
+`olmoe` learns Python's documentation, `qwen3_moe` the code of its standard library.
 
 The forward pass is that of `model_io`. Only the experts are computed densely here (every expert on every token, times
 its gate weight), which at this size is the faster way to the same sums.
@@ -12,6 +16,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -19,51 +24,60 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import common  # noqa: F401  (puts the three files on the path)
+import common
 import hodgecover
 import model_io
-from model_io import (Config, Experts, Layer, Model, olmoe_attention, python_documentation, read_config, rms_norm,
-                      route)
+from model_io import FAMILIES, Config, Experts, Layer, Model, python_documentation, read_config, rms_norm, route
 
 STEPS, SEQ_LEN = 1500, 512
 END = "<|endoftext|>"
-CONFIG = {
-    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
-    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 96, "initializer_range": 0.02, "intermediate_size": 16,
-    "max_position_embeddings": 512, "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 6,
-    "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 4, "num_key_value_heads": 6,
-    "output_router_logits": False, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": None,
-    "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+SHARED = {
+    "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 0, "hidden_act": "silu",
+    "initializer_range": 0.02, "max_position_embeddings": 512, "output_router_logits": False, "pad_token_id": 0,
+    "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     "use_cache": True, "vocab_size": 2048,
 }
+CONFIGS = {
+    "olmoe": SHARED | {
+        "architectures": ["OlmoeForCausalLM"], "clip_qkv": None, "hidden_size": 96, "intermediate_size": 16,
+        "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 6, "num_experts": 64,
+        "num_experts_per_tok": 8, "num_hidden_layers": 4, "num_key_value_heads": 6, "rms_norm_eps": 1e-05,
+        "router_aux_loss_coef": 0.01},
+    "qwen3_moe": SHARED | {
+        "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "head_dim": 32, "hidden_size": 80,
+        "intermediate_size": 240, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 24,
+        "norm_topk_prob": True, "num_attention_heads": 4, "num_experts": 48, "num_experts_per_tok": 4,
+        "num_hidden_layers": 5, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.01,
+        "sliding_window": None, "use_sliding_window": False},
+}
+TEXTS = {"olmoe": python_documentation, "qwen3_moe": common.python_code}  # part -> documents
 
 
-def train_tokenizer(texts: list[str], path: Path) -> None:
-    """Train a byte-level BPE, with the end-of-text token as id 0, and write it to the folder `path`."""
+def train_tokenizer(texts: Sequence[str], config: dict, path: Path) -> None:
+    """Train a byte-level BPE of the configuration's size, with the end-of-text token as id 0, and write it to the
+    folder `path`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"], special_tokens=[END], show_progress=False,
+        vocab_size=config["vocab_size"], special_tokens=[END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({
-        "eos_token": END, "pad_token": END, "model_max_length": CONFIG["max_position_embeddings"],
+        "eos_token": END, "pad_token": END, "model_max_length": config["max_position_embeddings"],
         "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
-def initial_weights(cfg: Config, width: int) -> dict[str, torch.Tensor]:
+def initial_weights(cfg: Config) -> dict[str, torch.Tensor]:
     """Parameters by name, experts stacked; the projections back into the stream are scaled down by depth."""
-    d, n = cfg.hidden_size, cfg.num_experts
+    d, n, f = cfg.hidden_size, cfg.num_experts, cfg.expert_width
     shapes = {"model.embed_tokens.weight": (cfg.vocab_size, d), "model.norm.weight": (d,),
               "lm_head.weight": (cfg.vocab_size, d)}
     for i in range(cfg.num_layers):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in {
-            "input_layernorm": (d,), "post_attention_layernorm": (d,),
-            "self_attn.q_proj": (d, d), "self_attn.k_proj": (d, d), "self_attn.v_proj": (d, d),
-            "self_attn.o_proj": (d, d), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,), "mlp.gate": (n, d),
-            "mlp.experts.gate_proj": (n, width, d), "mlp.experts.up_proj": (n, width, d),
-            "mlp.experts.down_proj": (n, d, width)}.items()}
+            "input_layernorm": (d,), "post_attention_layernorm": (d,), **model_io.mixer_shapes(cfg, recurrent=False),
+            "mlp.gate": (n, d), "mlp.experts.gate_proj": (n, f, d), "mlp.experts.up_proj": (n, f, d),
+            "mlp.experts.down_proj": (n, d, f)}.items()}
     weights = {}
     for name, shape in shapes.items():
         back = "o_proj" in name or "down_proj" in name
@@ -75,10 +89,11 @@ def initial_weights(cfg: Config, width: int) -> dict[str, torch.Tensor]:
 def forward(ids: torch.Tensor, weights: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, L, V) of ids (B, L), and the load-balancing loss n sum_e (share routed to e) (mean p_e)."""
     h, balance = F.embedding(ids, weights["model.embed_tokens.weight"]), 0.0
+    attention = FAMILIES[cfg.model_type].attention
     for i in range(cfg.num_layers):
         prefix = f"model.layers.{i}."
         w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        h = h + olmoe_attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
+        h = h + attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
         x = rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
         experts = Experts(*(w[f"mlp.experts.{part}_proj.weight"] for part in Experts._fields))
         gates = route(x.flatten(0, 1), Layer(experts, w["mlp.gate.weight"], w), cfg).view(*x.shape[:2], -1)
@@ -96,7 +111,7 @@ def train(ids: torch.Tensor, cfg: Config, steps: int, batch: int = 8, seq_len: i
     """Train by AdamW with warm-up and cosine decay on random windows of ids (T,); return the parameters by name.
 
     Needs more ids than seq_len."""
-    weights = initial_weights(cfg, CONFIG["intermediate_size"])
+    weights = initial_weights(cfg)
     matrices = [w for w in weights.values() if w.dim() > 1]
     vectors = [w for w in weights.values() if w.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
@@ -120,7 +135,7 @@ def train(ids: torch.Tensor, cfg: Config, steps: int, batch: int = 8, seq_len: i
 
 
 def save(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Write model.safetensors in bfloat16, one tensor a projection of an expert, as OLMoE is published."""
+    """Write model.safetensors in bfloat16, one tensor a projection of an expert, as the published models have them."""
     tensors = {}
     for name, w in weights.items():
         w = w.to(torch.bfloat16)
@@ -137,19 +152,21 @@ def unigram_perplexity(train_ids: torch.Tensor, ids: torch.Tensor, vocab_size: i
     return (-(counts / counts.sum()).log()[ids].mean()).exp().item()
 
 
-def make(out: Path, steps: int) -> tuple[float, float]:
-    """Train a checkpoint and write it to the folder `out`; return its held-out perplexity and a unigram model's.
+def make(kind: str, out: Path, steps: int) -> tuple[float, float]:
+    """Train a checkpoint of one of CONFIGS and write it to the folder `out`; return its held-out perplexity and a
+    unigram model's.
 
     Raises InputError if `out` cannot be made."""
     torch.manual_seed(0)
-    cfg = read_config(CONFIG)
+    config, documents = CONFIGS[kind], TEXTS[kind]
+    cfg = read_config(config)
     with model_io.new_folder(out) as folder:
-        texts = python_documentation("train")
-        (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-        train_tokenizer(texts, folder)
-        save(initial_weights(cfg, CONFIG["intermediate_size"]), folder)  # so that Model can read the tokenizer
+        texts = documents("train")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        train_tokenizer(texts, config, folder)
+        save(initial_weights(cfg), folder)  # so that Model can read the tokenizer
         model = Model(folder)
-        train_ids, held_out = model.encode(texts), model.encode(python_documentation("held-out"))
+        train_ids, held_out = model.encode(texts), model.encode(documents("held-out"))
         print(f"{len(train_ids):,} training and {len(held_out):,} held-out tokens", file=sys.stderr)
         save(train(train_ids, cfg, steps), folder)
         found = Model(folder).perplexity(model_io.sequences(held_out, SEQ_LEN))
@@ -158,11 +175,13 @@ def make(out: Path, steps: int) -> tuple[float, float]:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog="train_tiny_olmoe.py", description=__doc__,
+    parser = hodgecover.Parser(prog="train_tiny.py", description=__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=CONFIGS, help="what model on which text")
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("out", metavar="DIR", nargs="?", type=Path, help="output folder, new")
     work.add_argument("--held-out", type=Path, metavar="FILE", help="write the held-out text to FILE and stop")
+    work.add_argument("--calibration", type=Path, metavar="FILE", help="write the calibration text to FILE and stop")
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="optimiser steps [%(default)s]")
     return parser
 
@@ -170,12 +189,12 @@ def command_line() -> hodgecover.Parser:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     hodgecover.check_range("steps", args.steps, 1, 10**6)
-    if args.held_out:
-        if args.steps != STEPS:
-            raise model_io.InputError("steps: does not go with --held-out, which trains nothing")
-        model_io.write_whole(args.held_out, "\n\n".join(python_documentation("held-out")).encode())
-        return
-    found, unigram = make(args.out, args.steps)
+    for part, file in (("held-out", args.held_out), ("calibration", args.calibration)):
+        if file:
+            if args.steps != STEPS:
+                raise model_io.InputError(f"steps: does not go with --{part}, which trains nothing")
+            return model_io.write_whole(file, "\n\n".join(TEXTS[args.kind](part)).encode())
+    found, unigram = make(args.kind, args.out, args.steps)
     print(f"held-out perplexity {found:.1f}, of a unigram model {unigram:.1f}")
 
 
