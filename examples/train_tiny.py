@@ -2,11 +2,12 @@
 """Train a checkpoint such as those that lie beside this file: a small model on text that every Python carries.
 
     python examples/train_tiny.py olmoe DIR                 train (a quarter of an hour on 2 cores) and write DIR
-    python examples/train_tiny.py qwen3_moe DIR             the same of the other kind
+    python examples/train_tiny.py qwen3_moe DIR             the same of another kind
     python examples/train_tiny.py olmoe --held-out FILE     only write the held-out text, for evaluate.py and --eval
     python examples/train_tiny.py olmoe --calibration FILE  only write the calibration text, for --calib
 
-`olmoe` learns Python's documentation, `qwen3_moe` the code of its standard library.
+`olmoe` learns Python's documentation, `qwen3_moe` the code of its standard library. `qwen3` is dense, for dot_moe.py,
+and learns the documentation.
 
 The forward pass is that of `model_io`. Only the experts are computed densely here (every expert on every token, times
 its gate weight), which at this size is the faster way to the same sums.
@@ -33,24 +34,29 @@ STEPS, SEQ_LEN = 1500, 512
 END = "<|endoftext|>"
 SHARED = {
     "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 0, "hidden_act": "silu",
-    "initializer_range": 0.02, "max_position_embeddings": 512, "output_router_logits": False, "pad_token_id": 0,
-    "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "use_cache": True, "vocab_size": 2048,
+    "initializer_range": 0.02, "max_position_embeddings": 512, "pad_token_id": 0, "rope_scaling": None,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "vocab_size": 2048,
 }
 CONFIGS = {
     "olmoe": SHARED | {
         "architectures": ["OlmoeForCausalLM"], "clip_qkv": None, "hidden_size": 96, "intermediate_size": 16,
         "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 6, "num_experts": 64,
-        "num_experts_per_tok": 8, "num_hidden_layers": 4, "num_key_value_heads": 6, "rms_norm_eps": 1e-05,
-        "router_aux_loss_coef": 0.01},
+        "num_experts_per_tok": 8, "num_hidden_layers": 4, "num_key_value_heads": 6, "output_router_logits": False,
+        "rms_norm_eps": 1e-05, "router_aux_loss_coef": 0.01},
     "qwen3_moe": SHARED | {
         "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "head_dim": 32, "hidden_size": 80,
         "intermediate_size": 240, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 24,
         "norm_topk_prob": True, "num_attention_heads": 4, "num_experts": 48, "num_experts_per_tok": 4,
-        "num_hidden_layers": 5, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.01,
-        "sliding_window": None, "use_sliding_window": False},
+        "num_hidden_layers": 5, "num_key_value_heads": 2, "output_router_logits": False, "rms_norm_eps": 1e-06,
+        "router_aux_loss_coef": 0.01, "sliding_window": None, "use_sliding_window": False},
+    "qwen3": SHARED | {
+        "architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "hidden_size": 96, "intermediate_size": 512,
+        "model_type": "qwen3", "num_attention_heads": 6, "num_hidden_layers": 4, "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-06, "sliding_window": None, "use_sliding_window": False},
 }
-TEXTS = {"olmoe": python_documentation, "qwen3_moe": common.python_code}  # part -> documents
+TEXTS = {"olmoe": python_documentation, "qwen3_moe": common.python_code,
+         "qwen3": python_documentation}  # part -> documents
 
 
 def train_tokenizer(texts: Sequence[str], config: dict, path: Path) -> None:
@@ -70,14 +76,17 @@ def train_tokenizer(texts: Sequence[str], config: dict, path: Path) -> None:
 
 def initial_weights(cfg: Config) -> dict[str, torch.Tensor]:
     """Parameters by name, experts stacked; the projections back into the stream are scaled down by depth."""
-    d, n, f = cfg.hidden_size, cfg.num_experts, cfg.expert_width
+    d, n, f, dense = cfg.hidden_size, cfg.num_experts, cfg.expert_width, cfg.dense_width
+    feed_forward = {"mlp.gate_proj": (dense, d), "mlp.up_proj": (dense, d), "mlp.down_proj": (d, dense)}
+    if n:
+        feed_forward = {"mlp.gate": (n, d), "mlp.experts.gate_proj": (n, f, d), "mlp.experts.up_proj": (n, f, d),
+                        "mlp.experts.down_proj": (n, d, f)}
     shapes = {"model.embed_tokens.weight": (cfg.vocab_size, d), "model.norm.weight": (d,),
               "lm_head.weight": (cfg.vocab_size, d)}
     for i in range(cfg.num_layers):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in {
             "input_layernorm": (d,), "post_attention_layernorm": (d,), **model_io.mixer_shapes(cfg, recurrent=False),
-            "mlp.gate": (n, d), "mlp.experts.gate_proj": (n, f, d), "mlp.experts.up_proj": (n, f, d),
-            "mlp.experts.down_proj": (n, d, f)}.items()}
+            **feed_forward}.items()}
     weights = {}
     for name, shape in shapes.items():
         back = "o_proj" in name or "down_proj" in name
@@ -87,12 +96,16 @@ def initial_weights(cfg: Config) -> dict[str, torch.Tensor]:
 
 
 def forward(ids: torch.Tensor, weights: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, L, V) of ids (B, L), and the load-balancing loss n sum_e (share routed to e) (mean p_e)."""
-    h, balance = F.embedding(ids, weights["model.embed_tokens.weight"]), 0.0
+    """Logits (B, L, V) of ids (B, L), and the load-balancing loss n sum_e (share routed to e) (mean p_e), 0 without
+    experts."""
+    h, balance = F.embedding(ids, weights["model.embed_tokens.weight"]), torch.zeros(())
     attention = FAMILIES[cfg.model_type].attention
     for i in range(cfg.num_layers):
         prefix = f"model.layers.{i}."
         w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not cfg.num_experts:
+            h = model_io.run_layer(h, Layer(None, None, w), cfg)[2].view_as(h)
+            continue
         h = h + attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
         x = rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
         experts = Experts(*(w[f"mlp.experts.{part}_proj.weight"] for part in Experts._fields))

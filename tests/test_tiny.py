@@ -10,7 +10,7 @@ import pytest
 import random_checkpoint
 import torch
 import train_tiny
-from conftest import PROSE, ROOT, assert_refused, contents, refuse, run
+from conftest import DENSE, PROSE, ROOT, assert_refused, contents, refuse, run
 from model_io import Checkpoint, Model
 from safetensors.torch import load_file
 
@@ -121,10 +121,10 @@ def test_training_runs_the_model_that_is_written(kind, tmp_path):
     model, ids = Model(tmp_path), torch.randint(300, (2, 20))
     logits, balance = train_tiny.forward(ids, weights, cfg)
     torch.testing.assert_close(logits, model.logits(ids), rtol=1e-4, atol=1e-5)
-    by_hand = 0.0
+    by_hand = torch.zeros(())
     for step in model.stream(ids):
-        p = (step.x @ step.layer.router.T).softmax(-1)
-        for e in range(8):
+        for e in range(cfg.num_experts):
+            p = (step.x @ step.layer.router.T).softmax(-1)
             by_hand += 8 * (step.gates[:, e] > 0).float().mean() * p[:, e].mean() / 2
     assert balance.item() == pytest.approx(by_hand.item(), rel=1e-4)
 
@@ -139,7 +139,8 @@ def test_training_learns(kind):
     logits, balance = train_tiny.forward(ids[None, :64], weights, cfg)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[1:64]).item()
     assert math.exp(loss) < 4 < 35 < train_tiny.unigram_perplexity(ids, ids[:64], cfg.vocab_size)
-    assert 3 <= balance < 3.1 and not any(weight.requires_grad for weight in weights.values())
+    assert 3 <= balance < 3.1 or not cfg.num_experts
+    assert not any(weight.requires_grad for weight in weights.values())
 
 
 def test_training_writes_a_whole_checkpoint(kind, tmp_path, monkeypatch, capsys):
@@ -159,11 +160,12 @@ def test_training_writes_a_whole_checkpoint(kind, tmp_path, monkeypatch, capsys)
 
     embedding = trained[0]["model.embed_tokens.weight"].bfloat16()
     assert torch.equal(Checkpoint(tmp_path / "a").load("model.embed_tokens.weight"), embedding)
-    ours, published = Model(tmp_path / "a"), Model(ROOT / "examples" / f"tiny-{kind.replace('_', '-')}")
+    layout = ROOT / "examples" / f"tiny-{kind.replace('_', '-')}"  # the repository carries no dense one
+    ours, published = Model(tmp_path / "a"), Model(layout if kind != "qwen3" else DENSE[0])
     left_out = re.compile(r"layers\.[234]\.|experts\.([89]|\d\d)\.")  # more layers and experts than `little` has
     assert {*ours.checkpoint.tensors} == {name for name in published.checkpoint.tensors if not left_out.search(name)}
     assert {file.name for file in ours.checkpoint.path.iterdir()} == {
-        file.name for file in published.checkpoint.path.iterdir()}
+        file.name for file in (ROOT / "examples" / "tiny-olmoe").iterdir()}
     assert ours.decode(ours.encode(["All work"]).tolist()) == "All work"
 
 
