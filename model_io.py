@@ -368,7 +368,8 @@ QWEN3_5 = Family(qwen3_5_attention, partial_rotary_factor=0.25, always_renormali
                  shared_expert=True)
 FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
             "qwen2_moe": Family(qwen2_attention, shared_expert=True),
-            "qwen3": Family(qwen3_attention, dense=True), "qwen3_moe": Family(qwen3_attention), "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
+            "qwen3": Family(qwen3_attention, dense=True), "qwen3_moe": Family(qwen3_attention),
+            "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
 
 
 # -------------------------------------------------------------------------------------- the model that streams

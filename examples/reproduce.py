@@ -228,7 +228,7 @@ def picked(tables: list[Table], only: list[str], columns: list[str]) -> list[Tab
 
 class Score(NamedTuple):
     """A compressed checkpoint on a text: perplexity, KL from the source in nats a token; the share of the source's
-    expert parameters that are absent or 0; the checkpoint's parameters."""
+    expert parameters that are absent or 0, of its own for a dense source; the checkpoint's parameters."""
 
     perplexity: float
     kl: float
@@ -241,9 +241,10 @@ def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Scor
     with tempfile.TemporaryDirectory() as folder:
         output = make(sample, value, Path(folder) / "out")
         found = model_io.compare(sample.source, output, text)
-        left = wanda.parameters(output) * (1 - evaluate.expert_zeros(output))
+        stored = wanda.parameters(output)
+        left = stored * (1 - evaluate.expert_zeros(output))
         size = evaluate.count_parameters(output)
-    return Score(found.output_perplexity, found.kl, 1 - left / wanda.parameters(sample.source), size)
+    return Score(found.output_perplexity, found.kl, 1 - left / (wanda.parameters(sample.source) or stored), size)
 
 
 def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> dict[str, list[list[Score]]]:
