@@ -231,8 +231,9 @@ def weighted_rows(table: torch.Tensor, index: torch.Tensor, weights: torch.Tenso
 
 
 def block_numbers(x: torch.Tensor, memory: int) -> int:
-    """How many numbers to compute at a time: what stays in a processor's cache, or else a share of the memory."""
-    return max(1, (CACHE_BYTES if x.is_cpu else memory // 12) // model_io.widened(x.dtype).itemsize)
+    """How many numbers to compute at a time: a share of the memory, of which a processor's cache holds no more."""
+    share = memory // 12
+    return max(1, (min(share, CACHE_BYTES) if x.is_cpu else share) // model_io.widened(x.dtype).itemsize)
 
 
 def hidden_rows(layer: MoELayer, t: torch.Tensor, members: torch.Tensor, weights: torch.Tensor, numbers: int
@@ -315,7 +316,7 @@ def draw_sample(layer: MoELayer, vocab_sample: int, offsets: torch.Tensor, memor
         return None
     sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))
     drawn = []
-    for chunk in token_chunks(sizes, memory):
+    for chunk in token_chunks(sizes, memory * 3 // 4):  # the rest is for the eight tokens at work
         parts = log_readout(layer.tokens(chunk), memory).split(8), offsets[chunk].split(8)
         drawn += [mathx.sample_outcomes(log_p, vocab_sample, offset) for log_p, offset in zip(*parts)]
     return Sample(*map(torch.cat, zip(*drawn)))

@@ -233,7 +233,7 @@ def test_a_sampled_run_says_and_records_its_audit(small, capsys):
 
 def test_the_trained_checkpoint(tiny, tmp_path):
     """64 experts, four layers, the default text: nested prefixes, redirects that collapse, no NaN."""
-    assert run(hodgecover, tiny, "--keep", 32, "--tokens", 128, "--seq-len", 64, "--max-triangles", 40, "--dtype",
+    assert run(hodgecover, tiny, "--keep", 32, "--tokens", 64, "--seq-len", 64, "--max-triangles", 40, "--dtype",
                "float32", "--out", tmp_path / "out", "--cache", tmp_path / "cache") == 0
     layers = record(tmp_path / "out")["layers"]
     assert len(layers) == 4 and all(len(layer["survivors"]) == 32 for layer in layers)

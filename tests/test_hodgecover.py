@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from model_io import Experts, InputError, Model
 from safetensors.torch import load_file
 from strategies import barrier_by_hand, random_layer
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def in_dtype(layer: MoELayer, dtype: torch.dtype) -> MoELayer:
@@ -118,6 +120,38 @@ def test_barriers_whose_exponentials_overflow_are_the_plain_ones(vocab_sample):
     assert found.max() > 710
     if not vocab_sample:
         torch.testing.assert_close(found, plain_barriers(loud, pairs), rtol=1e-5, atol=1e-12)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors over 64 kB that operations made and that still live; `peak`: at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > 1 << 16:
+                storage = value.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+                self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("vocab_sample", [0, 50])
+def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size):
+    """Whatever the tensors are: wide experts, a large vocabulary, many simplices."""
+    simplices = torch.combinations(torch.arange(8), size)
+    for shape in (dict(d=64, f=400), dict(d=400, f=64), dict(d=32, f=32, vocab=20_000)):
+        layer = in_dtype(random_layer(n=8, tokens=200, **{"vocab": 500} | shape), torch.float32)
+        layer = layer._replace(norm=partial(model_io.rms_norm, weight=torch.ones(layer.x.shape[1]), eps=1e-5))
+        with LiveBytes() as count:
+            hodgecover.lens_barriers(layer, simplices, vocab_sample, memory=20 * 10**6)
+        assert 10e6 < count.peak < 20e6
 
 
 def test_chunks_of_tokens_respect_the_budget():
