@@ -107,9 +107,9 @@ def test_the_other_ways_find_what_is_planted():
     for found in (dot_moe.kmeans_split(rows, 4, 0), dot_moe.coactivation_split(counts, 4)):
         groups = {frozenset((found == e).nonzero().flatten().tolist()) for e in range(4)}
         assert groups == {frozenset((planted == e).nonzero().flatten().tolist()) for e in range(4)}
-    rows = normal(12, 3, seed=3)
-    found = dot_moe.kmeans_split(rows, 2, 0)
-    centres = torch.stack([rows[found == e].mean(0) for e in range(2)])
+    rows = normal(24, 2, seed=3) + torch.tensor([2.0, 0.0])
+    found = dot_moe.kmeans_split(rows, 4, 0)
+    centres = torch.stack([rows[found == e].mean(0) for e in range(4)])
     assert torch.equal(found, dot_moe.rounded(-torch.cdist(rows, centres)))
     assert dot_moe.random_split(24, 4, 0).bincount().tolist() == [6] * 4
     assert not torch.equal(dot_moe.random_split(24, 4, 0), dot_moe.random_split(24, 4, 1))
@@ -308,6 +308,15 @@ def test_gates_in_the_format_are_unit_gates_but_for_the_scale(tmp_path, monkeypa
     for i in range(2):
         assert 8 < far[-2][i] / far[-6][i] < 32 and 12 < far[-6][i] / far[-10][i] < 20
     assert far[-10][0] < 0.005
+
+
+def test_the_scale_of_a_router_is_a_power_of_two_and_knows_the_norm_before_it():
+    """On inputs of mean square 1, times the norm's weight."""
+    router, norm, x = normal(8, 512), normal(512, seed=1), normal(4000, 512, seed=2)
+    scale = dot_moe.gate_scale(router, norm)
+    assert math.log2(scale).is_integer() and dot_moe.gate_scale(4 * router, norm) == scale / 4
+    assert 0.7 < (x * norm @ router.T * scale).std() / dot_moe.SPREAD < 1.42
+    assert dot_moe.gate_scale(router, 8 * norm) == scale / 8 and dot_moe.gate_scale(0 * router, norm) < 2**11
 
 
 def test_all_experts_are_the_dense_model(tmp_path):
