@@ -27,9 +27,9 @@ kmeans        balanced k-means on the rows of the up projection
 coactivation  an expert begins with the busiest neuron that is left, and takes those that are most often active together
               with its own; active: among a token's 10% of largest |h_j|
 
-In the file the gates are renormalised over the k experts. So that they are 1 / k but for a thousandth, the router is
-scaled by a power of two to logits of that spread, and the down projections are multiplied by k: exact, if that is a
-power of two. A smaller spread makes ties in float32, which routes otherwise, too: measured, it is the best.
+In the file the gates are renormalised over the k experts. So that they are about 1 / k, the router is scaled by a power
+of two to logits of a spread of a thousandth, and the down projections are multiplied by k: exact, if that is a power of
+two. A smaller spread makes ties in float32, which route otherwise, too: measured, this one is best.
 
 Ours: means over layers; the anneal over all steps; Adam as in distil.py (warm-up over a tenth of the steps, no weight
 decay), its rate in units of 0.01, the scale at which A and W begin; one rate for few steps. The paper has 5e-4, AdamW
