@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Nested checkpoints: the order changes no function, a prefix is what dropping and narrowing write."""
+"""Nested checkpoints: the order changes no function, a prefix is what dropping and narrowing write, and prefixes can be
+trained together."""
 import doctest
 import json
 from pathlib import Path
 
 import baselines
 import common
+import distil
 import export_plan
 import heapr
 import hodgecover
@@ -162,6 +164,110 @@ def test_a_killed_run_leaves_nothing(small, tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
+# ------------------------------------------------------------------------------------------------ trained prefixes
+
+
+@pytest.fixture
+def in_order(small, tmp_path) -> tuple[Model, Model, torch.Tensor]:
+    """The small checkpoint, an ordered copy of it to be trained, and text."""
+    source = Model(small)
+    ids = some_ids(16, 16)
+    nested.write_ordered(source, dict(nested.measure(source, ids)), tmp_path / "nested", {})
+    return source, Model(tmp_path / "nested"), ids
+
+
+def kl_of(source: Model, output: Model, ids: torch.Tensor, size: tuple[int, int], out: Path) -> float:
+    """KL from the source of a slice, as a checkpoint."""
+    nested.write_slice(output, *size, out, {})
+    return model_io.compare(source, Model(out, output.dtype), ids).kl
+
+
+def test_the_loss_of_a_prefix_is_the_kl_of_its_slice(in_order, tmp_path, monkeypatch):
+    source, output, ids = in_order
+    found = []
+
+    def train(weights, loss_of, count, length, *_):
+        found.extend(loss_of(torch.arange(count), prefix=size).item() / (count * length) for size in ((8, 16), (4, 6)))
+    monkeypatch.setattr(distil, "train", train)
+    plan = distil.Plan(1, 0.01, 1.0, [*distil.PARTS], 0, 10**9)
+    distil.distil(source, output, ids, 0, plan, torch.empty, lambda *_: None)
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert found[1] == pytest.approx(kl_of(source, output, ids, (4, 6), tmp_path / "cut"), rel=1e-4)
+
+
+def test_a_third_of_the_steps_train_the_whole_model():
+    plan = distil.Plan(1, 0.01, 1.0, [*distil.PARTS], 3, 10**9, prefixes=[(4, 16), (3, 8)])
+    drawn = distil.prefixes_of(9000, plan)
+    shares = [drawn.count(size) / 9000 for size in (None, (4, 16), (3, 8))]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert drawn[:99] != distil.prefixes_of(9000, plan._replace(seed=4))[:99]
+    assert distil.prefixes_of(3, plan._replace(prefixes=())) == [None] * 3
+
+
+def test_each_step_trains_its_own_prefix(monkeypatch):
+    sizes, weight = [], torch.ones(2, 2, requires_grad=True)
+
+    def loss_of(which, prefix=None):
+        sizes.append(prefix)
+        return weight.square().sum()
+    plan = distil.Plan(4, 0.01, 1.0, [*distil.PARTS], 0, 10**9, prefixes=[(4, 16), (3, 8)])
+    distil.train({"w": weight}, loss_of, 24, 1, 8, plan, "", lambda *_: None)
+    assert sizes == distil.prefixes_of(12, plan) and len({*sizes}) == 3
+
+
+def test_trained_together_the_prefixes_come_nearer_and_the_whole_stays_near(in_order, tmp_path):
+    source, output, ids = in_order
+    sizes = [(6, 16), (4, 16), (3, 8)]
+    before = [kl_of(source, output, ids, size, tmp_path / f"before{size}") for size in sizes]
+    plan = distil.Plan(20, 0.005, 1.0, [*distil.PARTS], 0, 10**9, prefixes=sizes)
+    distil.distil(source, output, ids, 0, plan, torch.empty, lambda *_: None)
+    after = [kl_of(source, output, ids, size, tmp_path / f"after{size}") for size in sizes]
+    assert sum(after) < 0.6 * sum(before) and all(new < old for new, old in zip(after, before))
+    assert model_io.compare(source, output, ids).kl < min(after)
+
+
+@pytest.fixture
+def trained(small, tmp_path) -> list:
+    """Arguments of distil.py for an ordered checkpoint."""
+    text = ["--calib", tmp_path / "text.txt"]
+    assert run(nested, small, *text, *QUICK, "--out", tmp_path / "nested") == 0
+    return [small, tmp_path / "nested", *text, "--tokens", 256, "--seq-len", 16, "--dtype", "float32"]
+
+
+def test_the_command_tells_of_each_prefix_and_a_slice_of_it_is_cut(trained, tmp_path, capsys):
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("Zebras mix quartz. " * 10)
+    assert run(distil, *trained, "--prefixes", "4", "3,8", "--epochs", 2, "--eval", held_out, "--out",
+               tmp_path / "out") == 0
+    said = [line.split("held-out KL ")[1].split() for line in capsys.readouterr().out.splitlines() if "load:" in line]
+    assert all(len(kls) == 3 for kls in said) and len(said) > 1
+    assert record(tmp_path / "out")["settings"]["prefixes"] == [[4, 16], [3, 8]]
+    assert run(nested, tmp_path / "out", "--slice", "3,8", "--out", tmp_path / "cut") == 0
+    assert capsys.readouterr().err == ""
+    source = Model(trained[0])
+    ids = model_io.sequences(source.encode([held_out.read_text()]), 16)
+    found = model_io.compare(source, Model(tmp_path / "cut"), ids).kl
+    assert float(said[-1][2]) == pytest.approx(found, abs=1e-4)
+
+
+def test_a_killed_training_of_prefixes_continues_to_the_same_bytes(trained, tmp_path, monkeypatch):
+    trained = [*trained, "--prefixes", "4", "3,8", "--epochs", 2]
+    assert run(distil, *trained, "--out", tmp_path / "undisturbed") == 0
+    monkeypatch.setattr(distil, "SAVE_SECONDS", 0)
+    real, done = distil.add_gradient, []
+
+    def killed_after_one(*given):
+        done.append(given)
+        if len(done) % 2 == 0:
+            raise KeyboardInterrupt
+        return real(*given)
+    monkeypatch.setattr(distil, "add_gradient", killed_after_one)
+    for _ in range(3):
+        assert run(distil, *trained, "--out", tmp_path / "out") == 130
+    assert run(distil, *trained, "--out", tmp_path / "out") == 0 and len(done) == 7
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -200,6 +306,16 @@ def test_a_plan_that_gives_no_order_is_refused(small, tmp_path, capsys, change, 
     plan.write_text(json.dumps(found))
     capsys.readouterr()
     assert_refused(capsys, run(nested, small, "--plan", plan, "--out", tmp_path / "out"), says)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--prefixes", "2"], "--prefixes: keep 2"), (["--prefixes", "4,99"], "--prefixes: width 99"),
+    (["--prefixes", "4", "--layerwise"], "--prefixes: do not go with --layerwise"),
+    (["--prefixes", "x"], "x: must be K or K,F")])
+def test_prefixes_that_there_are_not_are_refused(small, tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.setattr(Model, "layer", refuse)
+    assert_refused(capsys, run(distil, small, small, "--out", tmp_path / "out", *options), says)
     assert not (tmp_path / "out").exists()
 
 
