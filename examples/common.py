@@ -140,6 +140,7 @@ def cut(layer: Layer, kept: slice | list[int], width: int | None = None) -> Laye
     if layer.experts is None:
         return layer
     gate, up, down = layer.experts
+    kept = kept if isinstance(kept, slice) else torch.tensor(kept)
     experts = Experts(gate[kept, :width], up[kept, :width], down[kept, :, :width])
     return Layer(experts, layer.router[kept], layer.weights)
 
