@@ -142,7 +142,8 @@ def trained_together(sample: Sample) -> tuple[tempfile.TemporaryDirectory, Model
     out = Path(folder.name) / "nested"
     nested.write_ordered(sample.source, dict(nested.measure(sample.source, sample.ids)), out, {})
     sizes = [(reproduce.survivors(sample.source, rate), sample.source.config.expert_width) for rate in RATES.values()]
-    return folder, distil_study.train(sample, Model(out), training_ids(sample, "with training text", TRAINED), prefixes=sizes)
+    ids = training_ids(sample, "with training text", TRAINED)
+    return folder, distil_study.train(sample, Model(out), ids, prefixes=sizes)
 
 
 def together(sample: Sample, dropped: float, out: Path) -> Model:

@@ -506,7 +506,8 @@ def test_two_steps_train_on_two_halves(sample, tmp_path, monkeypatch):
     made = distil_study.in_two_steps(sample, 0.5, tmp_path / "made")
     assert [count for count, _ in seen] == [6, 4] and made.config.num_experts == 4
     together = torch.cat([ids for _, ids in seen])
-    assert torch.equal(together, distil_study.training_ids(sample, "with training text", distil_study.TOKENS)) and len(seen[0][1]) > 1
+    all_of_it = distil_study.training_ids(sample, "with training text", distil_study.TOKENS)
+    assert torch.equal(together, all_of_it) and len(seen[0][1]) > 1
 
 
 def test_distillation_tables_are_filled(small, capsys):
