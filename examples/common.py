@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,9 @@ sys.path.insert(0, str(HERE.parent))
 import hodgecover  # noqa: E402
 import model_io  # noqa: E402
 from hodgecover import RECORD, Parser  # noqa: E402
-from model_io import InputError, Model  # noqa: E402
+from model_io import Experts, InputError, Layer, Model  # noqa: E402
+
+Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
 
 
 def command_line(file: str, description: str, out: bool = True, text: int = hodgecover.TOKENS, source: bool = False,
@@ -151,6 +154,39 @@ def check_source(model: Model, source: Model) -> None:
     if any(own > of_source for own, of_source in zip(*sizes)):
         raise InputError(f"{model.checkpoint.path}: has more or wider experts than {source.checkpoint.path}; the "
                          "source must be the larger one, and come first")
+
+
+def size_of(text: str) -> Size:
+    """What a prefix of a nested checkpoint has: K experts a layer, or K,F, F hidden units of each.
+
+    >>> size_of("32"), size_of("32,512")
+    ((32, None), (32, 512))
+    """
+    match = re.fullmatch(r"(\d{1,9})(?:,(\d{1,9}))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text}: must be K or K,F, such as 32 or 32,512")
+    return int(match[1]), match[2] and int(match[2])
+
+
+def check_size(model: Model, size: Size) -> tuple[int, int]:
+    """Return the experts and the hidden units of a prefix. Raises InputError if a model has no such prefix."""
+    keep, width = size
+    most = model.config.expert_width
+    hodgecover.check_keep(model, keep)
+    if width is not None and not 1 <= width <= most:
+        raise InputError(f"width {width}: must be from 1 to {most}, the width of the experts")
+    return keep, most if width is None else width
+
+
+def cut(layer: Layer, kept: slice | list[int], width: int | None = None) -> Layer:
+    """Return a layer with some of its experts and their router rows alone, of each the first `width` hidden units. A
+    slice gives views of the weights. A dense layer stays as it is."""
+    if layer.experts is None:
+        return layer
+    gate, up, down = layer.experts
+    kept = kept if isinstance(kept, slice) else torch.tensor(kept)
+    experts = Experts(gate[kept, :width], up[kept, :width], down[kept, :, :width])
+    return Layer(experts, layer.router[kept], layer.weights)
 
 
 def folder_beside(out: Path, command: str) -> Path:

@@ -25,6 +25,11 @@ suits models of any scale. A step takes 8 sequences. Weights are trained in floa
 The embedding, the head and a multi-token head stay as they are. Each line of progress says how evenly tokens are
 routed: the load of the busiest expert of any layer, as a multiple of an even share, and how many of a layer are idle.
 
+--prefixes K[,F] ... trains a checkpoint of nested.py so that its prefixes, the first K experts of each layer and the
+first F hidden units of each of them, come near to the source, too: a step trains the whole model with probability 1/3,
+else one of the prefixes at random (Star Elastic, arXiv 2605.07182, without its budget router). Progress tells the
+held-out KL of the whole model, then of each prefix.
+
 A killed run continues from its last saved step, a minute old at most, or more if saving takes long. Steps lie in
 OUT-distil until the output is whole. --memory bounds the graph of a step; another value is another run.
 
@@ -63,8 +68,9 @@ SPARSE = 0.01  # share of zeros from which an expert's matrix counts as pruned
 SMALLEST = 1e-6  # a matrix's root mean square for --lr, at least: a router of dot_moe.py has 1e-4
 PIECE = 4096  # tokens that are compared at a time
 STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
+WHOLE = 1 / 3  # probability of a step of the whole model, if there are prefixes
 CACHE_VERSION = "1"
-SETTINGS = ("epochs", "lr", "kl_weight", "train", "layerwise", "seed", "memory")
+SETTINGS = ("epochs", "lr", "kl_weight", "train", "layerwise", "prefixes", "seed", "memory")
 PARTS = {"norms": r"norm(_\w+)?\.weight$", "router": r"mlp\.(gate|shared_expert_gate)\.weight$", "experts": r"mlp\.",
          "attention": r"(self_attn|linear_attn)\."}  # the first that fits a weight's name
 
@@ -145,7 +151,7 @@ def read_student(output: Model, layers: list[str], parts: list[str]) -> Student:
 
 class Plan(NamedTuple):
     """How to train: passes over the text, learning rate, weight of the KL, PARTS to train, seed of the order, bytes of
-    a graph, and the folder and key of what is saved."""
+    a graph, the folder and key of what is saved, and prefixes (experts, hidden units) to train beside the whole."""
 
     epochs: int
     lr: float
@@ -155,6 +161,7 @@ class Plan(NamedTuple):
     memory: int
     cache: Path | None = None
     key: dict[str, str] = {}
+    prefixes: Sequence[tuple[int, int]] = ()
 
 
 def batches(count: int, plan: Plan) -> list[torch.Tensor]:
@@ -162,6 +169,16 @@ def batches(count: int, plan: Plan) -> list[torch.Tensor]:
     pass may have fewer."""
     generator = torch.Generator().manual_seed(plan.seed)
     return [batch for _ in range(plan.epochs) for batch in torch.randperm(count, generator=generator).split(BATCH)]
+
+
+def prefixes_of(steps: int, plan: Plan) -> list[tuple[int, int] | None]:
+    """Return the prefix that each step trains, None for the whole model."""
+    if not plan.prefixes:
+        return [None] * steps
+    generator = torch.Generator().manual_seed(plan.seed)
+    whole = torch.rand(steps, generator=generator) < WHOLE
+    which = torch.randint(len(plan.prefixes), (steps,), generator=generator)
+    return [None if all_of_it else plan.prefixes[number] for all_of_it, number in zip(whole, which)]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -178,11 +195,12 @@ def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int
           report: Callable[[int, int, float], None], begin: Tick = no_tick) -> None:
     """Train weights in place by Adam on `count` sequences of `length`, `at_once` of them in a graph.
 
-    `loss_of` gives the summed loss of some sequences. `report` is told the steps done, their number, and the loss of
-    the last; `begin`, before each step, the share that is done. What is saved, under `name` in the plan's cache, is
-    taken up.
+    `loss_of` gives the summed loss of some sequences, of a `prefix` if the plan has any. `report` is told the steps
+    done, their number, and the loss of the last; `begin`, before each step, the share that is done. What is saved,
+    under `name` in the plan's cache, is taken up.
     """
     steps, masks = batches(count, plan), zeros_to_keep(weights)
+    prefixes = prefixes_of(len(steps), plan)
     groups = [{"params": [weight], "unit": weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item()}
               for weight in weights.values()]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
@@ -192,7 +210,8 @@ def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int
             group["lr"] = plan.lr * group["unit"] * schedule(step, len(steps))
         optimizer.zero_grad()
         begin(step / len(steps))
-        loss = add_gradient(loss_of, which, at_once, len(which) * length)
+        of_step = partial(loss_of, prefix=prefixes[step]) if prefixes[step] else loss_of
+        loss = add_gradient(of_step, which, at_once, len(which) * length)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
         if not math.isfinite(loss) or not norm.isfinite():
             raise InputError(f"step {step + 1} of {len(steps)}: the loss or its gradient is not finite: NaN or "
@@ -284,8 +303,10 @@ def add_load(counts: dict[str, torch.Tensor], name: str, gates: torch.Tensor | N
 
 def load_line(counts: dict[str, torch.Tensor]) -> str:
     """Say how unevenly the tokens lie in the worst layer, and forget them."""
-    busiest = max(((count.max() * len(count) / count.sum()).item() for count in counts.values()), default=1)
-    idle = max((int((count == 0).sum()) for count in counts.values()), default=0)
+    if not counts:
+        return "load: not seen"
+    busiest = max((count.max() * len(count) / count.sum()).item() for count in counts.values())
+    idle = max(int((count == 0).sum()) for count in counts.values())
     counts.clear()
     return f"load: busiest expert {busiest:.1f} times an even share, {idle} idle"
 
@@ -324,11 +345,15 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
     layers, norm = output.layer_names[:cfg.num_layers], output.prefix.removesuffix(".")
     student, head, counts = read_student(output, [*layers, norm], plan.parts), output.unembedding(), {}
 
-    def loss_of(which: torch.Tensor, kl_weight: float = plan.kl_weight) -> torch.Tensor:
+    def loss_of(which: torch.Tensor, kl_weight: float = plan.kl_weight, prefix: tuple[int, int] | None = None
+                ) -> torch.Tensor:
         h = output.embed(ids[which])
         for name in layers:
-            _, gates, y = model_io.run_layer(h, student.layer(name), cfg)
-            add_load(counts, name, gates)
+            layer = student.layer(name)
+            if prefix:
+                layer = common.cut(layer, slice(prefix[0]), prefix[1])
+            _, gates, y = model_io.run_layer(h, layer, cfg)
+            add_load(counts, name, None if prefix else gates)
             h = y.view_as(h)
         weight = student.weights[norm]["norm.weight"].to(student.dtypes[norm]["norm.weight"])
         hidden = model_io.rms_norm(h, weight, cfg.rms_norm_eps)
@@ -340,8 +365,10 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
         if done * REPORTS // steps > (done - 1) * REPORTS // steps:
             line = f"step {done} of {steps}: loss {loss:.4f}, {load_line(counts)}"
         if line and held_out:
-            kl = mean_loss(partial(loss_of, kl_weight=1.0), torch.arange(count, len(ids)), at_once, held_out * length)
-            line += f", held-out KL {kl:.4f}"
+            watched = torch.arange(count, len(ids))
+            kls = [mean_loss(partial(loss_of, kl_weight=1.0, prefix=prefix), watched, at_once, held_out * length)
+                   for prefix in (None, *plan.prefixes)]
+            line += f", held-out KL {' '.join(f'{kl:.4f}' for kl in kls)}"
             counts.clear()
         say(of_source + (1 - of_source) * done / steps, line)
     train(student.trained(), loss_of, count, length, at_once, plan, "distil", report)
@@ -515,6 +542,8 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[*PARTS], help="of "
                         f"{', '.join(PARTS)} [all]")
     parser.add_argument("--layerwise", action="store_true", help="one layer after the other, in memory alone")
+    parser.add_argument("--prefixes", metavar="K[,F]", nargs="+", type=common.size_of, default=[], help="prefixes of a "
+                        "nested checkpoint to train, too")
     parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on 8,192 tokens of which the "
                         "training is watched")
     return parser
@@ -528,6 +557,8 @@ def check_options(args: argparse.Namespace) -> None:
     args.train = [part for part in PARTS if part in args.train]
     if args.layerwise and args.kl_weight != 1:
         raise InputError(f"kl_weight {args.kl_weight}: does not go with --layerwise, which has another loss")
+    if args.layerwise and args.prefixes:
+        raise InputError("prefixes: do not go with --layerwise, which has no loss of a whole model")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -536,6 +567,10 @@ def run(args: argparse.Namespace) -> None:
     source, model = common.open_model(args.source, args), common.open_model(args.checkpoint, args)
     hodgecover.refuse_fold(source)
     common.check_source(model, source)
+    try:
+        args.prefixes = [common.check_size(model, size) for size in args.prefixes]
+    except InputError as err:
+        raise InputError(f"prefixes: {err}") from None
     out = args.out.absolute()
     cache = common.folder_beside(out, "distil")
     hodgecover.check_out(model, out, cache)
@@ -551,7 +586,8 @@ def run(args: argparse.Namespace) -> None:
         print("the multi-token head stays as it is")
 
     bar = hodgecover.progress_bar()
-    plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key)
+    plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key,
+                args.prefixes)
     with common.copied(model, out, entry) as output:
         hodgecover.make_cache(cache)
         large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory

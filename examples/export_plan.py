@@ -5,9 +5,10 @@
     (edit the survivors or redirects of plan.json, or set its router to "fold")
     python examples/export_plan.py CKPT plan.json --out DIR
 
-PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py or of a selector of
-baselines.py. Its last history entry is the plan, and must have been made from CKPT's weights. Of each layer `survivors`
-decides what stays, ascending, the same number in every layer; `redirect` matters for the router "fold" alone.
+PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of
+baselines.py or of budgets.py rco. Its last history entry is the plan, and must have been made from CKPT's weights. Of
+each layer `survivors` decides what stays, ascending, the same number in every layer; `redirect` matters for the router
+"fold" alone.
 
 A plan that was not edited gives the same files, byte for byte, as the command that made it. An edited one, whose hash
 differs, is marked by "exported_by"; its diagnostics remain those of the plan before the edit.
@@ -22,7 +23,7 @@ import model_io
 from hodgecover import LayerPlan
 from model_io import InputError, Model
 
-PLANNERS = ("hodgecover.py", "baselines.py")
+PLANNERS = ("hodgecover.py", "baselines.py", "budgets.py")
 
 
 def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, LayerPlan]]:
@@ -47,6 +48,22 @@ def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, LayerPlan]]:
     return (marked(entry, plans) if edited else entry), plans
 
 
+def read_orders(model: Model, path: Path) -> dict[str, LayerPlan]:
+    """The plans by layer name, as `read_plan`, of which `order` ranks all experts and begins with the survivors.
+
+    Raises InputError if it does not, and for the router fold, which no order carries.
+    """
+    entry, plans = read_plan(model, path)
+    if entry["settings"]["router"] == "fold":
+        raise InputError(f"{path}: has the router fold, which an order does not carry; use one with the router drop")
+    for name, plan in plans.items():
+        order, everyone = plan.order, [*range(model.config.num_experts)]
+        if not isinstance(order, list) or any(type(e) is not int for e in order) or sorted(order) != everyone \
+                or sorted(order[:len(plan.survivors)]) != plan.survivors:
+            raise InputError(f"{path}: order of {name} must have each of its experts once, the survivors first")
+    return plans
+
+
 def check_origin(model: Model, path: Path, record: dict, entry: dict) -> None:
     """Raise InputError if a record's last entry is not a plan made from the checkpoint's weights and layers."""
     if record["schema_version"] != hodgecover.SCHEMA_VERSION:
@@ -54,7 +71,7 @@ def check_origin(model: Model, path: Path, record: dict, entry: dict) -> None:
     if entry["command"] not in PLANNERS or "survivors" not in entry["layers"][0]:
         step = " ".join([str(entry["command"]), *filter(None, [entry["settings"].get("method")])])
         raise InputError(f"{path}: its last step is {step}, which a plan cannot repeat; give the record of "
-                         "hodgecover.py or of a selector of baselines.py")
+                         "hodgecover.py, of a selector of baselines.py or of budgets.py")
     if entry["source"]["fingerprint"] != model.checkpoint.fingerprint():
         raise InputError(f"{path}: made for {entry['source']['name']}, of other weights or another config.json than "
                          f"{model.checkpoint.path}")

@@ -263,10 +263,16 @@ def narrowed(matrix: torch.Tensor, units: torch.Tensor, projection: str) -> torc
     return torch.cat([part[units] for part in matrix.chunk(2 if projection == "gate_up" else 1)])
 
 
-def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[str, bytes]) -> None:
+def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[str, bytes],
+           experts: dict[str, list[int]] | None = None, notice: str = NOTICE) -> None:
     """Write the checkpoint whose experts have the units kept[layer] (n, width) alone, one width in all sparse layers,
-    to the folder `out`; `files`, name -> content, lie beside the weights."""
+    to the folder `out`; `files`, name -> content, lie beside the weights.
+
+    `experts`, layer -> indices, are those that stay, as many in each layer; None: all. Units and experts come in the
+    order given.
+    """
     width = next(iter(kept.values())).shape[1]
+    experts = experts or {layer: list(range(len(units))) for layer, units in kept.items()}
 
     def edit(matrix: torch.Tensor, row: int, layer: str, expert: str | None, projection: str) -> torch.Tensor:
         return narrowed(matrix, kept[layer][row if expert is None else int(expert)], projection)
@@ -279,10 +285,12 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
             axis = -1 if projection == "down" else -2
             shapes[name] = [*info.shape]
             shapes[name][axis] = info.shape[axis] // model.config.expert_width * width
-    everyone = {layer: list(range(len(units))) for layer, units in kept.items()}
+            if expert is None:
+                shapes[name][0] = len(experts[layer])
     config = model_io.with_expert_width(model.checkpoint.raw_config, width)
+    config = model_io.with_num_experts(config, len(next(iter(experts.values()))))
     files = files | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    model_io.write_checkpoint(model.checkpoint, out, everyone, files, edits, NOTICE, shapes)
+    model_io.write_checkpoint(model.checkpoint, out, experts, files, edits, notice, shapes)
 
 
 # -------------------------------------------------------------------------------------------------------- the command

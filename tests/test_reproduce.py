@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The studies: a cell is what the commands give, the statistics are right, and every table can be filled."""
 import ast
+import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,8 @@ from statistics import mean
 
 import audit
 import baselines
+import budgets
+import budgets_study
 import common
 import distil
 import distil_study
@@ -17,7 +20,9 @@ import heapr
 import hodgecover
 import mathx
 import model_io
+import nested
 import pytest
+import rco
 import refit
 import refit_study
 import reproduce
@@ -501,7 +506,8 @@ def test_two_steps_train_on_two_halves(sample, tmp_path, monkeypatch):
     made = distil_study.in_two_steps(sample, 0.5, tmp_path / "made")
     assert [count for count, _ in seen] == [6, 4] and made.config.num_experts == 4
     together = torch.cat([ids for _, ids in seen])
-    assert torch.equal(together, distil_study.training_ids(sample, "with training text", distil_study.TOKENS)) and len(seen[0][1]) > 1
+    all_of_it = distil_study.training_ids(sample, "with training text", distil_study.TOKENS)
+    assert torch.equal(together, all_of_it) and len(seen[0][1]) > 1
 
 
 def test_distillation_tables_are_filled(small, capsys):
@@ -509,6 +515,67 @@ def test_distillation_tables_are_filled(small, capsys):
     assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == ["slimqwen", "narrow"] * 2
     table = shown(capsys, distil_study, small, "--variants", "--only", "source code", "64 - 48 - 32")
     assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == ["64 - 48 - 32", "source code"]
+
+
+# -------------------------------------------------------------------------------------------------- budgets of layers
+
+
+def test_cell_of_rco_is_what_its_command_gives(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(budgets_study, "TOKENS", 64)
+    monkeypatch.setattr(budgets_study, "RCO_LENGTH", 16)
+    path = sample.source.checkpoint.path
+    assert run(budgets, path, "rco", "--keep", 4, "--steps", 2, "--out", tmp_path / "out", "--tokens", 64, "--seq-len",
+               16, "--seed", 1, "--dtype", "float32") == 0
+    lines = budgets_study.budget_tables(2, 2)[0].lines
+    lines["rco"](sample, 0.5, tmp_path / "made")
+    weights = [folder.joinpath("model.safetensors").read_bytes() for folder in (tmp_path / "out", tmp_path / "made")]
+    assert weights[0] == weights[1]
+    ragged = lines["rco, ragged"](sample, 0.5, tmp_path / "ragged")
+    uniform = lines["rco ragged, its order"](sample, 0.5, tmp_path / "uniform")
+    orders, gone = budgets_study.rco_found(sample, 4, 2, True)
+    for index, (order, count) in enumerate(zip(orders.values(), gone)):
+        rows = sample.source.layer(index).router
+        assert torch.equal(ragged.layer(index).router, rows[sorted(order[:8 - count])])
+        assert torch.equal(uniform.layer(index).router, rows[sorted(order[:4])])
+
+
+def test_cell_of_evo_is_the_plan_that_its_command_finds(sample, tmp_path, monkeypatch):
+    path = sample.source.checkpoint.path
+    assert run(budgets, path, "evo", "--keep", 4, "--generations", 2, "--out", tmp_path / "plan.json", *USERS) == 0
+    found = budgets_study.budget_tables(2, 2)[0].lines["evo, ragged"](sample, 0.5, tmp_path / "made")
+    layers = json.loads((tmp_path / "plan.json").read_text())["history"][-1]["layers"]
+    assert found.survivors == {layer["name"]: layer["survivors"] for layer in layers}
+    budgets_study.evo_budget.cache_clear()
+    monkeypatch.setattr(budgets, "esap_of", lambda *_: None)  # what was found lies beside the barriers
+    again = budgets_study.evo_budget(sample, 4, 2)
+    assert [8 - gone for gone in again] == [len(layer["survivors"]) for layer in layers]
+
+
+def test_cell_of_a_joint_training_is_a_slice_of_what_the_commands_give(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(budgets_study, "TRAINED", 256)
+    path, ordered, trained = sample.source.checkpoint.path, tmp_path / "nested", tmp_path / "trained"
+    assert run(nested, path, "--out", ordered, *USERS) == 0
+    users = ["--tokens", 256, "--seq-len", 32, "--seed", 1, "--dtype", "float32"]
+    assert run(distil, path, ordered, "--prefixes", 6, 4, 3, "--out", trained, *users) == 0
+    assert run(nested, trained, "--slice", 4, "--out", tmp_path / "cut") == 0
+    budgets_study.together(sample, 0.5, tmp_path / "made")
+    weights = [folder.joinpath("model.safetensors").read_bytes() for folder in (tmp_path / "cut", tmp_path / "made")]
+    assert weights[0] == weights[1]
+
+
+def test_budget_tables_are_filled(small, capsys, monkeypatch):
+    monkeypatch.setattr(rco, "NOISES", 1)
+    monkeypatch.setattr(budgets_study, "RCO_LENGTH", 16)
+    labels = ["reap", "evo, ragged", "rco, ragged", "rco ragged, its order"]
+    table = shown(capsys, budgets_study, small, "--columns", "50%", "--only", *labels, "--generations", 1, "--steps", 1)
+    assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == labels * 2
+    kept = {line[0]: line[1] for line in table[-2:]}
+    assert kept.keys() == {"evo, ragged", "rco, ragged"}
+    for cell in kept.values():
+        assert all(sum(map(int, one.split())) == 8 for one in cell.split("; "))
+    monkeypatch.setattr(budgets_study, "TRAINED", 96)
+    table = shown(capsys, budgets_study, small, "--nested", "--only", "not trained", "each alone, 32 tokens")
+    assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == ["each alone, 32 tokens", "not trained"]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -525,6 +592,8 @@ def test_distillation_tables_are_filled(small, capsys):
     (reproduce, ["--model", "nowhere"], "nowhere"),
     (frontier, ["--only", "drop"], "--only drop: must be one of drop, reap; drop, hope"),
     (distil_study, ["--variants", "--only", "reap"], "--only reap: must be one of 16,384 tokens"),
+    (budgets_study, ["--steps", "0"], "--steps 0: must be from 1"),
+    (budgets_study, ["--nested", "--only", "rco"], "--only rco: must be one of together"),
     (frontier, ["--columns", "33%"], "--columns 33%: must be one of 25%; 50%; 66%"),
     (refit_study, ["--where", "--columns", "50%"], "--columns: does not go with --where"),
     (refit_study, ["--where", "--curves"], "not allowed with argument"),

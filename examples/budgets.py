@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: MIT
+"""Search which experts stay by what the whole model then predicts: how many in each layer, or which ones.
+
+    python examples/budgets.py CKPT evo --keep 32 --out PLAN.json            a number for each layer, 32 on average
+    python examples/budgets.py CKPT rco --keep 32 --out DIR                  32 in every layer: a checkpoint
+    python examples/budgets.py CKPT rco --keep 32 --ragged --out PLAN.json   32 on average
+
+A checkpoint has one number of experts, num_experts. So a ragged plan, with other numbers in other layers, is no
+checkpoint and cannot become one: it is searched, evaluated in memory (--eval) and written as a file to read.
+
+evo (EvoESAP, arXiv 2603.06003). The experts of a layer go in a fixed order, the least REAP saliency first, or from the
+end of a --plan's `order`; a candidate says how many. It is worth ESAP = mean_t sum_v min(p, q) = 1 - TV, p the source's
+next-token distribution and q its own. 32 candidates, of twelve shapes and at random; in each generation the best 4 stay
+and the others become mutants of them, in which up to 3 times up to 4 experts move from one layer to another.
+
+rco (RCO, arXiv 2605.00649; rco.py says how). No order is given: each expert has logits to keep and to prune it, trained
+to a low KL from the source while the expected number of pruned experts stays at the budget. With a budget for each
+layer it is a selector as those of baselines.py are, and export_plan.py repeats its plan; with --ragged there is one
+budget for all.
+
+Ours: every layer keeps the model's top-k at least. A multi-token head, whose loss is not the model's, keeps K experts
+by the fixed order.
+
+A killed search continues from what lies in OUT-budgets until the output is whole. Layers are read one at a time: by evo
+once for as many candidates as --memory holds streams of; by rco twice a sample of noise, or once for all if the weights
+fit --memory.
+
+    n experts of a layer    d hidden size    T tokens, B sequences of L    V vocabulary
+"""
+import argparse
+import itertools
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import baselines
+import common
+import export_plan
+import hodgecover
+import model_io
+import rco
+import torch
+from hodgecover import LayerPlan, Settings, Tick, no_tick
+from model_io import InputError, Layer, Model
+
+TOKENS = 16384  # default sample
+POPULATION, ELITE, MAX_MOVES, MAX_DELTA, ATTEMPTS = 32, 4, 3, 4, 32  # of evo
+GENERATIONS, STEPS = 10, 200
+REPORTS = 10  # lines of progress of rco
+CACHE_VERSION = "1"
+
+Budget = tuple[int, ...]  # experts that go, of each sparse decoder layer
+
+
+class Pruned(Model):
+    """A checkpoint of which each sparse layer runs some of its experts alone, not as many in each: `survivors`, layer
+    name -> indices. In memory it is what no checkpoint can be; all else is `Model`'s."""
+
+    def __init__(self, path: Path, survivors: dict[str, list[int]], dtype: torch.dtype = torch.float32,
+                 device: str | torch.device = "cpu"):
+        super().__init__(path, dtype, device)
+        self.survivors = survivors
+
+    def layer(self, index: int) -> Layer:
+        """Read the weights of a layer, of its experts the survivors'."""
+        return common.cut(super().layer(index), self.survivors.get(self.layer_names[index], slice(None)))
+
+    def store_down(self, layer: str, down: torch.Tensor) -> torch.Tensor:
+        """Write the survivors' down projections (K, d, f), and return them as stored."""
+        kept = self.survivors[layer]
+        whole = super().layer(self.layer_names.index(layer)).experts.down.to(down.dtype)
+        whole[kept] = down
+        return super().store_down(layer, whole)[kept]
+
+
+# --------------------------------------------------------------------------------------------------------------- evo
+
+
+def largest_remainder(weights: Sequence[float], capacity: int, total: int) -> Budget:
+    """Share out a total in proportion to weights, `capacity` at most to each: the whole parts, then one each by the
+    largest remainder, then one each in turn.
+
+    >>> largest_remainder([1, 1, 2], 9, 10), largest_remainder([0, 0, 1], 4, 10)
+    ((3, 2, 5), (3, 3, 4))
+    """
+    wanted = [total * weight / sum(weights) for weight in weights]
+    shares = [min(int(each), capacity) for each in wanted]
+    by_remainder = sorted(range(len(weights)), key=lambda i: shares[i] - wanted[i])
+    for i in itertools.chain(by_remainder, itertools.cycle(range(len(weights)))):
+        if sum(shares) == total:
+            return tuple(shares)
+        shares[i] += shares[i] < capacity
+
+
+def first_weights(layers: int, rng: random.Random) -> list[list[float]]:
+    """The first generation's shares of each layer: twelve shapes, then random ones."""
+    middle, quarter = (layers - 1) / 2, max(1, layers // 4)
+    shapes: list[Callable[[int], float]] = [
+        lambda i: 1.0, lambda i: i + 1, lambda i: layers - i,  # uniform, up, down
+        lambda i: middle - abs(i - middle) + 1, lambda i: abs(i - middle) + 1,  # mid, mid-neg
+        lambda i: 0.7**i + 1e-4, lambda i: 1.3**i,  # front-heavy, back-heavy
+        lambda i: 1.0 + (i < quarter), lambda i: 1.0 + (i >= layers - quarter),  # block-early, block-late
+        lambda i: 2.0 - i % 2, lambda i: 1 - abs(2 * i / max(layers - 1, 1) - 1) / 2]  # alt, deep-flat
+    shapes += [lambda i: rng.random() + 1e-4] * (POPULATION - len(shapes))
+    return [[shape(i) for i in range(layers)] for shape in shapes]
+
+
+def mutated(budget: Budget, capacity: int, rng: random.Random) -> Budget:
+    """A budget in which experts moved between layers, a few times: the sum stays, no layer loses more than `capacity`.
+    """
+    moved, child = 0, list(budget)
+    moves = min(rng.randint(1, MAX_MOVES), rng.randint(1, MAX_MOVES))
+    for _ in range(ATTEMPTS):
+        here, there, delta = rng.randrange(len(child)), rng.randrange(len(child)), rng.randint(1, MAX_DELTA)
+        if here != there and child[here] >= delta and child[there] + delta <= capacity:
+            child[here] -= delta
+            child[there] += delta
+            moved += 1
+        if moved == moves:
+            break
+    return tuple(child)
+
+
+def evolve(worth: Callable[[list[Budget]], list[float]], layers: int, capacity: int, total: int, generations: int,
+           seed: int = 0) -> Iterator[tuple[Budget, float]]:
+    """Search the budget of largest worth among those of a total; yield the best one and its worth after each
+    generation."""
+    rng = random.Random(seed)
+    population = [largest_remainder(weights, capacity, total) for weights in first_weights(layers, rng)]
+    for _ in range(generations):
+        worth_of = dict(zip(population, worth(population)))
+        elite = sorted(population, key=lambda budget: -worth_of[budget])[:ELITE]
+        yield elite[0], worth_of[elite[0]]
+        population = elite + [mutated(rng.choice(elite), capacity, rng) for _ in range(POPULATION - ELITE)]
+
+
+def remembered(worth: Callable[[list[Budget]], list[float]], cache: Path | None = None, key: dict[str, str] = {}
+               ) -> Callable[[list[Budget]], list[float]]:
+    """The worth of budgets, each measured once; what is known lies in a folder, if there is one, so that a killed
+    search repeats its way without measuring."""
+    saved = hodgecover.read_entry(cache, "budgets-evo", key, ["budgets", "worth"]) if cache else None
+    known = dict(zip(map(tuple, saved["budgets"].tolist()), saved["worth"].tolist())) if saved else {}
+
+    def of(budgets: list[Budget]) -> list[float]:
+        new = [budget for budget in dict.fromkeys(budgets) if budget not in known]
+        if new:
+            known.update(zip(new, worth(new)))
+        if new and cache:
+            found = torch.tensor([*known]), torch.tensor([*known.values()], dtype=torch.float64)
+            hodgecover.write_entry(cache, "budgets-evo", dict(zip(("budgets", "worth"), found)), key)
+        return [known[budget] for budget in budgets]
+    return of
+
+
+def last_streams(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], budgets: list[Budget]
+                 ) -> list[torch.Tensor]:
+    """What the head reads on ids (B, L) if each of several budgets cuts the ends of the orders, by layer name:
+    (B, L, d) each. A layer is read once; budgets that agree up to it share their stream."""
+    at_once, depth = max(1, model_io.PASS_TOKENS // ids.shape[1]), 0
+    streams = {(): model.embed(ids)}
+    for index in range(model.config.num_layers):
+        layer, name, before = model.layer(index), model.layer_names[index], depth
+        if name in orders:
+            layer, depth = common.cut(layer, orders[name]), depth + 1
+        after = {}
+        for start in dict.fromkeys(budget[:depth] for budget in budgets):
+            own = common.cut(layer, slice(model.config.num_experts - start[-1])) if name in orders else layer
+            after[start] = torch.cat([model_io.run_layer(h, own, model.config)[2].view_as(h)
+                                      for h in streams[start[:before]].split(at_once)])
+        streams = after
+    norm = model.norm(f"{model.prefix}norm.weight")
+    return [norm(streams[budget]) for budget in budgets]
+
+
+def overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """The probability (...,) that a token drafted from q is accepted for p, distributions (..., V): 1 - TV."""
+    return torch.minimum(p, q).sum(-1)
+
+
+def esap(source: torch.Tensor, outputs: list[torch.Tensor], head: torch.Tensor) -> list[float]:
+    """The mean overlap of the source's next-token distributions with each output's: what the head (V, d) reads, (B, L,
+    d)."""
+    def distribution(features: torch.Tensor) -> torch.Tensor:
+        return (features @ head.T).softmax(-1, dtype=model_io.widened(features.dtype))
+    totals = [0.0] * len(outputs)
+    for number, features in enumerate(source):
+        p = distribution(features)
+        for which, output in enumerate(outputs):
+            totals[which] += overlap(p, distribution(output[number])).double().sum().item()
+    return [total / source[..., 0].numel() for total in totals]
+
+
+def esap_of(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], memory: int = hodgecover.MEMORY
+            ) -> Callable[[list[Budget]], list[float]]:
+    """The ESAP of budgets on ids (B, L), of as many at a time as `memory` holds the streams of."""
+    head = model.unembedding()
+    source, = last_streams(model, ids, orders, [(0,) * len(orders)])
+    at_once = max(1, memory // (2 * source.numel() * source.element_size()))
+
+    def of(budgets: list[Budget]) -> list[float]:
+        parts = (budgets[start:start + at_once] for start in range(0, len(budgets), at_once))
+        return [each for part in parts for each in esap(source, last_streams(model, ids, orders, part), head)]
+    return of
+
+
+# -------------------------------------------------------------------------------------------------------- the plans
+
+
+def planned(model: Model, base: dict[str, LayerPlan], orders: dict[str, list[int]], budget: Budget, keep: int
+            ) -> dict[str, LayerPlan]:
+    """The plans by layer name in which a budget cuts the ends of orders; of layers without one, `keep` experts stay in
+    the order of their plan in `base`, which has what was measured of all layers."""
+    counts = {name: model.config.num_experts - gone for name, gone in zip(orders, budget)}
+    plans = {}
+    for name, plan in base.items():
+        order, count = orders.get(name, plan.order), counts.get(name, keep)
+        rows = model.checkpoint.load(f"{name}.mlp.gate.weight")
+        plans[name] = hodgecover.layer_plan(order, baselines.nearest_rows(rows, order[:count]), count,
+                                            torch.tensor(plan.frequency), torch.tensor(plan.saliency))
+    return plans
+
+
+def pruned(model: Model, plans: dict[str, LayerPlan]) -> Pruned:
+    """A checkpoint with the survivors of plans by layer name, in memory."""
+    survivors = {name: plan.survivors for name, plan in plans.items()}
+    return Pruned(model.checkpoint.path, survivors, model.dtype, str(model.device))
+
+
+def decoder_orders(model: Model, base: dict[str, LayerPlan]) -> dict[str, list[int]]:
+    """The orders of plans by layer name, of the decoder layers alone."""
+    return {name: base[name].order for name in model.layer_names[:model.config.num_layers] if name in base}
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__, text=TOKENS)
+    parser.add_argument("search", choices=("evo", "rco"), help="as above")
+    parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer, or on "
+                        "average")
+    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo: a plan whose order the experts go in [REAP's]")
+    parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="evo [%(default)s]")
+    parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="rco [%(default)s]")
+    parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers, and a plan file")
+    parser.add_argument("--eval", metavar="FILE", type=Path, help="perplexity of the result on this text, and its KL "
+                        "from the source, beside those of K experts in every layer by the fixed order")
+    return parser
+
+
+UNUSED = {"plan": "rco", "generations": "rco", "steps": "evo", "ragged": "evo"}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for an option out of range, and for one that the search does not use."""
+    for name, search in UNUSED.items():
+        if args.search == search and getattr(args, name) != command_line().get_default(name):
+            raise InputError(f"{name}: {search} does not use it; leave it out")
+    hodgecover.check_range("generations", args.generations, 1, 10**6)
+    hodgecover.check_range("steps", args.steps, 1, 10**6)
+
+
+def check_budget(model: Model, keep: int) -> None:
+    """Raise InputError if no expert would go, or not every layer can keep `keep` experts."""
+    hodgecover.check_keep(model, keep)
+    if keep == model.config.num_experts:
+        raise InputError(f"keep {keep}: no expert would go; must be below {keep}")
+
+
+def search_key(model: Model, ids: torch.Tensor, *more: object) -> dict[str, str]:
+    """Return all that what is saved depends on, by name."""
+    return {"format": CACHE_VERSION, "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype),
+            "calibration text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "search": json.dumps(more)}
+
+
+def run_evo(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args: argparse.Namespace, cache: Path,
+            bar: Callable[[float | None], None]) -> Budget:
+    """Search a number for each layer; print each generation's best."""
+    n, layers = model.config.num_experts, len(orders)
+    uniform = (n - args.keep,) * layers
+    worth = remembered(esap_of(model, ids, orders, args.memory), cache, search_key(model, ids, "evo", orders))
+    search = evolve(worth, layers, n - model.config.top_k, sum(uniform), args.generations, args.seed)
+    for number, (best, value) in enumerate(search, 1):
+        bar(None)
+        kept = " ".join(str(n - gone) for gone in best)
+        print(f"generation {number}: ESAP {value:.4f}, experts kept {kept}", flush=True)
+        bar(number / args.generations)
+    bar(None)
+    print(f"ESAP: {worth([uniform])[0]:.4f} with {args.keep} in every layer, {value:.4f} found")
+    return best
+
+
+def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args: argparse.Namespace, cache: Path,
+            bar: Callable[[float | None], None]) -> tuple[dict[str, list[int]], Budget]:
+    """Search experts; print the loss now and then. Returns the new orders, and how many go."""
+    alpha, limits = rco.start(model.config, len(orders), args.keep, args.ragged)
+    key = search_key(model, ids, "rco", args.keep, args.ragged, args.steps, args.seed)
+    loss_of = rco.masked_loss(model, ids, [model.layer_names.index(name) for name in orders], args.memory)
+    for done, loss in rco.descend(loss_of, len(ids), alpha, limits, args.steps, args.seed, cache, key):
+        if done * REPORTS // args.steps > (done - 1) * REPORTS // args.steps:
+            bar(None)
+            print(f"step {done} of {args.steps}: loss {loss:.4f}", flush=True)
+        bar(done / args.steps)
+    bar(None)
+    return rco.rank(alpha, list(orders), limits)
+
+
+def write(model: Model, plans: dict[str, LayerPlan], ids: torch.Tensor, args: argparse.Namespace) -> None:
+    """Write the checkpoint of plans by layer name, or the plans alone if they are ragged."""
+    used = {name: getattr(args, name) for name, other in UNUSED.items() if other != args.search and name != "plan"}
+    entry = hodgecover.plan_entry(model, plans, args.keep, Settings(seed=args.seed),
+                                  hodgecover.describe_text(ids, args.calib), Path(__file__).name, search=args.search,
+                                  **used)
+    if args.search == "evo" or args.ragged:
+        model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
+        print(f"plan: {args.out}; no checkpoint holds it, since num_experts is one number for all layers")
+        return
+    hodgecover.export(model, plans, args.out, entry)
+    common.show_output(model, args.out)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    check_options(args)
+    model = common.open_model(args.checkpoint, args)
+    check_budget(model, args.keep)
+    cache = common.folder_beside(args.out, "budgets")
+    hodgecover.check_out(model, args.out, cache)
+    held_out = None
+    if args.eval:
+        held_out = model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
+    base = export_plan.read_orders(model, args.plan) if args.plan else None
+    ids = common.calibration_ids(model, args)
+    hodgecover.make_cache(cache)
+    bar = hodgecover.progress_bar()
+    base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
+    orders = decoder_orders(model, base)
+    uniform = planned(model, base, orders, (model.config.num_experts - args.keep,) * len(orders), args.keep)
+    if args.search == "evo":
+        budget = run_evo(model, ids, orders, args, cache, bar)
+    else:
+        orders, budget = run_rco(model, ids, orders, args, cache, bar)
+    plans = planned(model, base, orders, budget, args.keep)
+    print(f"experts kept in each layer: {' '.join(str(len(plan.survivors)) for plan in plans.values())}", flush=True)
+    if held_out is not None:
+        for what, chosen in (("fixed order, uniform", uniform), ("found", plans)):
+            found = model_io.compare(model, pruned(model, chosen), held_out)
+            print(f"{what}: perplexity {found.source_perplexity:.2f} -> {found.output_perplexity:.2f}, KL(source || "
+                  f"output) {found.kl:.4f} nats a token")
+    write(model, plans, ids, args)
+    common.clear(cache, ["budgets-*"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""Show on the tiny checkpoint what a budget for each layer brings, and what one training for all sizes.
+
+    python examples/budgets_study.py --samples 2             ragged and uniform budgets, as they are and refitted
+    python examples/budgets_study.py --samples 2 --nested    slices of a nested checkpoint, trained together or alone
+    python examples/budgets_study.py --samples 1 --only reap "evo, ragged" --generations 2 --tokens 1024   a first look
+
+Tables are those of reproduce.py: held-out perplexity and KL from the source, mean +- standard deviation over the
+samples, and differences sample by sample. A sample is a seed: of the 2,048 tokens that order the experts and that evo
+searches on, of the 16,384, in sequences of 128, that rco searches on, of the 16,384 of a refit and of the tokens that
+are trained on, once. What a search has found lies beside the samples' barriers, for the next run.
+
+Ragged plans run in memory; no checkpoint holds them. What a uniform file can carry of rco's ragged plan is its order of
+each layer's experts: `rco ragged, its order`. evo has the order of reap, which a uniform file cannot have otherwise.
+"""
+import argparse
+import functools
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import baselines
+import budgets
+import common  # noqa: F401  (puts the three files on the path)
+import distil_study
+import frontier
+import hodgecover
+import nested
+import rco
+import reproduce
+from distil_study import training_ids
+from hodgecover import LayerPlan
+from model_io import Model
+from refit_study import TOKENS, refitted
+from reproduce import Make, Sample, Table
+
+RATES = frontier.RATES
+RCO_LENGTH = 128  # tokens of a sequence that rco sees
+TRAINED = 65_536  # tokens of a training
+
+
+# --------------------------------------------------------------------------------------------------------- budgets
+
+
+@functools.cache
+def ranked(sample: Sample) -> dict[str, LayerPlan]:
+    """REAP's plan of a sample, by layer name; of its order every budget takes the first."""
+    return dict(baselines.select_model(sample.source, sample.ids, "reap", sample.source.config.num_experts))
+
+
+@functools.cache
+def evo_budget(sample: Sample, keep: int, generations: int) -> budgets.Budget:
+    """What evo finds: how many experts of each layer go."""
+    source, orders = sample.source, budgets.decoder_orders(sample.source, ranked(sample))
+    hodgecover.make_cache(sample.cache)
+    worth = budgets.remembered(budgets.esap_of(source, sample.ids, orders), sample.cache,
+                               budgets.search_key(source, sample.ids, "evo", orders))
+    cfg = source.config
+    *_, (best, _) = budgets.evolve(worth, len(orders), cfg.num_experts - cfg.top_k,
+                                   (cfg.num_experts - keep) * len(orders), generations, sample.seed)
+    return best
+
+
+@functools.cache
+def rco_found(sample: Sample, keep: int, steps: int, ragged: bool) -> tuple[dict[str, list[int]], budgets.Budget]:
+    """The orders that rco finds, by layer name, and how many experts go."""
+    source, orders = sample.source, budgets.decoder_orders(sample.source, ranked(sample))
+    hodgecover.make_cache(sample.cache)
+    read = partial(sample.documents, "calibration")
+    ids = hodgecover.sample_ids(source, read, TOKENS, RCO_LENGTH, sample.seed)
+    alpha, limits = rco.start(source.config, len(orders), keep, ragged)
+    key = budgets.search_key(source, ids, "rco", keep, ragged, steps, sample.seed)
+    loss_of = rco.masked_loss(source, ids, [source.layer_names.index(name) for name in orders])
+    for _ in rco.descend(loss_of, len(ids), alpha, limits, steps, sample.seed, sample.cache, key):
+        pass
+    return rco.rank(alpha, list(orders), limits)
+
+
+def in_memory(sample: Sample, plans: dict[str, LayerPlan], out: Path) -> Model:
+    """A whole copy of the source, of which the survivors of plans by layer name run alone."""
+    return budgets.Pruned(reproduce.whole(sample, 0, out).checkpoint.path,
+                          {name: plan.survivors for name, plan in plans.items()})
+
+
+def evo_way(sample: Sample, dropped: float, out: Path, generations: int) -> Model:
+    """The ragged budget that evo finds, in memory."""
+    keep, base = reproduce.survivors(sample.source, dropped), ranked(sample)
+    budget = evo_budget(sample, keep, generations)
+    orders = budgets.decoder_orders(sample.source, base)
+    return in_memory(sample, budgets.planned(sample.source, base, orders, budget, keep), out)
+
+
+def rco_way(sample: Sample, dropped: float, out: Path, steps: int, search: str) -> Model:
+    """What rco finds: with a budget for each layer, with one for all, in memory, or with the order of the latter's
+    experts and as many in each layer."""
+    source = sample.source
+    keep = reproduce.survivors(source, dropped)
+    orders, budget = rco_found(sample, keep, steps, search != "uniform")
+    if search == "ragged":
+        return in_memory(sample, budgets.planned(source, ranked(sample), orders, budget, keep), out)
+    uniform = (source.config.num_experts - keep,) * len(orders)
+    return reproduce.export(sample, budgets.planned(source, ranked(sample), orders, uniform, keep), out)
+
+
+def budget_tables(generations: int, steps: int) -> list[Table]:
+    """Uniform and ragged budgets, as they are and refitted."""
+    reap = partial(reproduce.selected, method="reap")
+    lines: dict[str, Make] = {"reap": reap, f"reap, {TOKENS:,} tokens": partial(frontier.on_more_tokens, make=reap),
+                              "evo, ragged": partial(evo_way, generations=generations)}
+    lines |= {label: partial(rco_way, steps=steps, search=search) for label, search in (
+        ("rco", "uniform"), ("rco, ragged", "ragged"), ("rco ragged, its order", "order"))}
+    again = {label: partial(refitted, make=make) for label, make in lines.items()}
+    return [Table("experts dropped", RATES, lines),
+            Table(f"experts dropped, refitted on {TOKENS:,} tokens", RATES, again)]
+
+
+def show_budgets(samples: list[Sample], args: argparse.Namespace, labels: Sequence[str], columns: Sequence[str]
+                 ) -> None:
+    """Print the ragged plans: experts kept in each layer, sample by sample."""
+    source = samples[0].source
+    of_label = {"evo, ragged": lambda sample, keep: evo_budget(sample, keep, args.generations),
+                "rco, ragged": lambda sample, keep: rco_found(sample, keep, args.steps, True)[1]}
+    reproduce.print_head("experts kept in each layer, sample by sample", columns)
+    for label in (label for label in of_label if label in labels):
+        cells = []
+        for column in columns:
+            keep = reproduce.survivors(source, RATES[column])
+            found = [of_label[label](sample, keep) for sample in samples]
+            cells.append("; ".join(" ".join(str(source.config.num_experts - gone) for gone in own) for own in found))
+        reproduce.print_line(label, cells)
+
+
+# ----------------------------------------------------------------------------------------------------------- nested
+
+
+@functools.cache
+def trained_together(sample: Sample) -> tuple[tempfile.TemporaryDirectory, Model]:
+    """A nested checkpoint whose prefixes of all rates were trained together, and the folder that it goes with."""
+    folder = tempfile.TemporaryDirectory()
+    out = Path(folder.name) / "nested"
+    nested.write_ordered(sample.source, dict(nested.measure(sample.source, sample.ids)), out, {})
+    sizes = [(reproduce.survivors(sample.source, rate), sample.source.config.expert_width) for rate in RATES.values()]
+    ids = training_ids(sample, "with training text", TRAINED)
+    return folder, distil_study.train(sample, Model(out), ids, prefixes=sizes)
+
+
+def together(sample: Sample, dropped: float, out: Path) -> Model:
+    """A slice of the checkpoint that was trained for all rates."""
+    _, model = trained_together(sample)
+    nested.write_slice(model, reproduce.survivors(sample.source, dropped), model.config.expert_width, out, {})
+    return Model(out)
+
+
+def nested_tables() -> list[Table]:
+    """One training for all sizes, and one for each."""
+    reap = partial(reproduce.selected, method="reap")
+    third = TRAINED // len(RATES) // reproduce.SEQ_LEN * reproduce.SEQ_LEN
+    alone = {f"each alone, {tokens:,} tokens": partial(distil_study.distilled, make=reap, tokens=tokens)
+             for tokens in (TRAINED, third)}
+    label = f"together, {TRAINED:,} tokens"
+    return [Table("experts dropped", RATES, {label: together} | alone | {"not trained": reap}),
+            Table("the whole model", {"0%": 0.0}, {label: together})]
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    hodgecover.check_range("generations", args.generations, 1, 10**6)
+    hodgecover.check_range("steps", args.steps, 1, 10**6)
+    tables = nested_tables() if args.nested else budget_tables(args.generations, args.steps)
+    tables = reproduce.picked(tables, args.only, args.columns)
+    samples = reproduce.read_samples(args)
+    text = reproduce.held_out(samples[0], args.tokens)
+    reproduce.show_source(samples[0].source, text, "held-out tokens")
+    for table in tables:
+        reproduce.show_table(table, samples, text)
+    if not args.nested:
+        show_budgets(samples, args, list(tables[0].lines), list(tables[0].columns))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = reproduce.command_line(__file__, __doc__)
+    parser.add_argument("--nested", action="store_true", help="one training for all sizes instead")
+    parser.add_argument("--generations", metavar="G", type=int, default=budgets.GENERATIONS, help="of evo "
+                        "[%(default)s]")
+    parser.add_argument("--steps", metavar="N", type=int, default=budgets.STEPS, help="of rco [%(default)s]")
+    return hodgecover.run_command(parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

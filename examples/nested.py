@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""Put a checkpoint in order, so that one file serves every size; or cut a size out of such a file.
+
+    python examples/nested.py CKPT --out DIR                     experts and their hidden units, best first
+    python examples/nested.py CKPT --out DIR --plan PLAN         experts in the order of a plan
+    python examples/nested.py DIR --slice 32 --out SMALL         the first 32 experts of every layer
+    python examples/nested.py DIR --slice 32,512 --out SMALL     and of each of them the first 512 hidden units
+
+The idea is Star Elastic's (arXiv 2605.07182), without its training: sort once by importance, then every prefix is a
+smaller model and shares its weights with all larger ones. The first command permutes experts, with their router rows,
+and the hidden units inside each expert. The model computes what it did before, up to the rounding of sums in another
+order (and up to ties of the router), and loads anywhere. The second cuts a prefix, bit for bit what dropping and
+narrowing in that order would have written. It needs no plan and no text, and works on what distil.py --prefixes has
+trained for it.
+
+Experts are ordered by REAP's saliency on the calibration text, as the paper does it, or by `order` in PLAN: a file of
+hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of baselines.py or of
+budgets.py rco. Of hope's order in baselines.py only the survivors mean something: another number has others. Hidden
+units are ordered by CAMERA-P's score of heapr.py (ours; the paper takes mean activations).
+
+Left out: the paper's order of hidden dimensions and layers, and its budget router. Shared experts stay as they are.
+"""
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import baselines
+import common
+import export_plan
+import heapr
+import hodgecover
+import torch
+from hodgecover import LayerPlan, Tick, no_tick
+from model_io import InputError, Model
+
+COMMAND = Path(__file__).name
+ORDERED = (f"> **The experts of this model are in order.** The model described below computes the same; `{COMMAND} "
+           f"--slice` cuts smaller ones out of it. `{hodgecover.RECORD}` says how it was ordered.\n\n")
+CUT = ("> **This is a compressed model.** It has the first experts, and of each the first hidden units, of the ordered "
+       f"model described below; the scores below are not its own. `{hodgecover.RECORD}` says how many.\n\n")
+
+
+class Order(NamedTuple):
+    """The experts of a layer in their new order, and the hidden units (n, f) of each expert, by its old number, in
+    theirs."""
+
+    experts: list[int]
+    units: torch.Tensor
+
+
+def measure(model: Model, ids: torch.Tensor, plans: dict[str, LayerPlan] | None = None, tick: Tick = no_tick
+            ) -> Iterator[tuple[str, Order]]:
+    """Yield (name, order) of each sparse layer, from one forward pass over ids (B, L). The experts' orders are those of
+    plans by layer name, REAP's if there are none. Raises InputError for scores that are not finite."""
+    for step in baselines.routed_passes(model, ids, tick):
+        experts = step.layer.experts
+        score = heapr.settled(heapr.camera(step), experts, step.name)
+        units = score.sort(dim=1, descending=True, stable=True).indices
+        if plans:
+            yield step.name, Order(plans[step.name].order, units)
+        else:
+            yield step.name, Order(baselines.descending(hodgecover.reap_saliency(experts, step.x, step.gates)), units)
+
+
+def write_ordered(model: Model, orders: dict[str, Order], out: Path, files: dict[str, bytes]) -> None:
+    """Write the checkpoint in new orders, by layer name, to the folder `out`; `files`, name -> content, lie beside the
+    weights."""
+    units = {name: order.units for name, order in orders.items()}
+    heapr.export(model, units, out, files, {name: order.experts for name, order in orders.items()}, ORDERED)
+
+
+def write_slice(model: Model, keep: int, width: int, out: Path, files: dict[str, bytes]) -> None:
+    """Write the checkpoint of the first `keep` experts and `width` hidden units of each to the folder `out`; `files`,
+    name -> content, lie beside the weights."""
+    names = [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
+    units = torch.arange(width).expand(model.config.num_experts, width)
+    heapr.export(model, dict.fromkeys(names, units), out, files, dict.fromkeys(names, list(range(keep))), CUT)
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = common.command_line(__file__, __doc__, memory=False)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--plan", metavar="PLAN", type=Path, help="order the experts as this plan does [by saliency]")
+    what.add_argument("--slice", metavar="K[,F]", type=common.size_of, help="cut out the first K experts, and F hidden "
+                      "units of each")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for an option that --slice does not use."""
+    for name in ("calib", "tokens", "seq_len", "seed", "dtype", "device"):
+        if args.slice and getattr(args, name) != command_line().get_default(name):
+            raise InputError(f"{name}: --slice does not use it; leave it out")
+
+
+def cut(model: Model, args: argparse.Namespace) -> None:
+    """Write a prefix."""
+    try:
+        keep, width = common.check_size(model, args.slice)
+        if width < model.config.expert_width:
+            heapr.choose_width(model, width=width)
+    except InputError as err:
+        raise InputError(f"slice: {err}") from None
+    commands = [entry.get("command") for entry in hodgecover.history_of(model.checkpoint) if isinstance(entry, dict)]
+    if COMMAND not in commands:
+        hodgecover.log.warning("%s: its record has no %s, so that its experts may be in no order; cutting all the same",
+                               model.checkpoint.path, COMMAND)
+    entry = common.entry(COMMAND, {"keep": keep, "width": width}, source=model)
+    write_slice(model, keep, width, args.out, {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
+
+
+def order(model: Model, args: argparse.Namespace) -> None:
+    """Write the checkpoint in order."""
+    settings = {"experts": "reap", "units": "camera", "seed": args.seed,
+                "dtype": str(model.dtype).removeprefix("torch.")}
+    plans = export_plan.read_orders(model, args.plan) if args.plan else None
+    if args.plan:
+        settings |= {"experts": "plan", "plan_sha256": hodgecover.read_history(args.plan)[-1].get("sha256")}
+    ids = common.calibration_ids(model, args)
+    bar = hodgecover.progress_bar()
+    orders = dict(measure(model, ids, plans, bar))
+    bar(None)
+    layers = [{"layer": model.layer_names.index(name), "name": name, "order": found.experts}
+              for name, found in orders.items()]
+    for layer in layers:
+        print(f"layer {layer['layer']}: experts {' '.join(map(str, layer['order'][:8]))} ...")
+    entry = common.entry(COMMAND, settings | hodgecover.describe_text(ids, args.calib), source=model)
+    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry | {"layers": layers})}
+    write_ordered(model, orders, args.out, files)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, after parsing."""
+    check_options(args)
+    model = common.open_model(args.checkpoint, args)
+    hodgecover.sparse_layers(model)
+    hodgecover.check_out(model, args.out)
+    (cut if args.slice else order)(model, args)
+    common.show_output(model, args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return hodgecover.run_command(command_line(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

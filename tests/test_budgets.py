@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: MIT
+"""Budgets of layers: both searches by their definitions and against exhaustive ones, and what the command writes."""
+import doctest
+import itertools
+import json
+import math
+import random
+import shutil
+
+import baselines
+import budgets
+import common
+import export_plan
+import hodgecover
+import model_io
+import nested
+import pytest
+import rco
+import refit
+import torch
+from conftest import GOLDEN, PROSE, QUICK, assert_refused, contents, record, refuse, run, with_tokenizer
+from fake_device import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_io import Model
+
+SEEDS = st.integers(0, 10**6)
+
+
+def named(name: str):
+    return GOLDEN[0].with_name(name)
+
+
+def some_ids(count: int = 3, length: int = 12) -> torch.Tensor:
+    return torch.randint(0, 96, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def reap_plans(model: Model, ids: torch.Tensor, keep: int) -> dict[str, hodgecover.LayerPlan]:
+    return dict(baselines.select_model(model, ids, "reap", keep))
+
+
+# ------------------------------------------------------------------------------------------------------------- ESAP
+
+
+@settings(max_examples=20)
+@given(seed=SEEDS)
+def test_overlap_is_one_less_total_variation(seed):
+    p, q = normal(seed, 4, 9).softmax(-1), (3 * normal(seed + 1, 4, 9)).softmax(-1)
+    torch.testing.assert_close(budgets.overlap(p, q), 1 - (p - q).abs().sum(-1) / 2)
+    accepted = (q * torch.clamp(p / q, max=1)).sum(-1)  # drafted from q, accepted with min(1, p / q)
+    torch.testing.assert_close(budgets.overlap(p, q), accepted)
+    assert torch.equal(budgets.overlap(p, q), budgets.overlap(q, p))
+    torch.testing.assert_close(budgets.overlap(p, p), torch.ones(4, dtype=torch.float64))
+    assert not budgets.overlap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+
+
+def test_esap_is_a_mean_over_tokens():
+    head, source, other = normal(0, 9, 5), normal(1, 2, 3, 5), normal(2, 2, 3, 5)
+    found = budgets.esap(source, [source, other], head)
+    wanted = [torch.minimum((a @ head.T).softmax(-1), (b @ head.T).softmax(-1)).sum().item()
+              for a, b in zip(source.flatten(0, 1), other.flatten(0, 1))]
+    assert found == pytest.approx([1, sum(wanted) / 6])
+
+
+# ---------------------------------------------------------------------------------------------------------- budgets
+
+
+@settings(max_examples=40)
+@given(weights=st.lists(st.floats(0.01, 9), min_size=1, max_size=6), capacity=st.integers(1, 9), share=st.floats(0, 1))
+def test_shares_are_whole_and_sum_to_the_total(weights, capacity, share):
+    total = round(share * capacity * len(weights))
+    shares = budgets.largest_remainder(weights, capacity, total)
+    assert sum(shares) == total and all(0 <= each <= capacity for each in shares)
+    wanted = [total * weight / sum(weights) for weight in weights]
+    if max(wanted) <= capacity - 1:  # none is in the way of another
+        assert all(abs(each - exact) < 1 for each, exact in zip(shares, wanted))
+        lower = [exact - each for each, exact in zip(shares, wanted)]
+        assert max(lower) - min(lower) < 1 + 1e-9  # none with a smaller remainder was rounded up
+
+
+def test_the_first_generation_has_the_twelve_shapes():
+    weights = budgets.first_weights(8, random.Random(0))
+    assert len(weights) == budgets.POPULATION == 32
+    uniform, up, down, mid, edges, front, back, early, late, alternate, flat, *others = weights
+    assert uniform == [1] * 8 and up == [*range(1, 9)] == down[::-1]
+    assert mid == [1, 2, 3, 4, 4, 3, 2, 1] and edges == [4.5, 3.5, 2.5, 1.5, 1.5, 2.5, 3.5, 4.5]
+    assert front == pytest.approx([0.7**i + 1e-4 for i in range(8)]) and back == pytest.approx(
+        [1.3**i for i in range(8)])
+    assert early == [2, 2, 1, 1, 1, 1, 1, 1] == late[::-1] and alternate == [2, 1] * 4
+    assert flat == pytest.approx([0.5 + 0.5 * (1 - abs(2 * i / 7 - 1)) for i in range(8)])
+    assert len({*map(tuple, others)}) == 21
+
+
+@settings(max_examples=60)
+@given(seed=SEEDS, layers=st.integers(1, 6), capacity=st.integers(1, 7))
+def test_every_mutant_keeps_the_sum_and_the_capacity(seed, layers, capacity):
+    rng = random.Random(seed)
+    budget = tuple(rng.randint(0, capacity) for _ in range(layers))
+    for _ in range(5):
+        child = budgets.mutated(budget, capacity, rng)
+        assert sum(child) == sum(budget) and all(0 <= gone <= capacity for gone in child)
+        moved = sum(abs(a - b) for a, b in zip(budget, child)) / 2
+        assert moved <= budgets.MAX_MOVES * budgets.MAX_DELTA
+        budget = child
+
+
+def test_mutants_are_various():
+    children = {budgets.mutated((8, 8, 8, 8), 16, random.Random(seed)) for seed in range(300)}
+    moved = {sum(abs(gone - 8) for gone in child) // 2 for child in children}
+    changed = {sum(gone != 8 for gone in child) for child in children}
+    assert moved >= {1, 2, 3, 4, 5, 6, 7, 8} and changed - {0} == {2, 3, 4}
+
+
+@settings(max_examples=10)
+@given(seed=SEEDS)
+def test_the_search_finds_the_best_of_all_small_budgets(seed):
+    """Three layers that can lose 3 of 4 experts, 5 to go, of random worth; each budget is asked about once; the best
+    never gets worse."""
+    everything = [each for each in itertools.product(range(4), repeat=3) if sum(each) == 5]
+    worth, asked = dict(zip(everything, normal(seed, len(everything)).tolist())), []
+
+    def of(new):
+        asked.extend(new)
+        return [worth[budget] for budget in new]
+    found = list(budgets.evolve(budgets.remembered(of), 3, 3, 5, 12, seed))
+    values = [value for _, value in found]
+    assert found[-1] == max(worth.items(), key=lambda item: item[1]) and len(values) == 12
+    assert values == sorted(values) and len(asked) == len({*asked})
+
+
+def test_the_search_finds_the_best_of_all_in_a_model():
+    """Exhaustively over the budgets of three layers of 8 experts, top-3, of which 12 of 24 stay; and what a budget is
+    worth is what its plan's model gives."""
+    model, ids = Model(named("olmoe-sharded")), some_ids(2)
+    orders = budgets.decoder_orders(model, reap_plans(model, ids, 4))
+    of = budgets.remembered(budgets.esap_of(model, ids, orders))
+    everything = [each for each in itertools.product(range(6), repeat=3) if sum(each) == 12]
+    values = dict(zip(everything, of(everything)))
+    *_, (best, value) = budgets.evolve(of, 3, 5, 12, 3)
+    assert value == max(values.values()) == values[best] and len({*values.values()}) == len(values) == 10
+    base = reap_plans(model, ids, 4)
+    plans = budgets.planned(model, base, orders, best, 4)
+    assert [len(plan.survivors) for plan in plans.values()] == [8 - gone for gone in best]
+    logits = [each.logits(ids).softmax(-1) for each in (model, budgets.pruned(model, plans))]
+    assert value == pytest.approx(torch.minimum(*logits).sum(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_in_memory_is_what_the_written_checkpoint_is(path, tmp_path):
+    """In every family: logits and all streams of a uniform plan, a multi-token head's among them; and the streams of
+    several budgets together are those of each alone, as masking the router's logits gives them."""
+    model, ids = Model(path, torch.float64), some_ids()
+    base = reap_plans(model, ids, 5)
+    out = tmp_path / "out"
+    model_io.write_checkpoint(model.checkpoint, out, {name: plan.survivors for name, plan in base.items()}, {})
+    written, memory = Model(out, torch.float64), budgets.pruned(model, base)
+    for one, other in zip(written.stream(ids), memory.stream(ids), strict=True):
+        assert torch.equal(one.y, other.y)
+    orders = budgets.decoder_orders(model, base)
+    layers = len(orders)
+    assert layers == sum(index < model.config.num_layers for index in hodgecover.sparse_layers(model))
+    chosen = [(3,) * layers, (0,) * layers, (5, *[1] * (layers - 1)), (5, *[2] * (layers - 1))]
+    for budget, found in zip(chosen, budgets.last_streams(model, ids, orders, chosen)):
+        torch.testing.assert_close(found, masked_router(path, orders, budget).hidden(ids), rtol=1e-9, atol=1e-11)
+
+
+def masked_router(path, orders, budget) -> Model:
+    """The model whose router gives -infinity to the experts that go, by a huge bias that its rows do not have."""
+    gone = {name: order[len(order) - count:] for (name, order), count in zip(orders.items(), budget)}
+
+    class Masked(Model):
+        def layer(self, index):
+            layer = super().layer(index)
+            layer.banned = gone.get(self.layer_names[index])
+            return layer
+
+        def _run(self, index, layer, *given):
+            real = model_io.route
+
+            def route(x, layer, cfg):
+                logits = x @ layer.router.T
+                logits[:, layer.banned or []] = -torch.inf
+                top, at = logits.softmax(-1).topk(cfg.top_k)
+                top = top / top.sum(-1, keepdim=True) if cfg.norm_topk_prob else top
+                return torch.zeros_like(logits).scatter(1, at, top)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(model_io, "route", route)
+                found = super()._run(index, layer, *given)
+            assert model_io.route is real
+            return found
+    return Masked(path, torch.float64)
+
+
+def test_a_layer_is_read_once_for_all_budgets_and_memory_splits_them(monkeypatch):
+    model, ids = Model(named("olmoe-plain")), some_ids()
+    orders = budgets.decoder_orders(model, reap_plans(model, ids, 4))
+    chosen, read, real = [(1, 2), (1, 3), (2, 0), (0, 0)], [], Model.layer
+    whole = budgets.esap_of(model, ids, orders)
+    monkeypatch.setattr(Model, "layer", lambda self, index: read.append(index) or real(self, index))
+    found = whole(chosen)
+    assert read == [0, 1] and found[3] == pytest.approx(1)
+    split = budgets.esap_of(model, ids, orders, memory=2 * 2 * ids.numel() * 32 * 4)
+    read.clear()
+    assert split(chosen) == found and read == [0, 1, 0, 1]
+
+
+def test_a_ragged_plan_is_refitted_in_memory(tmp_path):
+    """Each layer's error falls; the other experts' weights stay."""
+    shutil.copytree(named("qwen3-plain-tied"), tmp_path / "copy")
+    source, ids = Model(named("qwen3-plain-tied")), some_ids(8, 16)
+    orders = budgets.decoder_orders(source, reap_plans(source, ids, 4))
+    survivors = {name: sorted(order[:8 - gone]) for (name, order), gone in zip(orders.items(), (2, 5))}
+    output = budgets.Pruned(tmp_path / "copy", survivors)
+    before = model_io.compare(source, output, ids).kl
+    assert all(layer.after < layer.before for layer in refit.refit(source, output, ids))
+    assert model_io.compare(source, output, ids).kl < before
+    for index, name in enumerate(source.layer_names):
+        old, new = source.layer(index).experts.down, Model(tmp_path / "copy").layer(index).experts.down
+        same = [torch.equal(a, b) for a, b in zip(old, new)]
+        assert [e for e in range(8) if not same[e]] == survivors[name]
+
+
+# -------------------------------------------------------------------------------------------------------------- RCO
+
+
+@settings(max_examples=20)
+@given(seed=SEEDS, groups=st.integers(1, 3))
+def test_the_normal_is_the_gradient_and_a_projected_step_is_orthogonal(seed, groups):
+    alpha = (3 * normal(seed, groups, 5, 2)).requires_grad_()
+    for group in range(groups):
+        gradient, = torch.autograd.grad(rco.expected_cost(alpha)[group], alpha)
+        torch.testing.assert_close(rco.normal(alpha)[group], gradient[group])
+    way = normal(seed + 1, groups, 5, 2)
+    projected = rco.onto_tangent(way, alpha)
+    torch.testing.assert_close((projected * rco.normal(alpha)).sum((1, 2)), torch.zeros(groups, dtype=torch.float64))
+    torch.testing.assert_close(rco.onto_tangent(projected, alpha), projected)
+    away = (way - projected) / rco.normal(alpha)
+    assert torch.allclose(away, away[:, :1, :1].expand_as(away))  # what went is along the normal
+
+
+@settings(max_examples=20)
+@given(seed=SEEDS, size=st.sampled_from([0.1, 5.0, 60.0]), gone=st.integers(1, 6))
+def test_the_retraction_is_on_the_surface_and_a_shift_of_prune_logits(seed, size, gone):
+    alpha = size * normal(seed, 3, 7, 2)
+    found = rco.retracted(alpha, gone)
+    torch.testing.assert_close(rco.expected_cost(found), torch.full((3,), float(gone), dtype=torch.float64), rtol=0,
+                               atol=1e-9)
+    assert torch.equal(found[..., 0], alpha[..., 0])
+    shift = found[..., 1] - alpha[..., 1]
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift), rtol=0, atol=1e-9)
+    costs = torch.stack([rco.expected_cost(alpha + step * rco.COSTS) for step in torch.linspace(-9, 9, 20)])
+    assert (costs.diff(dim=0) >= 0).all()  # why there is one shift, and bisection finds it
+
+
+def test_equal_logits_start_at_the_log_odds_of_the_budget():
+    cfg = Model(named("olmoe-plain")).config
+    alpha, limits = rco.start(cfg, 2, 5, ragged=True)
+    assert (alpha.shape, limits) == ((1, 16, 2), (2, 6, 3))
+    wanted = torch.tensor([0.0, math.log(6 / 10)], dtype=torch.float64).expand(1, 16, 2)
+    torch.testing.assert_close(rco.retracted(alpha, limits.gone), wanted)
+    alpha, limits = rco.start(cfg, 2, 5, ragged=False)
+    assert (alpha.shape, limits) == ((2, 8, 2), (2, 3, 3))
+
+
+@settings(max_examples=30)
+@given(seed=SEEDS, ragged=st.booleans())
+def test_a_mask_prunes_the_budget_s_worst_and_leaves_the_top_k(seed, ragged):
+    limits = rco.Limits(3, 9 if ragged else 3, 3)
+    alpha = normal(seed, *((1, 18, 2) if ragged else (3, 6, 2)))
+    mask = rco.best_mask(alpha, limits)
+    score = (alpha[..., 1] - alpha[..., 0]).view(3, 6)
+    assert mask.sum() == 9 and (mask.sum(1) >= 3).all() and {*mask.unique().tolist()} == {0, 1}
+    if not ragged:
+        assert (mask.sum(1) == 3).all()
+    for kept, own in zip(mask, score):  # in each layer the worst go
+        assert (mask.sum() == 0) or not (kept == 0).any() or own[kept == 0].min() >= own[kept == 1].max()
+    free = score.scatter(1, score.topk(3, largest=False).indices, -torch.inf)
+    assert not ragged or free[mask == 0].min() >= free[mask == 1].max()  # and in all layers together
+    orders, gone = rco.rank(alpha, ["a", "b", "c"], limits)
+    for order, count, kept in zip(orders.values(), gone, mask):
+        assert sorted(order[:6 - count]) == kept.nonzero().flatten().tolist()
+
+
+def test_the_sampled_mask_is_hard_and_its_slope_soft():
+    """With the noise by hand; and the share of samples in which an expert goes follows its logits."""
+    limits, alpha = rco.Limits(1, 2, 1), normal(0, 1, 5, 2).requires_grad_()
+    mask = rco.sampled_mask(alpha, 0.5, limits, torch.Generator().manual_seed(7))
+    uniform = torch.rand(1, 5, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    noisy = (alpha - (-uniform.log()).log()) / 0.5
+    assert torch.equal(mask, rco.best_mask(noisy.detach(), limits)) and mask.sum() == 3
+    weights = normal(1, 1, 5)
+    found, wanted = (torch.autograd.grad((weights * each).sum(), alpha, retain_graph=True)[0]
+                     for each in (mask, noisy.softmax(-1)[..., 0]))
+    torch.testing.assert_close(found, wanted)
+    alpha, generator = torch.zeros(1, 3, 2, dtype=torch.float64), torch.Generator().manual_seed(0)
+    alpha[0, 0, 1] = 4.0
+    often = sum(1 - rco.sampled_mask(alpha, 1.0, rco.Limits(1, 1, 1), generator)[0, 0].item() for _ in range(200))
+    assert 150 < often < 200
+
+
+@pytest.mark.parametrize("name", ["olmoe-plain", "qwen2-renormalised", "qwen3_5-text"])
+def test_a_masked_layer_by_its_definition(name):
+    """Token by token; nothing masked is the layer; and the slope of each expert's mask, of those with mask 0 too, is
+    that of finite differences."""
+    model, ids = Model(named(name), torch.float64), some_ids(1, 10)
+    step = next(step for step in model.stream(ids) if step.gates is not None)
+    layer, cfg = model.layer(step.index), model.config
+    mask = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 1], dtype=torch.float64)
+    ones = rco.masked_layer(step.h, torch.ones(8, dtype=torch.float64), layer, cfg)
+    torch.testing.assert_close(ones, step.y.view_as(step.h), rtol=1e-12, atol=1e-12)
+    found = rco.masked_layer(step.h, mask, layer, cfg).flatten(0, 1)
+    for t, gates in enumerate(step.gates):
+        left = gates * mask
+        scaled = left * gates.sum() / left.sum() if left.any() else left
+        change = sum((scaled[e] - gates[e]) * layer.experts(e, step.x[t:t + 1])[0] for e in range(8))
+        torch.testing.assert_close(found[t], step.y[t] + change)
+    soft, way = mask * 0.5 + 0.3, normal(3, *step.h.shape)
+
+    def value(mask: torch.Tensor) -> torch.Tensor:
+        return (rco.masked_layer(step.h, mask, layer, cfg) * way).sum()
+    for start in (soft, mask):
+        gradient, = torch.autograd.grad(value(start.requires_grad_()), start)
+        for e in range(8):
+            move = torch.zeros(8, dtype=torch.float64).index_fill(0, torch.tensor(e), 1e-6)
+            with torch.no_grad():
+                slope = (value(start + move) - value(start - move)) / 2e-6
+            assert gradient[e].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
+    assert gradient[mask == 0].any()
+
+
+def test_a_token_that_keeps_no_expert_has_a_finite_slope():
+    model, ids = Model(named("olmoe-plain"), torch.float64), some_ids(1, 6)
+    step = next(model.stream(ids))
+    mask = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    y = rco.masked_layer(step.h, mask, model.layer(0), model.config)
+    gradient, = torch.autograd.grad(y.square().sum(), mask)
+    assert gradient.isfinite().all() and gradient.abs().max() < 1e3
+
+
+def test_the_loss_is_of_the_source_s_most_likely_tokens(monkeypatch):
+    monkeypatch.setattr(rco, "TOP", 4)
+    head, hidden, target = normal(0, 9, 5), normal(1, 1, 2, 5), normal(2, 1, 2, 5)
+    wanted = 0.0
+    for own, of_source in zip(hidden[0], target[0]):
+        p, q = (head @ of_source).softmax(0), (head @ own).softmax(0)
+        top = sorted(range(9), key=lambda v: -p[v].item())[:4]
+        p, q = p[top] / p[top].sum(), q[top] / q[top].sum()
+        wanted += (p * (p / q).log()).sum().item() / 2
+    assert rco.top_kl(hidden, target, head).item() == pytest.approx(wanted)
+    assert rco.top_kl(target, target, head).item() == pytest.approx(0, abs=1e-12)
+    monkeypatch.setattr(rco, "TOP", 99)  # more than there are
+    assert rco.top_kl(hidden, target, head).isfinite()
+
+
+@pytest.mark.parametrize("name", ["olmoe-sharded", "qwen2-dense-between"])
+def test_the_slope_through_the_model_is_that_of_one_graph_whatever_is_in_memory(name, monkeypatch):
+    """Layers read again on the way back, and all held: the loss and gradient of one graph through all layers."""
+    model, ids, which = Model(named(name), torch.float64), some_ids(4), torch.tensor([2, 0])
+    sparse = [index for index in hodgecover.sparse_layers(model) if index < model.config.num_layers]
+    masks = (0.5 + 0.1 * normal(0, len(sparse), 8)).requires_grad_()
+    h = model.embed(ids[which])
+    for index in range(model.config.num_layers):
+        layer = model.layer(index)
+        if index in sparse:
+            h = rco.masked_layer(h, masks[sparse.index(index)], layer, model.config)
+        else:
+            h = model_io.run_layer(h, layer, model.config)[2].view_as(h)
+    wanted = rco.top_kl(model.norm("model.norm.weight")(h), model.hidden(ids)[which], model.unembedding())
+    gradient, = torch.autograd.grad(wanted, masks)
+    read, real = [], Model.layer
+    monkeypatch.setattr(Model, "layer", lambda self, index: read.append(index) or real(self, index))
+    for memory, reads in ((1, 3), (10**9, 2)):  # of the first sparse layer: for the source, forward, back
+        loss_of = rco.masked_loss(model, ids, sparse, memory)
+        loss, slope = loss_of(masks.detach(), which)
+        assert loss == pytest.approx(wanted.item()) and read.count(sparse[0]) == reads
+        torch.testing.assert_close(slope, gradient, rtol=1e-9, atol=1e-14)
+        read.clear()
+    assert loss_of(torch.ones_like(masks), torch.tensor([1]))[0] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_descent_finds_planted_experts_and_stays_on_the_surface(ragged, monkeypatch):
+    """A loss that wants some experts more than others."""
+    limits = rco.Limits(3, 9 if ragged else 3, 2)
+    value = normal(5, 3, 6)
+    alpha = torch.zeros(1, 18, 2, dtype=torch.float64) if ragged else torch.zeros(3, 6, 2, dtype=torch.float64)
+    seen = []
+
+    def loss_of(masks, which):
+        seen.append(which.tolist())
+        return -(masks * value).sum().item(), -value
+    for done, _ in rco.descend(loss_of, 9, alpha, limits, 40):
+        cost = rco.expected_cost(alpha.detach())
+        assert torch.allclose(cost, torch.full_like(cost, limits.gone), atol=1e-9)
+    plain = torch.stack((value, torch.zeros(3, 6, dtype=torch.float64)), -1).view(alpha.shape)
+    assert torch.equal(rco.best_mask(alpha.detach(), limits), rco.best_mask(plain, limits))
+    assert done == 40 and len(seen) == 40 * rco.NOISES
+    assert all(len({*which}) == rco.SEQUENCES and max(which) < 9 for which in seen)
+
+
+def test_adam_s_moments_are_of_projected_gradients():
+    """One step by hand, from the gradient that the samples give; its first moment lies in the new tangent."""
+    alpha, limits = normal(1, 2, 4, 2), rco.Limits(2, 2, 1)
+    start, weights = rco.retracted(alpha, 2), normal(2, 2, 4)
+    generator, gradient = torch.Generator().manual_seed(4), 0.0
+    for _ in range(rco.NOISES):
+        torch.randperm(5, generator=generator)
+        leaf = start.clone().requires_grad_()
+        mask = rco.sampled_mask(leaf, 1.0, limits, generator)
+        gradient = gradient + torch.autograd.grad((mask * weights).sum(), leaf)[0] / rco.NOISES
+    projected = rco.onto_tangent(gradient, start)
+    moved = start - rco.LR * projected / (projected.abs() + 1e-8)  # Adam's first step
+    list(rco.descend(lambda masks, which: (0.0, weights), 5, alpha, limits, 1, seed=4))
+    torch.testing.assert_close(alpha.detach(), rco.retracted(moved, 2), rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few candidates and noises."""
+    monkeypatch.setattr(budgets, "POPULATION", 12)
+    monkeypatch.setattr(rco, "NOISES", 1)
+
+
+def work(small, tmp_path, *more: object, keep: int = 4) -> list:
+    return [small, *more, "--keep", keep, "--calib", tmp_path / "text.txt", "--tokens", 64, "--seq-len", 16, "--dtype",
+            "float32"]
+
+
+EVO, RCO, RAGGED = ["evo", "--generations", 2], ["rco", "--steps", 3], ["rco", "--steps", 3, "--ragged"]
+
+
+def test_every_family(family, tmp_path, quick, capsys):
+    """rco writes a checkpoint of ordinary layout that does what the plan does in memory, and whose plan can be exported
+    again; evo a plan alone."""
+    given_files, source, held_out = contents(family), Model(family), tmp_path / "held-out.txt"
+    held_out.write_text(PROSE[:200])
+    arguments = work(family, tmp_path, "rco", "--steps", 1)
+    assert run(budgets, *arguments, "--out", tmp_path / "out", "--eval", held_out) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("found: ")]
+    ids = model_io.sequences(source.encode([PROSE[:200]]), 16)
+    found = model_io.compare(source, Model(tmp_path / "out"), ids)
+    assert f"-> {found.output_perplexity:.2f}, KL(source || output) {found.kl:.4f} nats" in said[0]
+    layers = record(tmp_path / "out")["layers"]
+    assert [layer["name"] for layer in layers] == [source.layer_names[i] for i in hodgecover.sparse_layers(source)]
+    assert all(sorted(layer["order"][:4]) == layer["survivors"] and sorted(layer["order"]) == [*range(8)]
+               for layer in layers)
+    assert run(export_plan, family, tmp_path / "out" / "hodgecover.json", "--out", tmp_path / "again") == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    check_ragged(family, tmp_path, "evo", "--generations", 1)
+    assert "no checkpoint holds it" in capsys.readouterr().out
+    assert contents(family) == given_files and not [*tmp_path.glob("*-budgets")]
+
+
+def check_ragged(source, tmp_path, *search: object) -> None:
+    """A search whose plan keeps 4 experts on average, the top-k at least, and 4 in a multi-token head."""
+    assert run(budgets, *work(source, tmp_path, *search), "--out", tmp_path / "plan.json") == 0
+    entry = json.loads((tmp_path / "plan.json").read_text())["history"][-1]
+    decoder = [layer for layer in entry["layers"] if not layer["name"].startswith("mtp.")]
+    assert sum(len(layer["survivors"]) for layer in decoder) == 4 * len(decoder)
+    assert all(len(layer["survivors"]) >= 3 for layer in decoder)
+    assert all(len(layer["survivors"]) == 4 for layer in entry["layers"] if layer not in decoder)
+    assert entry["settings"]["search"] == search[0] and entry["sha256"] == hodgecover.entry_hash(entry)
+
+
+@pytest.mark.parametrize("name", ["qwen2-dense-between", "qwen3_5-vision-mtp"])
+def test_a_ragged_rco(name, tmp_path, quick):
+    (tmp_path / "text.txt").write_text(PROSE)
+    check_ragged(with_tokenizer(named(name), tmp_path / "source"), tmp_path, *RAGGED)
+
+
+def test_a_ragged_plan_is_refused_by_the_export(tmp_path, capsys, quick, monkeypatch):
+    source = with_tokenizer(named("olmoe-sharded"), tmp_path / "source")
+    (tmp_path / "text.txt").write_text(PROSE)
+    monkeypatch.setattr(budgets, "evolve", lambda *_: [((5, 4, 3), 0.5)])
+    assert run(budgets, *work(source, tmp_path, *EVO), "--out", tmp_path / "plan.json") == 0
+    capsys.readouterr()
+    for command, plan in ((export_plan, [tmp_path / "plan.json"]), (nested, ["--plan", tmp_path / "plan.json"])):
+        assert_refused(capsys, run(command, source, *plan, "--out", tmp_path / "out"),
+                       "all layers must keep the same number of experts; they keep 3, 4, 5")
+
+
+def test_the_order_of_a_plan(small, tmp_path, quick, capsys):
+    """The first experts of each layer's order stay."""
+    text = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(baselines, small, "--keep", 6, "--method", "random", *text, "--out", tmp_path / "few") == 0
+    orders = {layer["name"]: layer["order"] for layer in record(tmp_path / "few")["layers"]}
+    assert run(budgets, *work(small, tmp_path, *EVO), "--plan", tmp_path / "few" / "hodgecover.json", "--eval",
+               tmp_path / "text.txt", "--out", tmp_path / "plan.json") == 0
+    for layer in json.loads((tmp_path / "plan.json").read_text())["history"][-1]["layers"]:
+        assert layer["order"] == orders[layer["name"]]
+        assert layer["survivors"] == sorted(layer["order"][:len(layer["survivors"])])
+    said = capsys.readouterr().out
+    source = Model(small)
+    uniform = budgets.Pruned(small, {name: sorted(order[:4]) for name, order in orders.items()})
+    kl = model_io.compare(source, uniform, model_io.sequences(source.encode([PROSE]), 16)).kl
+    assert "fixed order, uniform: perplexity" in said and f"KL(source || output) {kl:.4f}" in said
+
+
+@pytest.mark.parametrize("search", [EVO, RCO, RAGGED], ids=["evo", "rco", "ragged"])
+def test_a_killed_search_continues_to_the_same_bytes(search, tmp_path, quick, monkeypatch):
+    """Killed in each generation or step in turn; none is measured twice. Then the folder goes."""
+    (tmp_path / "text.txt").write_text(PROSE)
+    source = with_tokenizer(named("olmoe-sharded"), tmp_path / "source")
+    arguments = work(source, tmp_path, *search, keep=5)
+    assert run(budgets, *arguments, "--out", tmp_path / "undisturbed") == 0
+    module, name = (budgets, "esap") if search == EVO else (rco, "top_kl")
+    real, done = getattr(module, name), []
+
+    def killed_after_one(*given):
+        done.append(given)
+        if len(done) % 2 == 0:
+            raise KeyboardInterrupt
+        return real(*given)
+    monkeypatch.setattr(module, name, killed_after_one)
+    parts = 3 if search != EVO else 2
+    for _ in range(parts - 1):
+        assert run(budgets, *arguments, "--out", tmp_path / "out") == 130 and not (tmp_path / "out").exists()
+    assert run(budgets, *arguments, "--out", tmp_path / "out") == 0 and len(done) == 2 * parts - 1
+    found, wanted = tmp_path / "out", tmp_path / "undisturbed"
+    if found.is_dir():
+        assert contents(found) == contents(wanted)
+    else:
+        assert found.read_bytes() == wanted.read_bytes()
+    assert not (tmp_path / "out-budgets").exists()
+
+
+def test_what_is_saved_of_another_search_is_not_taken():
+    model, ids = Model(named("olmoe-plain")), some_ids()
+    keys = [budgets.search_key(*given) for given in (
+        (model, ids, "rco", 4), (Model(named("olmoe-sharded")), ids, "rco", 4), (model, ids + 1, "rco", 4),
+        (model, ids.view(1, -1), "rco", 4), (Model(named("olmoe-plain"), torch.float64), ids, "rco", 4),
+        (model, ids, "rco", 5), (model, ids, "evo", {"layer": [1, 0]}), (model, ids, "evo", {"layer": [0, 1]}))]
+    assert len({json.dumps(key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("search", [["evo", "--generations", 1], ["rco", "--steps", 1]], ids=["evo", "rco"])
+def test_on_another_device(search, small, tmp_path, quick):
+    for device in ("fake", "cpu"):
+        with Accelerator(), torch.autograd.set_multithreading_enabled(False):  # the mode is this thread's
+            assert run(budgets, *work(small, tmp_path, *search)[:-1], "float64", "--device", device, "--out",
+                       tmp_path / device) == 0
+    plans = [path / "hodgecover.json" if path.is_dir() else path for path in (tmp_path / "fake", tmp_path / "cpu")]
+    fake, cpu = (json.loads(plan.read_text())["history"][-1]["layers"] for plan in plans)
+    assert [layer["survivors"] for layer in fake] == [layer["survivors"] for layer in cpu]
+
+
+@pytest.mark.parametrize("options, says", [
+    (["evo", "--keep", 2], "--keep 2: the model has 8 experts"), (["rco", "--keep", 9], "--keep 9: the model has"),
+    (["rco", "--keep", 8], "--keep 8: no expert would go"), (["both", "--keep", 4], "invalid choice"),
+    (["evo"], "required: --keep"), (["evo", "--keep", 4, "--steps", 9], "--steps: evo does not use it"),
+    (["evo", "--keep", 4, "--ragged"], "--ragged: evo does not use it"),
+    (["rco", "--keep", 4, "--generations", 9], "--generations: rco does not use it"),
+    (["rco", "--keep", 4, "--plan", "x"], "--plan: rco does not use it"),
+    (["evo", "--keep", 4, "--generations", 0], "--generations 0: must be"),
+    (["rco", "--keep", 4, "--steps", 0], "--steps 0: must be"),
+    (["rco", "--keep", 4, "--tokens", 1], "--tokens 1: must be"),
+    (["evo", "--keep", 4, "--plan", "nowhere"], "nowhere: cannot be read"),
+    (["evo", "--keep", 4, "--eval", "nowhere"], "nowhere: cannot be read"),
+    (["rco", "--keep", 4, "--out", "SMALL/out"], "lies in the checkpoint"),
+    (["evo", "--keep", 4, "--out", "TEXT"], "exists and is not an empty folder"),
+    (["rco", "--keep", 4, "--seed", -1], "--seed -1: must be")])
+def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.setattr(Model, "layer", refuse)
+    before, paths = contents(tmp_path), {"SMALL": small, "TEXT": tmp_path / "text.txt"}
+    options = [str(option) for option in options]
+    for name, path in paths.items():
+        options = [option.replace(name, str(path)) for option in options]
+    assert_refused(capsys, run(budgets, small, "--out", tmp_path / "out", *options), says)
+    assert contents(tmp_path) == before
+
+
+def test_the_docstrings_examples_hold():
+    assert doctest.testmod(budgets).failed == 0
