@@ -531,6 +531,17 @@ def test_a_killed_search_continues_to_the_same_bytes(search, tmp_path, quick, mo
     assert not (tmp_path / "out-budgets").exists()
 
 
+def test_a_search_does_not_go_on_where_another_was_killed(small, tmp_path, quick, monkeypatch):
+    assert run(budgets, *work(small, tmp_path, *RCO), "--out", tmp_path / "undisturbed") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(rco, "rank", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(budgets, *work(small, tmp_path, *RCO, keep=5), "--out", tmp_path / "out") == 130
+    assert run(budgets, *work(small, tmp_path, *RCO), "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == \
+        (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out-budgets").exists()
+
+
 def test_what_is_saved_of_another_search_is_not_taken():
     model, ids = Model(named("olmoe-plain")), some_ids()
     keys = [budgets.search_key(*given) for given in (
