@@ -402,20 +402,25 @@ def test_the_descent_finds_planted_experts_and_stays_on_the_surface(ragged, monk
     assert all(len({*which}) == rco.SEQUENCES and max(which) < 9 for which in seen)
 
 
-def test_adam_s_moments_are_of_projected_gradients():
-    """One step by hand, from the gradient that the samples give; its first moment lies in the new tangent."""
-    alpha, limits = normal(1, 2, 4, 2), rco.Limits(2, 2, 1)
-    start, weights = rco.retracted(alpha, 2), normal(2, 2, 4)
-    generator, gradient = torch.Generator().manual_seed(4), 0.0
-    for _ in range(rco.NOISES):
-        torch.randperm(5, generator=generator)
-        leaf = start.clone().requires_grad_()
-        mask = rco.sampled_mask(leaf, 1.0, limits, generator)
-        gradient = gradient + torch.autograd.grad((mask * weights).sum(), leaf)[0] / rco.NOISES
-    projected = rco.onto_tangent(gradient, start)
-    moved = start - rco.LR * projected / (projected.abs() + 1e-8)  # Adam's first step
-    list(rco.descend(lambda masks, which: (0.0, weights), 5, alpha, limits, 1, seed=4))
-    torch.testing.assert_close(alpha.detach(), rco.retracted(moved, 2), rtol=1e-6, atol=1e-6)
+def test_the_steps_are_adam_s_with_projection_retraction_and_transport():
+    """Three steps by their formulas, from the gradients that the samples give."""
+    alpha, limits, weights = normal(1, 2, 4, 2), rco.Limits(2, 2, 1), normal(2, 2, 4)
+    generator = torch.Generator().manual_seed(4)
+    plain, m, v = rco.retracted(alpha, 2), 0.0, 0.0
+    for step in range(3):
+        gradient, tau = 0.0, 0.05 ** (step / 2)
+        for _ in range(rco.NOISES):
+            torch.randperm(5, generator=generator)
+            leaf = plain.clone().requires_grad_()
+            mask = rco.sampled_mask(leaf, tau, limits, generator)
+            gradient = gradient + torch.autograd.grad((mask * weights).sum(), leaf)[0] / rco.NOISES
+        g = rco.onto_tangent(gradient, plain)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        way = m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        plain = rco.retracted(plain - 0.1 * way, 2)
+        m = rco.onto_tangent(m, plain)
+    list(rco.descend(lambda masks, which: (0.0, weights), 5, alpha, limits, 3, seed=4))
+    torch.testing.assert_close(alpha.detach(), plain, rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -528,6 +533,17 @@ def test_a_killed_search_continues_to_the_same_bytes(search, tmp_path, quick, mo
         assert contents(found) == contents(wanted)
     else:
         assert found.read_bytes() == wanted.read_bytes()
+    assert not (tmp_path / "out-budgets").exists()
+
+
+def test_a_search_does_not_go_on_where_another_was_killed(small, tmp_path, quick, monkeypatch):
+    assert run(budgets, *work(small, tmp_path, *RCO), "--out", tmp_path / "undisturbed") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(rco, "rank", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(budgets, *work(small, tmp_path, *RCO, keep=5), "--out", tmp_path / "out") == 130
+    assert run(budgets, *work(small, tmp_path, *RCO), "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == \
+        (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
     assert not (tmp_path / "out-budgets").exists()
 
 
