@@ -393,12 +393,12 @@ def test_the_descent_finds_planted_experts_and_stays_on_the_surface(ragged, monk
     def loss_of(masks, which):
         seen.append(which.tolist())
         return -(masks * value).sum().item(), -value
-    for done, _ in rco.descend(loss_of, 9, alpha, limits, 40):
+    for done, _ in rco.descend(loss_of, 9, alpha, limits, 20):
         cost = rco.expected_cost(alpha.detach())
         assert torch.allclose(cost, torch.full_like(cost, limits.gone), atol=1e-9)
     plain = torch.stack((value, torch.zeros(3, 6, dtype=torch.float64)), -1).view(alpha.shape)
     assert torch.equal(rco.best_mask(alpha.detach(), limits), rco.best_mask(plain, limits))
-    assert done == 40 and len(seen) == 40 * rco.NOISES
+    assert done == 20 and len(seen) == 20 * rco.NOISES
     assert all(len({*which}) == rco.SEQUENCES and max(which) < 9 for which in seen)
 
 

@@ -16,7 +16,6 @@ import nested
 import pytest
 import torch
 from conftest import GOLDEN, QUICK, assert_refused, contents, record, refuse, run
-from fake_device import Accelerator
 from model_io import Model
 
 
@@ -145,14 +144,6 @@ def test_history_and_the_source_s_files(small, tmp_path, capsys):
     assert contents(small) == given_files
 
 
-def test_on_another_device(small, tmp_path):
-    for device in ("fake", "cpu"):
-        with Accelerator():
-            assert run(nested, small, "--calib", tmp_path / "text.txt", *QUICK, "--device", device, "--out",
-                       tmp_path / device) == 0
-    assert contents(tmp_path / "fake") == contents(tmp_path / "cpu")
-
-
 def test_a_killed_run_leaves_nothing(small, tmp_path, monkeypatch):
     before = contents(tmp_path)
 
@@ -219,7 +210,7 @@ def test_trained_together_the_prefixes_come_nearer_and_the_whole_stays_near(in_o
     source, output, ids = in_order
     sizes = [(6, 16), (4, 16), (3, 8)]
     before = [kl_of(source, output, ids, size, tmp_path / f"before{size}") for size in sizes]
-    plan = distil.Plan(20, 0.005, 1.0, [*distil.PARTS], 0, 10**9, prefixes=sizes)
+    plan = distil.Plan(12, 0.008, 1.0, [*distil.PARTS], 0, 10**9, prefixes=sizes)
     distil.distil(source, output, ids, 0, plan, torch.empty, lambda *_: None)
     after = [kl_of(source, output, ids, size, tmp_path / f"after{size}") for size in sizes]
     assert sum(after) < 0.6 * sum(before) and all(new < old for new, old in zip(after, before))
