@@ -33,7 +33,6 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import baselines
@@ -43,7 +42,7 @@ import hodgecover
 import model_io
 import rco
 import torch
-from hodgecover import LayerPlan, Settings, Tick, no_tick
+from hodgecover import LayerPlan, Settings
 from model_io import InputError, Layer, Model
 
 TOKENS = 16384  # default sample

@@ -9,7 +9,6 @@ import shutil
 
 import baselines
 import budgets
-import common
 import export_plan
 import hodgecover
 import model_io

@@ -15,7 +15,7 @@ import model_io
 import nested
 import pytest
 import torch
-from conftest import GOLDEN, QUICK, assert_refused, contents, record, refuse, run
+from conftest import QUICK, assert_refused, contents, record, refuse, run
 from model_io import Model
 
 
