@@ -49,6 +49,25 @@ def assert_refused(capsys, status: int, says: str) -> None:
     assert says in said.err, said.err
 
 
+def assert_survives_kills(monkeypatch, step: tuple[object, str], steps: int, command, *arguments: object, folder: Path
+                          ) -> None:
+    """A command killed at each of its steps in turn, calls of the function `step` (module, name), goes on where it was,
+    does no step twice, and ends in the bytes of an undisturbed run."""
+    assert run(command, *arguments, "--out", folder / "undisturbed") == 0
+    real, done = getattr(*step), []
+
+    def killed_after_one(*given):
+        done.append(given)
+        if len(done) % 2 == 0:
+            raise KeyboardInterrupt
+        return real(*given)
+    monkeypatch.setattr(*step, killed_after_one)
+    for _ in range(steps - 1):
+        assert run(command, *arguments, "--out", folder / "out") == 130 and not (folder / "out").exists()
+    assert run(command, *arguments, "--out", folder / "out") == 0 and len(done) == 2 * steps - 1
+    assert contents(folder / "out") == contents(folder / "undisturbed")
+
+
 def with_tokenizer(source: Path, folder: Path) -> Path:
     """A copy of a golden checkpoint with a tokenizer of the 95 printable characters, a token each."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("golden.safetensors"))

@@ -17,7 +17,8 @@ import pytest
 import refit
 import torch
 import wanda
-from conftest import GOLDEN, PROSE, assert_refused, contents, record, refuse, run, with_tokenizer
+from conftest import (GOLDEN, PROSE, assert_refused, assert_survives_kills, contents, record, refuse, run,
+                      with_tokenizer)
 from fake_device import Accelerator
 from model_io import Model
 from safetensors.torch import load_file
@@ -385,23 +386,10 @@ def test_after_narrowing_and_twice(half, tmp_path):
 
 @pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
 def test_a_killed_run_continues_to_the_same_bytes(mode, half, tmp_path, monkeypatch):
-    """Killed at each step in turn; no step is done twice. Then the folder of saved steps goes."""
-    half = [*half, "--epochs", 3, "--eval", tmp_path / "held-out.txt", *mode]
-    assert run(distil, *half, "--out", tmp_path / "undisturbed") == 0
+    """Then the folder of saved steps goes."""
     monkeypatch.setattr(distil, "SAVE_SECONDS", 0)
-    real, done = distil.add_gradient, []
-
-    def killed_after_one(*given):
-        done.append(given)
-        if len(done) % 2 == 0:
-            raise KeyboardInterrupt
-        return real(*given)
-    monkeypatch.setattr(distil, "add_gradient", killed_after_one)
-    steps = 3 * (2 if mode else 1)
-    for _ in range(steps - 1):
-        assert run(distil, *half, "--out", tmp_path / "out") == 130 and not (tmp_path / "out").exists()
-    assert run(distil, *half, "--out", tmp_path / "out") == 0 and len(done) == 2 * steps - 1
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert_survives_kills(monkeypatch, (distil, "add_gradient"), 3 * (2 if mode else 1), distil, *half, "--epochs", 3,
+                          "--eval", tmp_path / "held-out.txt", *mode, folder=tmp_path)
     assert not (tmp_path / "out-distil").exists()
 
 

@@ -15,7 +15,8 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import DENSE, GOLDEN, PROSE, assert_refused, contents, record, refuse, run, with_tokenizer
+from conftest import (DENSE, GOLDEN, PROSE, assert_refused, assert_survives_kills, contents, record, refuse, run,
+                      with_tokenizer)
 from dot_moe import Split, Want
 from fake_device import Accelerator
 from hypothesis import given, settings
@@ -391,23 +392,10 @@ def test_other_ways_train_the_router_alone(dense, split, mode, tmp_path):
 
 @MODES
 def test_a_killed_run_continues_to_the_same_bytes(dense, mode, tmp_path, monkeypatch):
-    """Killed at each step in turn; no step is done twice. Then the folder of saved steps goes."""
-    dense = [*dense, "--epochs", 3, *mode]
-    assert run(dot_moe, *dense, "--out", tmp_path / "undisturbed") == 0
+    """Then the folder of saved steps goes."""
     monkeypatch.setattr(distil, "SAVE_SECONDS", 0)
-    real, done = distil.add_gradient, []
-
-    def killed_after_one(*given):
-        done.append(given)
-        if len(done) % 2 == 0:
-            raise KeyboardInterrupt
-        return real(*given)
-    monkeypatch.setattr(distil, "add_gradient", killed_after_one)
-    steps = 3 * (2 if mode else 1)
-    for _ in range(steps - 1):
-        assert run(dot_moe, *dense, "--out", tmp_path / "out") == 130 and not (tmp_path / "out").exists()
-    assert run(dot_moe, *dense, "--out", tmp_path / "out") == 0 and len(done) == 2 * steps - 1
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert_survives_kills(monkeypatch, (distil, "add_gradient"), 3 * (2 if mode else 1), dot_moe, *dense, "--epochs", 3,
+                          *mode, folder=tmp_path)
     assert not (tmp_path / "out-dot-moe").exists()
 
 

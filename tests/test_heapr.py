@@ -13,7 +13,8 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import GOLDEN, PROSE, QUICK, assert_refused, contents, record, refuse, run, with_tokenizer
+from conftest import (GOLDEN, PROSE, QUICK, assert_refused, assert_survives_kills, contents, record, refuse, run,
+                      with_tokenizer)
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -428,20 +429,8 @@ def test_a_killed_run_continues_below_the_layers_that_are_done(name, tmp_path, m
     """To the same bytes, killed again and again: each layer is run back once. Then the folder of the layers goes."""
     source = with_tokenizer(named(name), tmp_path / "source")
     (tmp_path / "text.txt").write_text(PROSE)
-    work = [source, "--width", 8, "--calib", tmp_path / "text.txt", *QUICK, "--out"]
-    assert run(heapr, *work, tmp_path / "undisturbed") == 0
-    passed, real, count = [], heapr.back_through, Model(source).config.num_layers
-
-    def killed_after_one(*given):
-        passed.append(given)
-        if len(passed) % 2 == 0:
-            raise KeyboardInterrupt
-        return real(*given)
-    monkeypatch.setattr(heapr, "back_through", killed_after_one)
-    for _ in range(count - 1):
-        assert run(heapr, *work, tmp_path / "out") == 130 and not (tmp_path / "out").exists()
-    assert run(heapr, *work, tmp_path / "out") == 0 and len(passed) == 2 * count - 1
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert_survives_kills(monkeypatch, (heapr, "back_through"), Model(source).config.num_layers, heapr, source, "--width",
+                          8, "--calib", tmp_path / "text.txt", *QUICK, folder=tmp_path)
     assert not (tmp_path / "out-heapr").exists()
 
 

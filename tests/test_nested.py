@@ -15,7 +15,7 @@ import model_io
 import nested
 import pytest
 import torch
-from conftest import QUICK, assert_refused, contents, record, refuse, run
+from conftest import QUICK, assert_refused, assert_survives_kills, contents, record, refuse, run
 from model_io import Model
 
 
@@ -242,21 +242,9 @@ def test_the_command_tells_of_each_prefix_and_a_slice_of_it_is_cut(trained, tmp_
 
 
 def test_a_killed_training_of_prefixes_continues_to_the_same_bytes(trained, tmp_path, monkeypatch):
-    trained = [*trained, "--prefixes", "4", "3,8", "--epochs", 2]
-    assert run(distil, *trained, "--out", tmp_path / "undisturbed") == 0
     monkeypatch.setattr(distil, "SAVE_SECONDS", 0)
-    real, done = distil.add_gradient, []
-
-    def killed_after_one(*given):
-        done.append(given)
-        if len(done) % 2 == 0:
-            raise KeyboardInterrupt
-        return real(*given)
-    monkeypatch.setattr(distil, "add_gradient", killed_after_one)
-    for _ in range(3):
-        assert run(distil, *trained, "--out", tmp_path / "out") == 130
-    assert run(distil, *trained, "--out", tmp_path / "out") == 0 and len(done) == 7
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert_survives_kills(monkeypatch, (distil, "add_gradient"), 4, distil, *trained, "--prefixes", "4", "3,8",
+                          "--epochs", 2, folder=tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
