@@ -15,7 +15,7 @@ and the others become mutants of them, in which up to 3 times up to 4 experts mo
 
 rco (RCO, arXiv 2605.00649; rco.py says how). No order is given: each expert has logits to keep and to prune it, trained
 to a low KL from the source while the expected number of pruned experts stays at the budget. With a budget for each
-layer it is a selector as those of baselines.py are, and export_plan.py repeats its plan; with --ragged there is one
+layer it is a selector like those of baselines.py, and export_plan.py repeats its plan; with --ragged there is one
 budget for all.
 
 Ours: every layer keeps the model's top-k at least. A multi-token head, whose loss is not the model's, keeps K experts
@@ -240,11 +240,11 @@ def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.command_line(__file__, __doc__, text=TOKENS)
     parser.add_argument("search", choices=("evo", "rco"), help="as above")
-    parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer, or on "
-                        "average")
+    parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep: by rco in every "
+                        "layer, by evo and --ragged on average")
     parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo: a plan whose order the experts go in [REAP's]")
-    parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="evo [%(default)s]")
-    parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="rco [%(default)s]")
+    parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="of evo [%(default)s]")
+    parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="of rco's optimiser [%(default)s]")
     parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers, and a plan file")
     parser.add_argument("--eval", metavar="FILE", type=Path, help="perplexity of the result on this text, and its KL "
                         "from the source, beside those of K experts in every layer by the fixed order")
@@ -311,6 +311,8 @@ def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
 def write(model: Model, plans: dict[str, LayerPlan], ids: torch.Tensor, args: argparse.Namespace) -> None:
     """Write the checkpoint of plans by layer name, or the plans alone if they are ragged."""
     used = {name: getattr(args, name) for name, other in UNUSED.items() if other != args.search and name != "plan"}
+    if args.plan:
+        used["plan_sha256"] = hodgecover.read_history(args.plan)[-1].get("sha256")
     entry = hodgecover.plan_entry(model, plans, args.keep, Settings(seed=args.seed),
                                   hodgecover.describe_text(ids, args.calib), Path(__file__).name, search=args.search,
                                   **used)
@@ -327,11 +329,9 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     model = common.open_model(args.checkpoint, args)
     check_budget(model, args.keep)
-    cache = common.folder_beside(args.out, "budgets")
+    cache = common.folder_beside(args.out, "budgets", model)
     hodgecover.check_out(model, args.out, cache)
-    held_out = None
-    if args.eval:
-        held_out = model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
+    held_out = common.read_eval(model, args) if args.eval else None
     base = export_plan.read_orders(model, args.plan) if args.plan else None
     ids = common.calibration_ids(model, args)
     hodgecover.make_cache(cache)
@@ -347,11 +347,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"experts kept in each layer: {' '.join(str(len(plan.survivors)) for plan in plans.values())}", flush=True)
     if held_out is not None:
         for what, chosen in (("fixed order, uniform", uniform), ("found", plans)):
-            found = model_io.compare(model, pruned(model, chosen), held_out)
+            found = model_io.compare(model, pruned(model, chosen), held_out, bar)
+            bar(None)
             print(f"{what}: perplexity {found.source_perplexity:.2f} -> {found.output_perplexity:.2f}, KL(source || "
                   f"output) {found.kl:.4f} nats a token")
     write(model, plans, ids, args)
-    common.clear(cache, ["budgets-*"])
+    common.clear(cache, ["budgets-*.safetensors"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

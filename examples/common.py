@@ -119,6 +119,24 @@ def show_output(model: Model, out: Path) -> None:
 SPLIT = {"qwen3": "qwen3_moe"}  # the family that dot_moe.py makes of a dense one
 
 
+def read_eval(model: Model, args: argparse.Namespace) -> torch.Tensor:
+    """The text of --eval, (B, L). Raises InputError for one that cannot be read or has not one whole sequence."""
+    try:
+        return model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
+    except InputError as err:
+        raise InputError(f"eval: {err}") from None
+
+
+ALIGNED = 8  # numbers of 2 bytes that make 16 bytes
+
+
+def warn_of_width(width: int) -> None:
+    """Warn if the experts' width is none that transformers' grouped products take."""
+    if width % ALIGNED:
+        hodgecover.log.warning("width %d: no multiple of %d; transformers runs it with "
+                               'experts_implementation="eager" alone', width, ALIGNED)
+
+
 def outline(model: Model, count: int) -> dict[str, object]:
     """What a checkpoint shares with its source, by name, over its first `count` layers; of a dense family, what its
     sparse one does."""
@@ -189,14 +207,27 @@ def cut(layer: Layer, kept: slice | list[int], width: int | None = None) -> Laye
     return Layer(experts, layer.router[kept], layer.weights)
 
 
-def folder_beside(out: Path, command: str) -> Path:
+def folder_beside(out: Path, command: str, *inputs: Model) -> Path:
     """Return OUT-command, the folder of what a command has done until its output is whole. Raises InputError if it
-    cannot be one."""
+    cannot be one, or lies in one of the checkpoints that are read."""
     out = Path(os.path.abspath(out))
     folder = out.with_name(f"{out.name}-{command}") if out.name else out
     if folder == out or folder.exists() and not folder.is_dir():
         raise InputError(f"out {out}: {folder} is no folder that what is done can lie in; remove it or name another")
+    for model in inputs:
+        hodgecover.refuse_inside(model, folder, f"out {out}:")
     return folder
+
+
+@contextlib.contextmanager
+def made(cache: Path) -> Iterator[None]:
+    """Context manager: a folder of what is done, made; it goes again if nothing lies in it at the end. Raises
+    InputError if it cannot be made."""
+    hodgecover.make_cache(cache)
+    try:
+        yield
+    finally:
+        clear(cache, [])
 
 
 @contextlib.contextmanager

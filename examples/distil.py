@@ -485,13 +485,10 @@ def documentation() -> list[str]:
 def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     """The text to train on, then that to watch, (B, L); the number of the latter's sequences."""
     read = partial(model_io.read_documents, args.calib) if args.calib else documentation
+    held_out = common.read_eval(source, args) if args.eval else None
     ids = hodgecover.sample_ids(source, read, args.tokens, args.seq_len, args.seed)
-    if not args.eval:
+    if held_out is None:
         return ids, 0
-    try:
-        held_out = model_io.sequences(source.encode(model_io.read_documents([args.eval])), args.seq_len)
-    except InputError as err:
-        raise InputError(f"eval: {err}") from None
     held_out = evaluate.evenly_spaced(held_out, max(1, EVAL_TOKENS // args.seq_len))
     return torch.cat((ids, held_out)), len(held_out)
 
@@ -541,7 +538,8 @@ def command_line() -> hodgecover.Parser:
                         "token has 1 - W [%(default)s]")
     parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[*PARTS], help="of "
                         f"{', '.join(PARTS)} [all]")
-    parser.add_argument("--layerwise", action="store_true", help="one layer after the other, in memory alone")
+    parser.add_argument("--layerwise", action="store_true", help="one layer after another, with only that one in "
+                        "memory")
     parser.add_argument("--prefixes", metavar="K[,F]", nargs="+", type=common.size_of, default=[], help="prefixes of a "
                         "nested checkpoint to train, too")
     parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on 8,192 tokens of which the "
@@ -572,7 +570,7 @@ def run(args: argparse.Namespace) -> None:
     except InputError as err:
         raise InputError(f"prefixes: {err}") from None
     out = args.out.absolute()
-    cache = common.folder_beside(out, "distil")
+    cache = common.folder_beside(out, "distil", source, model)
     hodgecover.check_out(model, out, cache)
     hodgecover.refuse_inside(source, out, "out")
     ids, held_out = read_ids(source, args)
@@ -588,8 +586,7 @@ def run(args: argparse.Namespace) -> None:
     bar = hodgecover.progress_bar()
     plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key,
                 args.prefixes)
-    with common.copied(model, out, entry) as output:
-        hodgecover.make_cache(cache)
+    with common.copied(model, out, entry) as output, common.made(cache):
         large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
         empty = common.scratch(output.checkpoint.path) if large else torch.empty
         work = (distil_layers if args.layerwise else distil)(source, output, ids, held_out, plan, empty,
@@ -599,7 +596,7 @@ def run(args: argparse.Namespace) -> None:
         bar(None)
         if held_out:
             entry["held_out"] = compare(source, model, output, ids[len(ids) - held_out:])
-    common.clear(cache, ["distil-*"])
+    common.clear(cache, ["distil-*.safetensors"])
     print(f"output: {args.out}")
 
 

@@ -401,7 +401,8 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--experts", metavar="N", type=int, required=True, help="experts of a layer")
     parser.add_argument("--top-k", metavar="K", type=int, required=True, help="experts that a token takes")
     parser.add_argument("--split", choices=SPLITS, default="dot", help="how to deal the neurons out [%(default)s]")
-    parser.add_argument("--layerwise", action="store_true", help="one layer after the other, in memory alone")
+    parser.add_argument("--layerwise", action="store_true", help="one layer after another, with only that one in "
+                        "memory")
     parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
     parser.add_argument("--lr", metavar="RATE", type=float, default=LR, help="peak learning rate, in units of 0.01 "
                         "[%(default)s]")
@@ -421,6 +422,7 @@ def check_options(model: Model, args: argparse.Namespace) -> None:
     if cfg.dense_width % args.experts:
         raise InputError(f"experts {args.experts}: must divide {cfg.dense_width}, the neurons of a layer")
     hodgecover.check_range("top_k", args.top_k, 1, args.experts)
+    common.warn_of_width(cfg.dense_width // args.experts)
     hodgecover.check_range("epochs", args.epochs, 1, 10**6)
     hodgecover.check_range("lr", args.lr, 0, 100)
 
@@ -429,7 +431,7 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     model = common.open_model(args.checkpoint, args)
     check_options(model, args)
-    cache = common.folder_beside(args.out, "dot-moe")
+    cache = common.folder_beside(args.out, "dot-moe", model)
     hodgecover.check_out(model, args.out, cache)
     ids, held_out = distil.read_ids(model, args)
     count = len(ids) - held_out
@@ -443,8 +445,7 @@ def run(args: argparse.Namespace) -> None:
     bar = hodgecover.progress_bar()
     want = Want(args.experts, args.top_k, args.split)
     plan = distil.Plan(args.epochs, args.lr, KL / (KL + NEXT_TOKEN), [], args.seed, args.memory, cache, key)
-    with model_io.new_folder(args.out) as folder:
-        hodgecover.make_cache(cache)
+    with model_io.new_folder(args.out) as folder, common.made(cache):
         large = model.device.type == "cpu" and distil.activation_bytes(model, ids.numel()) > args.memory
         empty = common.scratch(folder) if large else torch.empty
         way = align_layers if args.layerwise else align
@@ -455,7 +456,7 @@ def run(args: argparse.Namespace) -> None:
         if held_out:
             entry["held_out"] = [compare(model, Model(folder, model.dtype, str(model.device)), ids[count:])]
         (folder / hodgecover.RECORD).write_bytes(hodgecover.record_bytes(model.checkpoint, entry))
-    common.clear(cache, ["dot-moe*"])
+    common.clear(cache, ["dot-moe*.safetensors"])
     print(f"feed-forward neurons a token meets: {args.top_k * model.config.dense_width // args.experts} of "
           f"{model.config.dense_width}, by {args.split}")
     print(f"output: {args.out}")

@@ -71,7 +71,7 @@ def check_origin(model: Model, path: Path, record: dict, entry: dict) -> None:
     if entry["command"] not in PLANNERS or "survivors" not in entry["layers"][0]:
         step = " ".join([str(entry["command"]), *filter(None, [entry["settings"].get("method")])])
         raise InputError(f"{path}: its last step is {step}, which a plan cannot repeat; give the record of "
-                         "hodgecover.py, of a selector of baselines.py or of budgets.py")
+                         "hodgecover.py, of a selector of baselines.py or of budgets.py rco")
     if entry["source"]["fingerprint"] != model.checkpoint.fingerprint():
         raise InputError(f"{path}: made for {entry['source']['name']}, of other weights or another config.json than "
                          f"{model.checkpoint.path}")

@@ -31,6 +31,7 @@ moves the rate by at most one point.
     h stream before a layer, y after it             slope dL/dy (B, L, d), or (T, d)
 """
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -51,7 +52,6 @@ from torch.nn import functional
 
 SCORES = ("heapr", "camera", "magnitude", "random")
 GRAPH_TOKENS = 1024  # tokens whose graph of a layer is held at a time, or one sequence
-ALIGNED = 8  # numbers of 2 bytes that make 16 bytes
 ROUNDING = 0.01  # share of the width that --rate may be off to be a multiple of that
 CACHE_VERSION = "1"
 MATRIX = re.compile(r"(.+)\.mlp\.experts\.(?:(\d+)\.)?(gate|up|gate_up|down)_proj(?:\.weight)?")
@@ -307,15 +307,13 @@ def choose_width(model: Model, rate: float | None = None, width: int | None = No
     if rate is not None:
         hodgecover.check_range("rate", rate, 0, 1)
         exact = (1 - rate) * cfg.expert_width
-        aligned = ALIGNED * round(exact / ALIGNED)
+        aligned = common.ALIGNED * round(exact / common.ALIGNED)
         width = aligned if abs(aligned - exact) <= ROUNDING * cfg.expert_width else round(exact)
         if width < 1:
             raise InputError(f"rate {rate}: no hidden unit of {cfg.expert_width} would stay; must be lower")
     if not 1 <= width <= cfg.expert_width:
         raise InputError(f"width {width}: must be from 1 to {cfg.expert_width}, the width of the experts")
-    if width % ALIGNED:
-        hodgecover.log.warning("width %d: no multiple of %d; transformers loads it with "
-                               'experts_implementation="eager" alone', width, ALIGNED)
+    common.warn_of_width(width)
     return width
 
 
@@ -352,7 +350,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     model = common.open_model(args.checkpoint, args)
     width, before = choose_width(model, args.rate, args.width), model.config.expert_width
-    cache = common.folder_beside(args.out, "heapr") if args.score == "heapr" else None
+    cache = common.folder_beside(args.out, "heapr", model) if args.score == "heapr" else None
     hodgecover.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
                 "dtype": str(model.dtype).removeprefix("torch.")}
@@ -365,16 +363,14 @@ def run(args: argparse.Namespace) -> None:
     files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, common.entry("heapr.py", settings,
                                                                                        source=model))}
     bar = hodgecover.progress_bar()
-    with model_io.new_folder(args.out) as folder:
+    with model_io.new_folder(args.out) as folder, common.made(cache) if cache else contextlib.nullcontext():
         large = args.score == "heapr" and activation_bytes(model, ids.numel()) > args.memory
         empty = common.scratch(folder) if large and model.device.type == "cpu" else torch.empty
-        if cache:
-            hodgecover.make_cache(cache)
         scores = score_units(model, args.score, ids, args.seed, empty, bar, cache)
         bar(None)
         export(model, {name: best_units(score, width) for name, score in scores.items()}, folder, files)
     if cache:
-        common.clear(cache, ["heapr-*"])
+        common.clear(cache, ["heapr-*.safetensors"])
     print(f"hidden units of each expert: {before} -> {width}, by {args.score}")
     common.show_output(model, args.out)
 

@@ -329,7 +329,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.refuse_fold(source)
     common.check_source(model, source)
     out = args.out.absolute()
-    cache = args.cache or common.folder_beside(out, "refit")
+    cache = args.cache or common.folder_beside(out, "refit", source, model)
     hodgecover.check_out(model, out, cache)
     hodgecover.refuse_inside(source, out, "out")
     hodgecover.refuse_inside(model, cache, "cache")
@@ -341,8 +341,7 @@ def run(args: argparse.Namespace) -> None:
                          checkpoint=model)
 
     bar = hodgecover.progress_bar()
-    with common.copied(model, out, entry) as output:
-        hodgecover.make_cache(cache)
+    with common.copied(model, out, entry) as output, common.made(cache):
         fit = resumable(partial(refit_layer, memory=args.memory), cache, key,
                         lambda index: bar(index / len(model.layer_names)))
         large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory

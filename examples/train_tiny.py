@@ -203,9 +203,12 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     hodgecover.check_range("steps", args.steps, 1, 10**6)
     for part, file in (("held-out", args.held_out), ("calibration", args.calibration)):
-        if file:
+        if file is not None:
             if args.steps != STEPS:
                 raise model_io.InputError(f"steps: does not go with --{part}, which trains nothing")
+            model_io.check_new(file)
+            if file.is_dir() or not file.absolute().parent.is_dir():
+                raise model_io.InputError(f"{part.replace('-', '_')} {file}: must name a new file in an existing folder")
             return model_io.write_whole(file, "\n\n".join(TEXTS[args.kind](part)).encode())
     found, unigram = make(args.kind, args.out, args.steps)
     print(f"held-out perplexity {found:.1f}, of a unigram model {unigram:.1f}")

@@ -220,6 +220,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.check_out(model, args.out)
     read = {"checkpoint": model}
     if source:
+        hodgecover.sparse_layers(source)
         common.check_source(model, source)
         hodgecover.refuse_inside(source, args.out, "out")
         read["source"] = source

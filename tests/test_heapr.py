@@ -429,8 +429,9 @@ def test_a_killed_run_continues_below_the_layers_that_are_done(name, tmp_path, m
     """To the same bytes, killed again and again: each layer is run back once. Then the folder of the layers goes."""
     source = with_tokenizer(named(name), tmp_path / "source")
     (tmp_path / "text.txt").write_text(PROSE)
-    assert_survives_kills(monkeypatch, (heapr, "back_through"), Model(source).config.num_layers, heapr, source, "--width",
-                          8, "--calib", tmp_path / "text.txt", *QUICK, folder=tmp_path)
+    count = Model(source).config.num_layers
+    assert_survives_kills(monkeypatch, (heapr, "back_through"), count, heapr, source, "--width", 8, "--calib",
+                          tmp_path / "text.txt", *QUICK, folder=tmp_path)
     assert not (tmp_path / "out-heapr").exists()
 
 
