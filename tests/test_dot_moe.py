@@ -216,6 +216,7 @@ def planted(folder: Path, n: int = 4) -> tuple[Model, torch.Tensor]:
 def test_planted_experts_are_found(way, epochs, found, tmp_path, monkeypatch):
     """Given a router that tells the classes apart, the neurons go to their own class's expert, layer by layer all of
     them; given the experts, the router learns the classes; and the output is nearly the dense one's."""
+    monkeypatch.setattr(dot_moe, "ROUNDS", 10)
     model, block = planted(tmp_path / "dense")
     ids, plan, real = some_ids(32, 16), plan_of(epochs=epochs, lr=0.3, kl_weight=1.0), dot_moe.start
 
