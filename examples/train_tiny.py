@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> None:
                 raise model_io.InputError(f"steps: does not go with --{part}, which trains nothing")
             model_io.check_new(file)
             if file.is_dir() or not file.absolute().parent.is_dir():
-                raise model_io.InputError(f"{part.replace('-', '_')} {file}: must name a new file in an existing folder")
+                raise model_io.InputError(f"{file}: must name a new file in an existing folder")
             return model_io.write_whole(file, "\n\n".join(TEXTS[args.kind](part)).encode())
     found, unigram = make(args.kind, args.out, args.steps)
     print(f"held-out perplexity {found:.1f}, of a unigram model {unigram:.1f}")
