@@ -422,7 +422,6 @@ def check_options(model: Model, args: argparse.Namespace) -> None:
     if cfg.dense_width % args.experts:
         raise InputError(f"experts {args.experts}: must divide {cfg.dense_width}, the neurons of a layer")
     hodgecover.check_range("top_k", args.top_k, 1, args.experts)
-    common.warn_of_width(cfg.dense_width // args.experts)
     hodgecover.check_range("epochs", args.epochs, 1, 10**6)
     hodgecover.check_range("lr", args.lr, 0, 100)
 
@@ -441,6 +440,7 @@ def run(args: argparse.Namespace) -> None:
     key = distil.distil_key(model, model, ids, settings)
     distil.check_memory(model, args, ids.numel(), sinkhorn_bytes(model.config.dense_width, args.experts),
                         "give fewer --experts")
+    common.warn_of_width(model.config.dense_width // args.experts)
 
     bar = hodgecover.progress_bar()
     want = Want(args.experts, args.top_k, args.split)

@@ -20,7 +20,7 @@ import wanda
 from conftest import (GOLDEN, PROSE, assert_refused, assert_survives_kills, contents, record, refuse, run,
                       with_tokenizer)
 from fake_device import Accelerator
-from model_io import Model
+from model_io import InputError, Model
 from safetensors.torch import load_file
 
 QUICK = ["--tokens", 128, "--seq-len", 16, "--dtype", "float32"]  # 8 sequences: a step a pass
@@ -499,6 +499,26 @@ def test_bad_input_gets_one_line_before_the_work(half, tmp_path, capsys, monkeyp
     before = contents(tmp_path)
     assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out", *options), says)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("role", [0, 1], ids=["source", "checkpoint"])
+def test_steps_never_lie_in_what_is_read(role, half, tmp_path, capsys):
+    """OUT-distil may be an input by its name: then nothing is written to it, and nothing of it removed."""
+    half[role] = Path(half[role]).rename(tmp_path / "out-distil")
+    (tmp_path / "out-distil" / "distil-notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out"), "lies in the checkpoint")
+    assert contents(tmp_path) == before
+
+
+def test_the_folder_of_what_is_done_goes_if_nothing_is(tmp_path):
+    for content, stays in (("", False), ("a step", True)):
+        with pytest.raises(InputError), common.made(tmp_path / "out-distil"):
+            if content:
+                (tmp_path / "out-distil" / "distil-a.safetensors").write_text(content)
+            raise InputError("a NaN")
+        assert (tmp_path / "out-distil").exists() == stays
 
 
 def test_a_file_in_the_place_of_the_steps_is_refused(half, tmp_path, capsys):

@@ -489,6 +489,14 @@ def test_bad_input_gets_one_line_before_the_work(tmp_path, capsys, monkeypatch, 
     assert contents(tmp_path) == before
 
 
+def test_a_width_that_stock_products_refuse_is_said(dense, tmp_path, caplog):
+    for experts, said in ((8, "width 3: no multiple of 8"), (3, "")):
+        assert run(dot_moe, *dense, "--experts", experts, "--top-k", 2, "--split", "random", "--out",
+                   tmp_path / str(experts)) == 0
+        assert said in caplog.text and bool(caplog.text) == bool(said)
+        caplog.clear()
+
+
 def test_a_sparse_checkpoint_is_refused(tmp_path, capsys):
     path = GOLDEN[0].with_name("qwen3-dense-first")
     assert_refused(capsys, run(dot_moe, path, "--experts", 2, "--top-k", 1, "--out", tmp_path / "out"),

@@ -190,6 +190,8 @@ def test_the_text_of_a_part_is_written_whole(kind, part, tmp_path, monkeypatch):
     (["olmoe", "--calibration", "text", "--steps", 5], "--steps: does not go with --calibration"),
     (["olmoe", "new", "--steps", 0], "--steps 0: must be from 1"),
     (["olmoe", "used"], "used: exists and is not an empty folder"),
+    (["olmoe", "--held-out", "used/file"], "used/file: exists"), (["olmoe", "--held-out", ""], ".: exists"),
+    (["olmoe", "--calibration", "nowhere/text"], "nowhere/text: must name a new file in an existing folder"),
 ])
 def test_training_that_cannot_be_done_gets_one_line(tmp_path, monkeypatch, capsys, arguments, says):
     (tmp_path / "used").mkdir()

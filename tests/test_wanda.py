@@ -7,7 +7,7 @@ import model_io
 import pytest
 import torch
 import wanda
-from conftest import GOLDEN, QUICK, assert_refused, contents, record, run
+from conftest import DENSE, GOLDEN, QUICK, assert_refused, contents, record, run, with_tokenizer
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,6 +216,12 @@ def test_a_dense_model_is_refused(small, tmp_path, capsys):
     save_file(weights, small / "model.safetensors")
     status = run(wanda, small, "--rate", 0.5, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out")
     assert_refused(capsys, status, "it is dense")
+
+
+def test_a_dense_source_is_refused(small, tmp_path, capsys):
+    dense = with_tokenizer(DENSE[0], tmp_path / "dense")
+    status = run(wanda, small, "--total-rate", 0.5, "--source", dense, "--out", tmp_path / "out")
+    assert_refused(capsys, status, "dense: no layer has a router over two experts or more; it is dense")
 
 
 @pytest.mark.parametrize("file, content, says", [
