@@ -505,9 +505,9 @@ def test_every_family(family, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["reap", "hope", "ream", "hc-smoe", "stun", "triplet-penalty", "weighted-cover"])
 def test_on_another_device(small, tmp_path, method):
-    for device in ("fake", "cpu"):
-        with Accelerator():
-            assert compress(small, tmp_path / device, method, "--device", device) == 0
+    assert compress(small, tmp_path / "cpu", method, "--tokens", 32) == 0
+    with Accelerator():
+        assert compress(small, tmp_path / "fake", method, "--tokens", 32, "--device", "fake") == 0
     fake, cpu = (record(tmp_path / device)["layers"] for device in ("fake", "cpu"))
     chosen = "groups" if method in baselines.MERGING else "order"
     assert [layer[chosen] for layer in fake] == [layer[chosen] for layer in cpu]

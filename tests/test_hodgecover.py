@@ -141,8 +141,7 @@ class LiveBytes(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("vocab_sample", [0, 50])
+@pytest.mark.parametrize("vocab_sample, size", [(0, 3), (50, 2)])
 def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size):
     """Whatever the tensors are: wide experts, a large vocabulary, many simplices."""
     simplices = torch.combinations(torch.arange(8), size)
