@@ -116,9 +116,6 @@ def show_output(model: Model, out: Path) -> None:
     print(f"output: {out}")
 
 
-SPLIT = {"qwen3": "qwen3_moe"}  # the family that dot_moe.py makes of a dense one
-
-
 def read_eval(model: Model, args: argparse.Namespace) -> torch.Tensor:
     """The text of --eval, (B, L). Raises InputError for one that cannot be read or has not one whole sequence."""
     try:
@@ -135,6 +132,9 @@ def warn_of_width(width: int) -> None:
     if width % ALIGNED:
         hodgecover.log.warning("width %d: no multiple of %d; transformers runs it with "
                                'experts_implementation="eager" alone', width, ALIGNED)
+
+
+SPLIT = {"qwen3": "qwen3_moe"}  # the family that dot_moe.py makes of a dense one
 
 
 def outline(model: Model, count: int) -> dict[str, object]:

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import common
 import hodgecover
 import model_io
-from model_io import FAMILIES, Config, Experts, Layer, Model, python_documentation, read_config, rms_norm, route
+from model_io import Config, Experts, Layer, Model, python_documentation, read_config, rms_norm, route
 
 STEPS, SEQ_LEN = 1500, 512
 END = "<|endoftext|>"
@@ -99,23 +99,21 @@ def forward(ids: torch.Tensor, weights: dict[str, torch.Tensor], cfg: Config) ->
     """Logits (B, L, V) of ids (B, L), and the load-balancing loss n sum_e (share routed to e) (mean p_e), 0 without
     experts."""
     h, balance = F.embedding(ids, weights["model.embed_tokens.weight"]), torch.zeros(())
-    attention = FAMILIES[cfg.model_type].attention
     for i in range(cfg.num_layers):
         prefix = f"model.layers.{i}."
         w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if not cfg.num_experts:
             h = model_io.run_layer(h, Layer(None, None, w), cfg)[2].view_as(h)
             continue
-        h = h + attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
-        x = rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+        h, x = model_io.run_mixer(h, w, cfg)  # (T, d)
         experts = Experts(*(w[f"mlp.experts.{part}_proj.weight"] for part in Experts._fields))
-        gates = route(x.flatten(0, 1), Layer(experts, w["mlp.gate.weight"], w), cfg).view(*x.shape[:2], -1)
+        gates = route(x, Layer(experts, w["mlp.gate.weight"], w), cfg)
         hidden = F.silu(x @ experts.gate.flatten(0, 1).T) * (x @ experts.up.flatten(0, 1).T)
         hidden = hidden.unflatten(-1, (cfg.num_experts, -1)) * gates[..., None]
-        h = h + hidden.flatten(-2) @ experts.down.transpose(1, 2).flatten(0, 1)
-        p = (x @ w["mlp.gate.weight"].T).softmax(-1)  # (B, L, n)
-        share = (gates > 0).to(p).mean((0, 1))
-        balance = balance + cfg.num_experts * (share * p.mean((0, 1))).sum() / cfg.num_layers
+        h = (h + hidden.flatten(-2) @ experts.down.transpose(1, 2).flatten(0, 1)).view(*ids.shape, -1)
+        p = (x @ w["mlp.gate.weight"].T).softmax(-1)  # (T, n)
+        share = (gates > 0).to(p).mean(0)
+        balance = balance + cfg.num_experts * (share * p.mean(0)).sum() / cfg.num_layers
     return rms_norm(h, weights["model.norm.weight"], cfg.rms_norm_eps) @ weights["lm_head.weight"].T, balance
 
 

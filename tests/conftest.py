@@ -16,6 +16,9 @@ settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors here are small: more threads cost time, most of all on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import common  # noqa: E402  (the path is set above)
+import distil  # noqa: E402
+
 DENSE = sorted((ROOT / "tests" / "golden").glob("dense-*"))  # no layer has experts
 GOLDEN = sorted({path for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir()} - {*DENSE})
 PROSE = "All work and no play makes an expert dull. " * 40
@@ -66,6 +69,17 @@ def assert_survives_kills(monkeypatch, step: tuple[object, str], steps: int, com
         assert run(command, *arguments, "--out", folder / "out") == 130 and not (folder / "out").exists()
     assert run(command, *arguments, "--out", folder / "out") == 0 and len(done) == 2 * steps - 1
     assert contents(folder / "out") == contents(folder / "undisturbed")
+
+
+def assert_disk_changes_nothing(monkeypatch, command, *arguments: object, folder: Path) -> None:
+    """Streams beyond --memory lie on the disk of the output; that changes no byte of it."""
+    made, real = [], common.scratch
+    monkeypatch.setattr(common, "scratch", lambda staging: made.append(staging) or real(staging))
+    assert run(command, *arguments, "--out", folder / "all") == 0 and not made
+    monkeypatch.setattr(distil, "activation_bytes", lambda *_: 10**12)
+    assert run(command, *arguments, "--out", folder / "none") == 0
+    assert [staging.parent for staging in made] == [folder]
+    assert contents(folder / "none") == contents(folder / "all")
 
 
 def with_tokenizer(source: Path, folder: Path) -> Path:

@@ -17,8 +17,8 @@ import pytest
 import refit
 import torch
 import wanda
-from conftest import (GOLDEN, PROSE, assert_refused, assert_survives_kills, contents, record, refuse, run,
-                      with_tokenizer)
+from conftest import (GOLDEN, PROSE, assert_disk_changes_nothing, assert_refused, assert_survives_kills, contents,
+                      record, refuse, run, with_tokenizer)
 from fake_device import Accelerator
 from model_io import InputError, Model
 from safetensors.torch import load_file
@@ -404,13 +404,7 @@ def test_steps_of_another_problem_are_not_taken(half, tmp_path):
 
 @pytest.mark.parametrize("mode", [[], ["--layerwise"]], ids=["end-to-end", "layerwise"])
 def test_streams_beyond_the_memory_lie_on_disk_and_change_nothing(mode, half, tmp_path, monkeypatch):
-    made, real = [], common.scratch
-    monkeypatch.setattr(common, "scratch", lambda folder: made.append(folder) or real(folder))
-    assert run(distil, *half, "--out", tmp_path / "all", *mode) == 0 and not made
-    monkeypatch.setattr(distil, "activation_bytes", lambda *_: 10**12)
-    assert run(distil, *half, "--out", tmp_path / "none", *mode) == 0
-    assert [folder.parent for folder in made] == [tmp_path]  # the disk of the output
-    assert contents(tmp_path / "none") == contents(tmp_path / "all")
+    assert_disk_changes_nothing(monkeypatch, distil, *half, *mode, folder=tmp_path)
 
 
 def test_layerwise_has_one_layer_in_memory(half, monkeypatch):

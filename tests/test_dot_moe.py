@@ -15,8 +15,8 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import (DENSE, GOLDEN, PROSE, assert_refused, assert_survives_kills, contents, record, refuse, run,
-                      with_tokenizer)
+from conftest import (DENSE, GOLDEN, PROSE, assert_disk_changes_nothing, assert_refused, assert_survives_kills,
+                      contents, record, refuse, run, with_tokenizer)
 from dot_moe import Split, Want
 from fake_device import Accelerator
 from hypothesis import given, settings
@@ -421,13 +421,7 @@ def test_layerwise_has_one_layer_in_memory(dense, monkeypatch):
 
 @MODES
 def test_streams_beyond_the_memory_lie_on_disk_and_change_nothing(mode, dense, tmp_path, monkeypatch):
-    made, real = [], common.scratch
-    monkeypatch.setattr(common, "scratch", lambda folder: made.append(folder) or real(folder))
-    assert run(dot_moe, *dense, "--out", tmp_path / "all", *mode) == 0 and not made
-    monkeypatch.setattr(distil, "activation_bytes", lambda *_: 10**12)
-    assert run(dot_moe, *dense, "--out", tmp_path / "none", *mode) == 0
-    assert [folder.parent for folder in made] == [tmp_path]
-    assert contents(tmp_path / "none") == contents(tmp_path / "all")
+    assert_disk_changes_nothing(monkeypatch, dot_moe, *dense, *mode, folder=tmp_path)
 
 
 @pytest.mark.parametrize("options", [["--layerwise"], ["--split", "kmeans"], ["--split", "coactivation"], []],
