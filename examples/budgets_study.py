@@ -2,6 +2,7 @@
 """Show on the tiny checkpoint what a budget for each layer brings, and what one training for all sizes.
 
     python examples/budgets_study.py --samples 2             ragged and uniform budgets, as they are and refitted
+    python examples/budgets_study.py --first                 methods that keep the whole first layer, the same way
     python examples/budgets_study.py --samples 2 --nested    slices of a nested checkpoint, trained together or alone
     python examples/budgets_study.py --samples 1 --only reap "evo, ragged" --generations 2 --tokens 1024   a first look
 
@@ -12,6 +13,7 @@ are trained on, once. What a search has found lies beside the samples' barriers,
 
 Ragged plans run in memory; no checkpoint holds them. What a uniform file can carry of rco's ragged plan is its order of
 each layer's experts: `rco ragged, its order`. evo has the order of reap, which a uniform file cannot have otherwise.
+`first layer whole` and --first are a budget by hand: the first layer loses nothing, the others lose its part too.
 """
 import argparse
 import functools
@@ -26,13 +28,15 @@ import budgets
 import common  # noqa: F401  (puts the three files on the path)
 import distil_study
 import frontier
+import heapr
 import hodgecover
 import nested
 import rco
 import reproduce
+import torch
 from distil_study import training_ids
 from hodgecover import LayerPlan
-from model_io import Model
+from model_io import Experts, InputError, Model
 from refit_study import TOKENS, refitted
 from reproduce import Make, Sample, Table
 
@@ -92,6 +96,41 @@ def evo_way(sample: Sample, dropped: float, out: Path, generations: int) -> Mode
     return in_memory(sample, budgets.planned(sample.source, base, orders, budget, keep), out)
 
 
+def spared(source: Model, dropped: float) -> dict[str, int]:
+    """How many experts of each layer stay, by name, if the first keeps all and the others lose its part. Raises
+    InputError if they cannot lose so many."""
+    cfg = source.config
+    names = [source.layer_names[index] for index in hodgecover.sparse_layers(source) if index < cfg.num_layers]
+    others, most = len(names) - 1, cfg.num_experts - cfg.top_k
+    gone = (cfg.num_experts - reproduce.survivors(source, dropped)) * len(names)
+    if gone > most * others:
+        raise InputError(f"columns: if the first layer keeps all its experts, the others would lose {gone} of the "
+                         f"{most * others} that they can")
+    budget = (0, *budgets.largest_remainder([1] * others, most, gone))
+    return {name: cfg.num_experts - each for name, each in zip(names, budget)}
+
+
+def first_whole(sample: Sample, dropped: float, out: Path, method: str = "reap") -> Model:
+    """The survivors of one method, with all experts of the first layer, in memory."""
+    source = sample.source
+    kept = dict.fromkeys(source.layer_names, reproduce.survivors(source, dropped)) | spared(source, dropped)
+    return in_memory(sample, reproduce.plans(sample, method, kept), out)
+
+
+def first_wide(sample: Sample, rate: float, out: Path) -> Model:
+    """All experts, narrower by camera but in the first layer, in memory: the hidden units that go are zeros."""
+    model, found = reproduce.whole(sample, 0, out), frontier.scores(sample, "camera")
+    _, *names = spared(sample.source, rate)
+    width = round((1 - rate * (len(names) + 1) / len(names)) * model.config.expert_width)
+    for name in names:
+        experts = model.layer(model.layer_names.index(name)).experts
+        gone = torch.ones_like(found[name], dtype=torch.bool).scatter(1, heapr.best_units(found[name], width), False)
+        masks = Experts(gone[:, :, None], gone[:, :, None], gone[:, None])
+        model.store(name, {f"mlp.experts.{part}": weight.masked_fill(mask, 0)
+                           for part, weight, mask in zip(Experts._fields, experts, masks)})
+    return model
+
+
 def rco_way(sample: Sample, dropped: float, out: Path, steps: int, search: str) -> Model:
     """What rco finds: with a budget for each layer, with one for all, in memory, or with the order of the latter's
     experts and as many in each layer."""
@@ -108,12 +147,24 @@ def budget_tables(generations: int, steps: int) -> list[Table]:
     """Uniform and ragged budgets, as they are and refitted."""
     reap = partial(reproduce.selected, method="reap")
     lines: dict[str, Make] = {"reap": reap, f"reap, {TOKENS:,} tokens": partial(frontier.on_more_tokens, make=reap),
+                              "first layer whole": first_whole,
                               "evo, ragged": partial(evo_way, generations=generations)}
     lines |= {label: partial(rco_way, steps=steps, search=search) for label, search in (
         ("rco", "uniform"), ("rco, ragged", "ragged"), ("rco ragged, its order", "order"))}
+    return with_refit("experts dropped", lines)
+
+
+def first_tables() -> list[Table]:
+    """Methods that keep the whole first layer, as they are and refitted."""
+    lines: dict[str, Make] = {f"drop, {method}": partial(first_whole, method=method)
+                              for method in ("reap", "hodgecover", "hope", "weighted-cover", "random")}
+    return with_refit("expert parameters gone, none of the first layer", lines | {"narrow, camera": first_wide})
+
+
+def with_refit(title: str, lines: dict[str, Make]) -> list[Table]:
+    """A table of these lines, and one of the same refitted."""
     again = {label: partial(refitted, make=make) for label, make in lines.items()}
-    return [Table("experts dropped", RATES, lines),
-            Table(f"experts dropped, refitted on {TOKENS:,} tokens", RATES, again)]
+    return [Table(title, RATES, lines), Table(f"{title}, refitted on {TOKENS:,} tokens", RATES, again)]
 
 
 def show_budgets(samples: list[Sample], args: argparse.Namespace, labels: Sequence[str], columns: Sequence[str]
@@ -171,21 +222,27 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
-    tables = nested_tables() if args.nested else budget_tables(args.generations, args.steps)
+    tables = nested_tables() if args.nested else first_tables() if args.first else \
+        budget_tables(args.generations, args.steps)
     tables = reproduce.picked(tables, args.only, args.columns)
     samples = reproduce.read_samples(args)
+    for table in tables:
+        for dropped in table.columns.values() if args.first or "first layer whole" in table.lines else ():
+            spared(samples[0].source, dropped)
     text = reproduce.held_out(samples[0], args.tokens)
     reproduce.show_source(samples[0].source, text, "held-out tokens")
     for table in tables:
         reproduce.show_table(table, samples, text)
-    if not args.nested:
+    if not (args.nested or args.first):
         show_budgets(samples, args, list(tables[0].lines), list(tables[0].columns))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = reproduce.command_line(__file__, __doc__)
-    parser.add_argument("--nested", action="store_true", help="one training for all sizes instead")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--first", action="store_true", help="methods that keep the whole first layer instead")
+    which.add_argument("--nested", action="store_true", help="one training for all sizes instead")
     parser.add_argument("--generations", metavar="G", type=int, default=budgets.GENERATIONS, help="of evo "
                         "[%(default)s]")
     parser.add_argument("--steps", metavar="N", type=int, default=budgets.STEPS, help="of rco [%(default)s]")

@@ -132,15 +132,23 @@ def hodgecover_way(sample: Sample, dropped: float, out: Path, router: str = "dro
     return export(sample, plans, out, router)
 
 
+def plans(sample: Sample, method: str, kept: dict[str, int]) -> dict[str, LayerPlan]:
+    """The plans by layer name of HodgeCover or one of baselines.SELECTORS, with so many survivors in each layer."""
+    settings, found = sample.settings(), {}
+    if method == "hodgecover":
+        return {name: hodgecover.report(parts, hodgecover.select(parts, kept[name], settings), kept[name], settings)
+                for name, parts in decompositions(sample, settings).items()}
+    measured = sample.signals(settings) if method in baselines.ON_BARRIERS else sample.facts
+    for name, facts in measured.items():
+        rows, index = sample.source.checkpoint.load(f"{name}.mlp.gate.weight"), sample.source.layer_names.index(name)
+        found[name] = baselines.choose(facts, rows, method, kept[name], settings, index)
+    return found
+
+
 def selected(sample: Sample, dropped: float, out: Path, method: str) -> Model:
     """Write the survivors of one of baselines.SELECTORS."""
-    source, settings = sample.source, sample.settings()
-    keep, plans = survivors(source, dropped), {}
-    measured = sample.signals(settings) if method in baselines.ON_BARRIERS else sample.facts
-    for name, found in measured.items():
-        rows = source.checkpoint.load(f"{name}.mlp.gate.weight")
-        plans[name] = baselines.choose(found, rows, method, keep, settings, source.layer_names.index(name))
-    return export(sample, plans, out)
+    keep = survivors(sample.source, dropped)
+    return export(sample, plans(sample, method, dict.fromkeys(sample.source.layer_names, keep)), out)
 
 
 def merged(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:

@@ -551,6 +551,24 @@ def test_cell_of_evo_is_the_plan_that_its_command_finds(sample, tmp_path, monkey
     assert [8 - gone for gone in again] == [len(layer["survivors"]) for layer in layers]
 
 
+def test_methods_that_spare_the_first_layer(sample, tmp_path):
+    source, (first, second) = sample.source, sample.source.layer_names
+    lines = budgets_study.first_tables()[0].lines
+    for method in ("reap", "hodgecover", "hope"):
+        found = lines[f"drop, {method}"](sample, 0.25, tmp_path / method)
+        chosen = reproduce.plans(sample, method, dict.fromkeys(source.layer_names, 4))
+        assert found.survivors == {first: [*range(8)], second: chosen[second].survivors}
+    made = lines["narrow, camera"](sample, 0.25, tmp_path / "wide")
+    narrow = frontier.narrow(sample, 0.5, tmp_path / "narrow", "camera")
+    for theirs, ours in zip(source.layer(0).experts, made.layer(0).experts):
+        assert torch.equal(theirs, ours)
+    x = torch.randn(5, 32)
+    for e in range(8):
+        torch.testing.assert_close(made.layer(1).experts(e, x), narrow.layer(1).experts(e, x))
+    found = reproduce.score(sample, reproduce.held_out(sample, 64), lines["narrow, camera"], 0.25)
+    assert found.gone == 0.25
+
+
 def test_cell_of_a_joint_training_is_a_slice_of_what_the_commands_give(sample, tmp_path, monkeypatch):
     monkeypatch.setattr(budgets_study, "TRAINED", 256)
     path, ordered, trained = sample.source.checkpoint.path, tmp_path / "nested", tmp_path / "trained"
@@ -573,6 +591,8 @@ def test_budget_tables_are_filled(small, capsys, monkeypatch):
     assert kept.keys() == {"evo, ragged", "rco, ragged"}
     for cell in kept.values():
         assert all(sum(map(int, one.split())) == 8 for one in cell.split("; "))
+    table = shown(capsys, budgets_study, small, "--columns", "25%", "--first", "--only", "drop, reap", "drop, hope")
+    assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == ["drop, reap", "drop, hope"] * 2
     monkeypatch.setattr(budgets_study, "TRAINED", 96)
     table = shown(capsys, budgets_study, small, "--nested", "--only", "not trained", "each alone, 32 tokens")
     assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == ["each alone, 32 tokens", "not trained"]
@@ -594,6 +614,7 @@ def test_budget_tables_are_filled(small, capsys, monkeypatch):
     (distil_study, ["--variants", "--only", "reap"], "--only reap: must be one of 16,384 tokens"),
     (budgets_study, ["--steps", "0"], "--steps 0: must be from 1"),
     (budgets_study, ["--nested", "--only", "rco"], "--only rco: must be one of together"),
+    (budgets_study, ["--first"], "--columns: if the first layer keeps all its experts, the others would lose 8 of the"),
     (frontier, ["--columns", "33%"], "--columns 33%: must be one of 25%; 50%; 66%"),
     (refit_study, ["--where", "--columns", "50%"], "--columns: does not go with --where"),
     (refit_study, ["--where", "--curves"], "not allowed with argument"),
