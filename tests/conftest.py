@@ -19,8 +19,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import common  # noqa: E402  (the path is set above)
 import distil  # noqa: E402
 
-DENSE = sorted((ROOT / "tests" / "golden").glob("dense-*"))  # no layer has experts
-GOLDEN = sorted({path for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir()} - {*DENSE})
+
+def named(name: str) -> Path:
+    """A golden checkpoint: a small random one that transformers made."""
+    return ROOT / "tests" / "golden" / name
+
+
+DENSE = [named("dense-qwen3"), named("dense-qwen3-tied")]  # no layer has experts
+GOLDEN = sorted({path for path in named("").iterdir() if path.is_dir()} - {*DENSE})
+KINDS = [named("olmoe-sharded"), named("olmoe-gqa-clip"), named("qwen2-dense-between"),  # shared expert
+         named("qwen3-plain-tied"), named("qwen3_5-vision-mtp")]  # the last: fused experts, Gated DeltaNet
 PROSE = "All work and no play makes an expert dull. " * 40
 QUICK = ["--tokens", "64", "--seq-len", "32", "--dtype", "float32"]  # a small calibration, the same on any machine
 
@@ -103,11 +111,11 @@ def tiny(tmp_path_factory) -> Path:
 def small(tmp_path) -> Path:
     """A random OLMoE of 2 layers of 8 experts, top-3, d 32, f 16, V 96, with `text.txt` beside it to calibrate on."""
     (tmp_path / "text.txt").write_text(PROSE)
-    return with_tokenizer(ROOT / "tests" / "golden" / "olmoe-plain", tmp_path / "small")
+    return with_tokenizer(named("olmoe-plain"), tmp_path / "small")
 
 
-@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+@pytest.fixture(params=KINDS, ids=lambda path: path.name)
 def family(request, tmp_path) -> Path:
-    """Each golden checkpoint in turn, as `small` is."""
+    """A golden checkpoint of each kind in turn, as `small` is."""
     (tmp_path / "text.txt").write_text(PROSE)
     return with_tokenizer(request.param, tmp_path / request.param.name)

@@ -358,7 +358,7 @@ def test_a_router_that_ties(small):
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
     [0, 1, 2, 4, 8, 16, 32, 2**31, 2**63, -1, "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "silu", "default"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
-FUZZ = hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def runs_or_is_refused(small: Path, capsys) -> bool:

@@ -17,17 +17,13 @@ import pytest
 import rco
 import refit
 import torch
-from conftest import GOLDEN, PROSE, QUICK, assert_refused, contents, record, refuse, run, with_tokenizer
+from conftest import KINDS, PROSE, QUICK, assert_refused, contents, named, record, refuse, run, with_tokenizer
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_io import Model
 
 SEEDS = st.integers(0, 10**6)
-
-
-def named(name: str):
-    return GOLDEN[0].with_name(name)
 
 
 def some_ids(count: int = 3, length: int = 12) -> torch.Tensor:
@@ -148,7 +144,7 @@ def test_the_search_finds_the_best_of_all_in_a_model():
     assert value == pytest.approx(torch.minimum(*logits).sum(-1).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
 def test_in_memory_is_what_the_written_checkpoint_is(path, tmp_path):
     """In every family: logits and all streams of a uniform plan, a multi-token head's among them; and the streams of
     several budgets together are those of each alone, as masking the router's logits gives them."""

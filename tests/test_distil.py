@@ -17,17 +17,13 @@ import pytest
 import refit
 import torch
 import wanda
-from conftest import (GOLDEN, PROSE, assert_disk_changes_nothing, assert_refused, assert_survives_kills, contents,
-                      record, refuse, run, with_tokenizer)
+from conftest import (KINDS, PROSE, assert_disk_changes_nothing, assert_refused, assert_survives_kills, contents,
+                      named, record, refuse, run, with_tokenizer)
 from fake_device import Accelerator
 from model_io import InputError, Model
 from safetensors.torch import load_file
 
 QUICK = ["--tokens", 128, "--seq-len", 16, "--dtype", "float32"]  # 8 sequences: a step a pass
-
-
-def named(name: str) -> Path:
-    return GOLDEN[0].with_name(name)
 
 
 def some_ids(count: int = 3, length: int = 12, vocab: int = 96) -> torch.Tensor:
@@ -70,7 +66,7 @@ def slope_of(monkeypatch):
 # --------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
 @pytest.mark.parametrize("start", [distil.distil, distil.distil_layers], ids=["end-to-end", "layerwise"])
 def test_the_gradient_of_each_part_is_that_of_finite_differences(path, start, slope_of, tmp_path):
     """Along a random direction in the weights of each part; routing stands still over the step."""
@@ -109,7 +105,7 @@ def test_the_gradient_is_that_of_one_graph_however_it_is_cut(slope_of, tmp_path)
         torch.testing.assert_close(gradient, found[1][1][key], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
 def test_no_slope_where_the_student_is_the_source(path, slope_of, tmp_path):
     source, ids = Model(path, torch.float64), some_ids()
     for kl_weight, start in ((1.0, distil.distil), (1.0, distil.distil_layers), (0.0, distil.distil)):

@@ -15,8 +15,8 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import (DENSE, GOLDEN, PROSE, assert_disk_changes_nothing, assert_refused, assert_survives_kills,
-                      contents, record, refuse, run, with_tokenizer)
+from conftest import (DENSE, PROSE, assert_disk_changes_nothing, assert_refused, assert_survives_kills,
+                      contents, named, record, refuse, run, with_tokenizer)
 from dot_moe import Split, Want
 from fake_device import Accelerator
 from hypothesis import given, settings
@@ -457,7 +457,7 @@ def test_the_two_ends_meet(dense, tmp_path):
 def test_what_cannot_be_of_the_dense_model_is_refused(change, says, tmp_path, capsys):
     """Too many neurons; another family."""
     path = tmp_path / "moe"
-    shutil.copytree(GOLDEN[0].with_name("olmoe-plain" if "model_type" in change else "qwen3-plain-tied"), path)
+    shutil.copytree(named("olmoe-plain" if "model_type" in change else "qwen3-plain-tied"), path)
     other = Model(path)
     assert other.config.num_experts * other.config.expert_width == 128
     assert_refused(capsys, run(distil, DENSE[0], path, "--out", tmp_path / "out"), says.replace("384", "128"))
@@ -492,7 +492,7 @@ def test_a_width_that_stock_products_refuse_is_said(dense, tmp_path, caplog):
 
 
 def test_a_sparse_checkpoint_is_refused(tmp_path, capsys):
-    path = GOLDEN[0].with_name("qwen3-dense-first")
+    path = named("qwen3-dense-first")
     assert_refused(capsys, run(dot_moe, path, "--experts", 2, "--top-k", 1, "--out", tmp_path / "out"),
                    f"{path}: its model_type is qwen3_moe; must be a dense one: qwen3")
 

@@ -2,9 +2,7 @@
 """examples/estimate.py and examples/bench.py: what they count against what is done. Nothing here reads a clock."""
 import doctest
 import itertools
-import json
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 
 import bench
@@ -15,7 +13,7 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import QUICK, assert_refused, contents, refuse, run
+from conftest import assert_refused, contents, refuse, run
 from estimate import Shape
 from hodgecover import Settings
 from model_io import Model

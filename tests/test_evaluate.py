@@ -12,7 +12,7 @@ import hodgecover
 import model_io
 import pytest
 import torch
-from conftest import GOLDEN, PROSE, QUICK, assert_refused, contents, refuse, run, with_tokenizer
+from conftest import GOLDEN, PROSE, QUICK, assert_refused, contents, named, refuse, run, with_tokenizer
 from model_io import Checkpoint, Model
 from safetensors.torch import load_file, save_file
 
@@ -108,7 +108,7 @@ def test_parameters_are_those_of_the_tensors(path):
 def test_zeros_in_the_experts_are_shown_if_there_are_some(name, tmp_path, capsys):
     """One by one and fused; a quarter of each routed expert's down projection, half of a shared one's."""
     (tmp_path / "text.txt").write_text(PROSE)
-    source = with_tokenizer(next(path for path in GOLDEN if path.name == name), tmp_path / "source")
+    source = with_tokenizer(named(name), tmp_path / "source")
     output = Path(shutil.copytree(source, tmp_path / "output"))
     assert "zeros in the experts" not in evaluated(capsys, source, output)
     checkpoint, zeroed, total = Checkpoint(output), 0, 0

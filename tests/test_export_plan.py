@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Plans that were made before, and plans that were edited by hand."""
 import json
+import shutil
+from pathlib import Path
 
 import baselines
 import export_plan
@@ -8,17 +10,25 @@ import hodgecover
 import model_io
 import pytest
 import torch
-from conftest import QUICK, assert_refused, contents, record, refuse, run
+from conftest import PROSE, QUICK, assert_refused, contents, named, record, refuse, run, with_tokenizer
 from hodgecover import RECORD
 from model_io import Model
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a model, `small`, and a plan of 4 of its 8 experts, small-keep4.json."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "text.txt").write_text(PROSE)
+    small = with_tokenizer(named("olmoe-plain"), folder / "small")
+    assert run(hodgecover, small, "--keep", 4, "--plan-only", "--calib", folder / "text.txt", *QUICK) == 0
+    return folder
+
+
 @pytest.fixture
-def planned(small, tmp_path):
-    """small, with a plan of 4 of 8 experts in small-keep4.json beside it."""
-    text = ["--calib", tmp_path / "text.txt", *QUICK]
-    assert run(hodgecover, small, "--keep", 4, "--plan-only", *text) == 0
-    return small
+def planned(made, tmp_path) -> Path:
+    """The model in a copy of that folder."""
+    return Path(shutil.copytree(made, tmp_path / "made")) / "small"
 
 
 def export(small, out, plan=None) -> int:

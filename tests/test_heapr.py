@@ -13,18 +13,14 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import (GOLDEN, PROSE, QUICK, assert_refused, assert_survives_kills, contents, record, refuse, run,
-                      with_tokenizer)
+from conftest import (KINDS, PROSE, QUICK, assert_refused, assert_survives_kills, contents, named, record, refuse,
+                      run, with_tokenizer)
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_io import Experts, Model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-
-
-def named(name: str) -> Path:
-    return GOLDEN[0].with_name(name)
 
 
 def some_ids(count: int = 2, length: int = 20) -> torch.Tensor:
@@ -164,7 +160,7 @@ def plain_backward(model: Model, ids: torch.Tensor) -> tuple[list[torch.Tensor],
     return streams, outputs
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
 @pytest.mark.parametrize("at_once", [1, 64], ids=["one-by-one", "together"])
 def test_the_sweep_gives_what_autograd_gives_through_the_whole_model(path, at_once, monkeypatch):
     """The gradient of the loss before each layer; and the scores, from the gradients of the experts' own outputs."""

@@ -14,12 +14,12 @@ import plot_diagnostics
 import pytest
 import three_cycle
 import torch
-from conftest import GOLDEN, QUICK, assert_refused, refuse, run
+from conftest import QUICK, assert_refused, named, refuse, run
 from hodgecover import RECORD, Settings
 from model_io import InputError, Model
 from safetensors.torch import load_file
 
-PLAIN = next(path for path in GOLDEN if path.name == "olmoe-plain")
+PLAIN = named("olmoe-plain")
 FEW = Settings(max_triangles=10)
 
 

@@ -12,7 +12,7 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import GOLDEN, QUICK, assert_refused, contents, record, refuse, run, with_tokenizer
+from conftest import KINDS, QUICK, assert_refused, contents, named, record, refuse, run, with_tokenizer
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,10 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 HALF = [0, 2, 3, 5]
-
-
-def named(name: str) -> Path:
-    return GOLDEN[0].with_name(name)
 
 
 def dropped(source: Path, out: Path, keep: list[int] = HALF) -> Path:
@@ -205,7 +201,7 @@ def test_operations_are_those_that_torch_counts():
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
 def test_every_family_comes_nearer_to_the_source(path, tmp_path):
     """The reported errors are those of the files as they are written; layers before the first sparse one count not."""
     model, ids = Model(path, torch.float64), some_ids(8)

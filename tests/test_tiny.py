@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import model_io
 import pytest

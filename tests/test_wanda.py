@@ -7,7 +7,7 @@ import model_io
 import pytest
 import torch
 import wanda
-from conftest import DENSE, GOLDEN, QUICK, assert_refused, contents, record, run, with_tokenizer
+from conftest import DENSE, QUICK, assert_refused, contents, named, record, run, with_tokenizer
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +70,7 @@ def zeroed(weight: torch.Tensor, x: torch.Tensor, rate: float) -> torch.Tensor:
 def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(tmp_path, name):
     """Each matrix against the paper's rule, on the pass of a checkpoint whose earlier layers are pruned already. Some
     experts have no token."""
-    source, idle = Model(GOLDEN[0].with_name(name), torch.float64), 0
+    source, idle = Model(named(name), torch.float64), 0
     ids = torch.arange(5)[None]
     for out in ("out", "so-far"):
         halved(source.checkpoint.path, tmp_path / out, range(8))
@@ -151,7 +151,7 @@ def test_a_total_rate_counts_the_experts_that_are_gone(small, tmp_path, capsys):
 
 def test_a_total_rate_counts_shared_experts_whole(tmp_path):
     """They do not go when routed ones do."""
-    source = Model(GOLDEN[0].with_name("qwen2-renormalised"))
+    source = Model(named("qwen2-renormalised"))
     model = Model(halved(source.checkpoint.path, tmp_path / "half"))
     before, after = (sum(weight.numel() for name, weight in matrices(of.checkpoint.path).items() if "expert" in name)
                      for of in (source, model))
@@ -200,7 +200,7 @@ def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkey
 
 
 def test_a_source_of_another_family_is_refused(small, tmp_path, capsys):
-    source = GOLDEN[0].with_name("qwen3-plain-tied")
+    source = named("qwen3-plain-tied")
     status = run(wanda, small, "--total-rate", 0.75, "--source", source, *QUICK, "--out", tmp_path / "out")
     assert_refused(capsys, status, "its family is olmoe; must be qwen3_moe")
 
