@@ -294,9 +294,9 @@ def merge_change(layer: MoELayer, merges: Merges, memory: int = MEMORY) -> Itera
 
 
 class Sample(NamedTuple):
-    """What each token is read out on: outcomes (T, count), None for the whole vocabulary, and their log-weights."""
+    """The outcomes that each token is read out on (T, count), and their log-weights, which stand for log p."""
 
-    outcomes: torch.Tensor | None
+    outcomes: torch.Tensor
     log_p: torch.Tensor
 
 
@@ -381,24 +381,23 @@ def sample_offsets(x: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def lens_barriers(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int = 0, seed: int = 0, memory: int = MEMORY,
-                  tick: Tick = no_tick) -> torch.Tensor:
+                  tick: Tick = no_tick, sample: Sample | None = None) -> torch.Tensor:
     """Barriers of simplices (M, 2 or 3) under the `lens` readout: `plain_barrier` of each, fast.
+
+    A merge changes only the tokens routed to a member (`Merges`), its pre-activations are weighted sums of its
+    members' (`hidden_rows`), and KL needs no more than the change of the logits (`mathx.kl_of_logit_change`).
 
     Parameters
     ----------
     vocab_sample : outcomes of the vocabulary to sample for each token (`mathx.sample_outcomes`); 0: all, exactly
     seed : of that sample
     memory : bytes that the sweep may take beside the layer
+    sample : one that is drawn already
 
     Returns (M,) float64 on the CPU, nats.
     """
-    sample = draw_sample(layer, vocab_sample, sample_offsets(layer.x, seed), memory)
-    return sweep(layer, simplices, sample, memory, tick)
-
-
-def sweep(layer: MoELayer, simplices: torch.Tensor, sample: Sample | None, memory: int, tick: Tick = no_tick
-          ) -> torch.Tensor:
-    """`lens_barriers` on a sample that is drawn, or exactly."""
+    if sample is None:
+        sample = draw_sample(layer, vocab_sample, sample_offsets(layer.x, seed), memory)
     merges = merges_of(layer, simplices)
     total = torch.zeros(len(simplices), dtype=torch.float64)
     for chunk in token_chunks(sweep_bytes(layer, merges, sample), memory * 3 // 4):  # the rest is for one token's work
@@ -406,7 +405,7 @@ def sweep(layer: MoELayer, simplices: torch.Tensor, sample: Sample | None, memor
         kl = lens_kl(*few, memory).cpu()
         if not kl.isfinite().all():
             kl = lens_kl(*few, memory, careful=True).cpu()
-        total.index_add_(0, few[1].touched.nonzero()[:, 1], kl.double())
+        total.index_add_(0, merges.touched[chunk].nonzero()[:, 1], kl.double())
         tick(chunk.stop / len(layer.x))
     return total / len(layer.x)
 
@@ -489,7 +488,7 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
         barriers_of = partial(model_barriers, layer, later=later)
     else:
         sample = draw_sample(layer, settings.vocab_sample, sample_offsets(layer.x, settings.seed), memory)
-        barriers_of = partial(sweep, layer, sample=sample, memory=memory)
+        barriers_of = partial(lens_barriers, layer, sample=sample, memory=memory)
     n = layer.gates.shape[1]
     pairs = mathx.edges(n)
     share = len(pairs) / (len(pairs) + settings.max_triangles)
