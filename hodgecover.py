@@ -269,28 +269,30 @@ def merge_change(layer: MoELayer, merges: Merges, memory: int = MEMORY) -> Itera
     t, s = merges.touched.nonzero().unbind(1)
     members, weights = merges.members[s], merges.weights[s]  # (R, 2 or 3)
     own_t, own_e = merges.gates.nonzero().unbind(1)  # an expert by itself is a merge of weight 1
-    alone = torch.eye(1, size, dtype=weights.dtype).expand(len(own_t), size)
-    hidden = hidden_rows(layer, torch.cat((t, own_t)), torch.cat((members, own_e[:, None].expand_as(alone))),
-                         torch.cat((weights, alone)), block_numbers(x, memory))
+    own_weights = torch.eye(1, size, dtype=weights.dtype).expand(len(own_t), size)
+    hidden = hidden_rows(layer, torch.cat((t, own_t)), torch.cat((members, own_e[:, None].expand_as(own_weights))),
+                         torch.cat((weights, own_weights)), block_numbers(x, memory))
 
     expert = torch.cat((members.flatten(), own_e))  # of each product
     row = torch.cat((torch.arange(len(t)).repeat_interleave(size), len(t) + torch.arange(len(own_t))))  # of hidden
-    order, counts = expert.argsort(stable=True), expert.bincount(minlength=n).tolist()
-    uses = torch.cat([functional.pad(used, (0, -len(used) % ROW_STEP), value=-1) for used in order.split(counts)])
-    place = torch.empty_like(order).index_put((uses[uses >= 0],), (uses >= 0).nonzero().squeeze(1))
-    sizes = [-(-count // ROW_STEP) * ROW_STEP for count in counts]
-    rows, products = row[uses].to(x.device), x.new_empty(len(uses), x.shape[1])
-    for down, used, out in zip(layer.experts.down, rows.split(sizes), products.split(sizes)):
+    by_expert = expert.argsort(stable=True).split(expert.bincount(minlength=n).tolist())
+    padded = [functional.pad(numbers, (0, -len(numbers) % ROW_STEP), value=-1) for numbers in by_expert]
+    sizes = [len(numbers) for numbers in padded]
+    product = torch.cat(padded)  # at each row of the table; -1: padding
+    rows, table = row[product].to(x.device), x.new_empty(len(product), x.shape[1])
+    for down, used, out in zip(layer.experts.down, rows.split(sizes), table.split(sizes)):
         torch.mm(hidden.index_select(0, used), down.to(x).T, out=out)
     del hidden
 
+    place = torch.empty_like(expert)  # row of the table of each product
+    place[product[product >= 0]] = (product >= 0).nonzero().squeeze(1)
     merged, alone = place.tensor_split((members.numel(),))
     own = place.new_zeros(merges.gates.shape).index_put((own_t, own_e), alone)
     gates = merges.gates[t[:, None], members].to(weights)
     index = torch.cat((merged.view_as(members), own[t[:, None], members]), 1).to(x.device)
     weights = torch.cat((gates.sum(1, keepdim=True) * weights, -gates), 1).to(x)
     touching = merges.touched.sum(1).tolist()
-    yield from map(partial(weighted_rows, products), index.split(touching), weights.split(touching))
+    yield from map(partial(weighted_rows, table), index.split(touching), weights.split(touching))
 
 
 class Sample(NamedTuple):
