@@ -3,8 +3,9 @@
 
     python hodgecover.py examples/tiny-olmoe --keep 32
 
-The file follows the paper: calibrate, barriers, decompose, select, report; then a whole model with its cache, export
-and the command line. `plan_layer` plans one layer from tensors in memory, for people with model code of their own.
+The file follows the paper: 1 calibrate, 2 barriers, 3 complex, 4 decompose, 5 select, 6 redirect. Then come the report,
+a whole model with its cache, export and the command line. `plan_layer` plans one layer from tensors in memory, for
+people with model code of their own.
 
     n  experts of a layer         k  experts per token (top-k)      K  survivors
     T  calibration tokens         B  sequences of L tokens          d  hidden size
@@ -126,7 +127,7 @@ def order_seed(order: str) -> int | None:
     return int(match[1])
 
 
-# --------------------------------------------------------------------------------- 1 the layer and its saliency
+# ------------------------------------------------------------------------------ 1 calibrate: the layer and its saliency
 
 
 class MoELayer(NamedTuple):
@@ -513,7 +514,7 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     return signals._replace(audit=torch.cat(audits))
 
 
-# ------------------------------------------------------------------------------------- 3 decompose (sections 3.2, 3.3)
+# --------------------------------------------------------------------------- 3 complex, 4 decompose (sections 3.2, 3.3)
 
 
 def expert_order(order: str, saliency: torch.Tensor) -> torch.Tensor:
@@ -582,7 +583,7 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Decompositio
     return Decomposition(expert_of, ordered, triangles, ordered.triplets[inside], tau, curve, d1, d2, parts)
 
 
-# ------------------------------------------------------------------------------------------- 4 select (section 4.1)
+# ----------------------------------------------------------------------------------- 5 select, 6 redirect (section 4.1)
 
 
 class Selection(NamedTuple):
@@ -611,7 +612,7 @@ def select(found: Decomposition, keep: int, settings: Settings = Settings()) -> 
     return Selection(picks, redirect, edges, triangles)
 
 
-# -------------------------------------------------------------------------------------- 5 report (section 3.4; audit)
+# ------------------------------------------------------------------------------------------ report (section 3.4; audit)
 
 
 @dataclass(frozen=True)
