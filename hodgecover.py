@@ -498,7 +498,7 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
     barriers = barriers_of(pairs, tick=lambda done: tick(share * done))
 
-    expert_of = saliency.sort(stable=True).indices
+    expert_of = expert_order("saliency", saliency)
     by_saliency = mathx.relabel_edges(barriers, expert_of)
     cliques = mathx.candidate_triangles(n, by_saliency, settings.max_triangles, settings.seed)
     candidates = expert_of[cliques].sort(1).values
@@ -930,7 +930,7 @@ def to_json(value: object, indent: str = "\n") -> str:
     }
     """
     if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = vars(value)
     elif hasattr(value, "_asdict"):
         value = value._asdict()
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -988,9 +988,7 @@ def record_bytes(checkpoint: model_io.Checkpoint, entry: dict) -> bytes:
 
 def layer_entries(model: Model, plans: dict[str, LayerPlan]) -> list[dict]:
     """The plans by layer name as a record's list of layers."""
-    return [{"layer": model.layer_names.index(name), "name": name}
-            | {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-            for name, plan in plans.items()]
+    return [{"layer": model.layer_names.index(name), "name": name} | vars(plan) for name, plan in plans.items()]
 
 
 def fold_bytes(model: Model, plans: dict[str, LayerPlan]) -> bytes:
@@ -1268,8 +1266,8 @@ def choose_dtype(name: str, device: str, readout: str = "lens") -> torch.dtype:
     `model` readout, and float32 otherwise."""
     if name != "auto":
         return getattr(torch, name)
-    able = torch.cpu.get_capabilities() if device.startswith("cpu") else {"bf16": device.startswith("cuda")}
-    native = any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    able = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
+    native = device.startswith("cuda") or any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native and readout == "lens" else torch.float32
 
 
