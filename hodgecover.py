@@ -558,17 +558,16 @@ def curate_triangles(signals: Signals, thresholds: int) -> tuple[torch.Tensor, f
 
 
 class Decomposition(NamedTuple):
-    """The mergeability complex of a layer and the Hodge parts of its barriers. Vertex r is expert expert_of[r] (n,);
-    everything else is by vertex: the signals, the triangles (F, 3) of the complex and their barriers (F,)."""
+    """The mergeability complex of a layer and the Hodge parts of its barriers, by vertex."""
 
-    expert_of: torch.Tensor
+    expert_of: torch.Tensor  # (n,): vertex r is expert expert_of[r]
     signals: Signals
-    triangles: torch.Tensor
-    triplets: torch.Tensor
-    tau: float
-    betti_curve: torch.Tensor
-    d1: torch.Tensor
-    d2: torch.Tensor
+    triangles: torch.Tensor  # of the complex (F, 3): the candidates up to tau*
+    triplets: torch.Tensor  # their barriers (F,)
+    tau: float  # tau*
+    betti_curve: torch.Tensor  # see `curate_triangles`
+    d1: torch.Tensor  # (n, E)
+    d2: torch.Tensor  # (E, F)
     parts: mathx.HodgeParts
 
 
@@ -587,12 +586,12 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Decompositio
 
 
 class Selection(NamedTuple):
-    """Which vertices stay: all of them as picked, the target of each dropped one, the critical simplices."""
+    """Which vertices stay, and why."""
 
-    picks: list[int]
-    redirect: dict[int, int]
-    critical_edges: torch.Tensor
-    critical_triangles: torch.Tensor
+    picks: list[int]  # all vertices as picked; the first K survive
+    redirect: dict[int, int]  # the target of each dropped vertex
+    critical_edges: torch.Tensor  # E* (M, 2)
+    critical_triangles: torch.Tensor  # T* (M, 3)
 
 
 def select(found: Decomposition, keep: int, settings: Settings = Settings()) -> Selection:
@@ -641,17 +640,15 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The plan of one layer: survivors ascending, all experts in the order of the picks, the target of each dropped one
-    (recorded; only the router `fold` applies it), the share of the tokens' choices that fall on survivors. Diagnostics
-    are None if no barriers were measured."""
+    """The plan of one layer, by expert."""
 
-    survivors: list[int]
-    order: list[int]
-    redirect: dict[int, int]
-    routed_share: float
-    frequency: list[int]
+    survivors: list[int]  # ascending
+    order: list[int]  # all experts as picked; the first K survive
+    redirect: dict[int, int]  # the target of each dropped expert: recorded, applied by the router `fold` alone
+    routed_share: float  # of the tokens' choices of experts, those that fall on survivors
+    frequency: list[int]  # tokens routed to each expert
     saliency: list[float]
-    diagnostics: Diagnostics | None = None
+    diagnostics: Diagnostics | None = None  # None if no barriers were measured
 
 
 def layer_plan(order: list[int], redirect: dict[int, int], keep: int, frequency: torch.Tensor, saliency: torch.Tensor,
