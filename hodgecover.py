@@ -232,7 +232,7 @@ def weighted_rows(table: torch.Tensor, index: torch.Tensor, weights: torch.Tenso
 
 
 def block_numbers(x: torch.Tensor, memory: int) -> int:
-    """How many numbers to compute at a time: a share of the memory, of which a processor's cache holds no more."""
+    """How many numbers to compute at a time: a share of `memory` bytes, on a CPU no more than its cache holds."""
     share = memory // 12
     return max(1, (min(share, CACHE_BYTES) if x.is_cpu else share) // model_io.widened(x.dtype).itemsize)
 
@@ -415,8 +415,8 @@ def lens_barriers(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int = 
 
 def audit_sample(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int, seed: int = 0, memory: int = MEMORY,
                  size: int = 128) -> torch.Tensor:
-    """KL of up to `size` (token, simplex) pairs, one random simplex that touches each of so many random tokens: as
-    `lens_barriers` estimates it from its sample of the vocabulary, and exactly, (R, 2) float64."""
+    """KL of up to `size` (token, simplex) pairs, (R, 2) float64, nats: as `lens_barriers` estimates it from its sample
+    of the vocabulary, and exactly. The tokens are random, each with one random simplex of those that touch it."""
     merges = merges_of(layer, simplices)
     generator = torch.Generator().manual_seed(seed)
     changed = merges.touched.any(1).nonzero().squeeze(1)
@@ -435,7 +435,7 @@ def audit_sample(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int, se
 
 def model_barriers(layer: MoELayer, simplices: torch.Tensor, later: Callable[[torch.Tensor], torch.Tensor],
                    tick: Tick = no_tick) -> torch.Tensor:
-    """Barriers under the `model` readout: the changed stream goes through all later layers, end to end.
+    """Barriers of simplices (M, 2 or 3) under the `model` readout: the changed stream goes through all later layers.
 
     `later` maps a whole residual stream (T, d) to what the head reads, (T, d). Returns (M,) float64, nats.
     """
@@ -572,7 +572,7 @@ class Decomposition(NamedTuple):
 
 
 def decompose(signals: Signals, settings: Settings = Settings()) -> Decomposition:
-    """Order the experts, build the complex, and decompose the barriers of its edges."""
+    """Order the experts, build the complex (section 3.2), and decompose the barriers of its edges (section 3.3)."""
     expert_of = expert_order(settings.order, signals.saliency)
     ordered = in_order(signals, expert_of)
     inside, tau, curve = curate_triangles(ordered, settings.thresholds)
@@ -595,7 +595,8 @@ class Selection(NamedTuple):
 
 
 def select(found: Decomposition, keep: int, settings: Settings = Settings()) -> Selection:
-    """Cover the harmonic-critical edges E* and the triplet-critical triangles T*, greedily; redirect the rest.
+    """Cover the harmonic-critical edges E* and the triplet-critical triangles T* greedily (equations 10 and 11);
+    redirect the vertices that are dropped.
 
     The first `keep` picks survive. Triplet barriers enter the objective here; before, they only choose the triangles of
     the complex.
@@ -716,7 +717,7 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
 
 
 def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> LayerPlan:
-    """Plan one MoE layer from tensors in memory: which `keep` experts stay, and which of them stands for each other.
+    """Plan one MoE layer from tensors in memory: which `keep` experts stay, and the redirect target of each other one.
 
     Raises InputError for barriers that are not finite, and if `keep` is not from 1 to n. The `lens` readout alone.
     """
@@ -729,8 +730,9 @@ def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> L
 def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS, seq_len: int = SEQ_LEN,
                     seed: int = 0) -> torch.Tensor:
     """Sequences (tokens // seq_len, seq_len) sampled from text files, or from Python's documentation if there are none.
+    Fewer, with a warning, if the text is short.
 
-    Raises InputError for a text without one whole sequence.
+    Raises InputError for a number out of range, and for a text that cannot be read or has not one whole sequence.
     """
     read = partial(model_io.read_documents, files) if files else partial(model_io.python_documentation, "calibration")
     return sample_ids(model, read, tokens, seq_len, seed)
