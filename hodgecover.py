@@ -351,7 +351,7 @@ def lens_kl(layer: MoELayer, merges: Merges, sample: Sample | None, memory: int,
         else:
             width = max(numbers // max(1, len(moved)) // 256, 1) * 256  # products of odd widths are slow
             blocks = zip(log_p[t].split(width), head.split(width))
-            kl.append(mathx.kl_of_blocks(*zip(*(mathx.kl_block(p, (moved @ rows.T).to(p)) for p, rows in blocks))))
+            kl.append(mathx.kl_of_blocks(mathx.kl_block(p, (moved @ rows.T).to(p)) for p, rows in blocks))
     return torch.cat(kl)
 
 
