@@ -161,9 +161,8 @@ def hodge_laplacian(d1: torch.Tensor, d2: torch.Tensor) -> torch.Tensor:
 
 def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
     """First Betti number E - rank d1 - rank d2 = dim ker L1 (section 3.3), by ranks of Gram matrices."""
-    def rank(gram: torch.Tensor) -> int:
-        return int(torch.linalg.matrix_rank(gram, hermitian=True)) if len(gram) else 0
-    return d1.shape[1] - rank(d1 @ d1.T) - rank(d2.T @ d2)
+    ranks = [int(torch.linalg.matrix_rank(gram, hermitian=True)) for gram in (d1 @ d1.T, d2.T @ d2)]
+    return d1.shape[1] - sum(ranks)
 
 
 class HodgeParts(NamedTuple):
@@ -326,7 +325,7 @@ def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.
 def incidence(n: int, simplices: torch.Tensor) -> torch.Tensor:
     """(n, M) float64: 1 if the vertex belongs to the simplex; simplices (M, 2) or (M, 3)."""
     member = torch.zeros(n, len(simplices), dtype=torch.float64, device=simplices.device)
-    return member.scatter_(0, simplices.T, 1.0) if len(simplices) else member
+    return member.scatter_(0, simplices.T, 1.0)
 
 
 def coverage(chosen: list[int], saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]]) -> float:
