@@ -317,7 +317,7 @@ def draw_sample(layer: MoELayer, vocab_sample: int, offsets: torch.Tensor, memor
     """A sample of the vocabulary for each token, placed by offsets (T,); None if it would be all of it."""
     if not 0 < vocab_sample < len(layer.unembedding):
         return None
-    sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))
+    sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))  # bytes: three copies in float32
     drawn = []
     for chunk in token_chunks(sizes, memory * 3 // 4):  # the rest is for the eight tokens at work
         parts = log_readout(layer.tokens(chunk), memory).split(8), offsets[chunk].split(8)
@@ -484,8 +484,9 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     """Saliency, the barriers of all pairs, and the triplet barriers of the candidate triangles of one layer.
 
     If there are more candidates than `max_triangles`, they are sampled in saliency order, whatever the order of the
-    complex: so one measurement serves every order, and the numbering of the experts does not matter. `later` is what
-    `model_barriers` needs, for the readout of that name. Raises InputError for a result that is not finite.
+    complex: so one measurement serves every order, and the numbering matters only among experts of equal saliency.
+    `later` is what `model_barriers` needs, for the readout of that name. Raises InputError for a result that is not
+    finite.
     """
     if settings.readout == "model":
         barriers_of = partial(model_barriers, layer, later=later)

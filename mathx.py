@@ -352,6 +352,7 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
     ----------
     saliency : (n,), non-negative
     families : (simplices (M, 2 or 3), weight) pairs, as for `coverage`
+    keep : at most n
 
     >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
     >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # {0, 1} ties by incidence count but covers only 3 edges
