@@ -3,8 +3,9 @@
 
     python hodgecover.py examples/tiny-olmoe --keep 32
 
-The file follows the paper: calibrate, barriers, decompose, select, report; then a whole model with its cache, export
-and the command line. `plan_layer` plans one layer from tensors in memory, for people with model code of their own.
+The file follows the paper: 1 calibrate, 2 barriers, 3 complex, 4 decompose, 5 select, 6 redirect. Then come the report,
+a whole model with its cache, export and the command line. `plan_layer` plans one layer from tensors in memory, for
+people with model code of their own.
 
     n  experts of a layer         k  experts per token (top-k)      K  survivors
     T  calibration tokens         B  sequences of L tokens          d  hidden size
@@ -126,7 +127,7 @@ def order_seed(order: str) -> int | None:
     return int(match[1])
 
 
-# --------------------------------------------------------------------------------- 1 the layer and its saliency
+# ------------------------------------------------------------------------------ 1 calibrate: the layer and its saliency
 
 
 class MoELayer(NamedTuple):
@@ -231,7 +232,7 @@ def weighted_rows(table: torch.Tensor, index: torch.Tensor, weights: torch.Tenso
 
 
 def block_numbers(x: torch.Tensor, memory: int) -> int:
-    """How many numbers to compute at a time: a share of the memory, of which a processor's cache holds no more."""
+    """How many numbers to compute at a time: a share of `memory` bytes, on a CPU no more than its cache holds."""
     share = memory // 12
     return max(1, (min(share, CACHE_BYTES) if x.is_cpu else share) // model_io.widened(x.dtype).itemsize)
 
@@ -269,34 +270,36 @@ def merge_change(layer: MoELayer, merges: Merges, memory: int = MEMORY) -> Itera
     t, s = merges.touched.nonzero().unbind(1)
     members, weights = merges.members[s], merges.weights[s]  # (R, 2 or 3)
     own_t, own_e = merges.gates.nonzero().unbind(1)  # an expert by itself is a merge of weight 1
-    alone = torch.eye(1, size, dtype=weights.dtype).expand(len(own_t), size)
-    hidden = hidden_rows(layer, torch.cat((t, own_t)), torch.cat((members, own_e[:, None].expand_as(alone))),
-                         torch.cat((weights, alone)), block_numbers(x, memory))
+    own_weights = torch.eye(1, size, dtype=weights.dtype).expand(len(own_t), size)
+    hidden = hidden_rows(layer, torch.cat((t, own_t)), torch.cat((members, own_e[:, None].expand_as(own_weights))),
+                         torch.cat((weights, own_weights)), block_numbers(x, memory))
 
     expert = torch.cat((members.flatten(), own_e))  # of each product
     row = torch.cat((torch.arange(len(t)).repeat_interleave(size), len(t) + torch.arange(len(own_t))))  # of hidden
-    order, counts = expert.argsort(stable=True), expert.bincount(minlength=n).tolist()
-    uses = torch.cat([functional.pad(used, (0, -len(used) % ROW_STEP), value=-1) for used in order.split(counts)])
-    place = torch.empty_like(order).index_put((uses[uses >= 0],), (uses >= 0).nonzero().squeeze(1))
-    sizes = [-(-count // ROW_STEP) * ROW_STEP for count in counts]
-    rows, products = row[uses].to(x.device), x.new_empty(len(uses), x.shape[1])
-    for down, used, out in zip(layer.experts.down, rows.split(sizes), products.split(sizes)):
+    by_expert = expert.argsort(stable=True).split(expert.bincount(minlength=n).tolist())
+    padded = [functional.pad(numbers, (0, -len(numbers) % ROW_STEP), value=-1) for numbers in by_expert]
+    sizes = [len(numbers) for numbers in padded]
+    product = torch.cat(padded)  # at each row of the table; -1: padding
+    rows, table = row[product].to(x.device), x.new_empty(len(product), x.shape[1])
+    for down, used, out in zip(layer.experts.down, rows.split(sizes), table.split(sizes)):
         torch.mm(hidden.index_select(0, used), down.to(x).T, out=out)
     del hidden
 
+    place = torch.empty_like(expert)  # row of the table of each product
+    place[product[product >= 0]] = (product >= 0).nonzero().squeeze(1)
     merged, alone = place.tensor_split((members.numel(),))
     own = place.new_zeros(merges.gates.shape).index_put((own_t, own_e), alone)
     gates = merges.gates[t[:, None], members].to(weights)
     index = torch.cat((merged.view_as(members), own[t[:, None], members]), 1).to(x.device)
     weights = torch.cat((gates.sum(1, keepdim=True) * weights, -gates), 1).to(x)
     touching = merges.touched.sum(1).tolist()
-    yield from map(partial(weighted_rows, products), index.split(touching), weights.split(touching))
+    yield from map(partial(weighted_rows, table), index.split(touching), weights.split(touching))
 
 
 class Sample(NamedTuple):
-    """What each token is read out on: outcomes (T, count), None for the whole vocabulary, and their log-weights."""
+    """The outcomes that each token is read out on (T, count), and their log-weights, which stand for log p."""
 
-    outcomes: torch.Tensor | None
+    outcomes: torch.Tensor
     log_p: torch.Tensor
 
 
@@ -314,7 +317,7 @@ def draw_sample(layer: MoELayer, vocab_sample: int, offsets: torch.Tensor, memor
     """A sample of the vocabulary for each token, placed by offsets (T,); None if it would be all of it."""
     if not 0 < vocab_sample < len(layer.unembedding):
         return None
-    sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))
+    sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))  # bytes: three copies in float32
     drawn = []
     for chunk in token_chunks(sizes, memory * 3 // 4):  # the rest is for the eight tokens at work
         parts = log_readout(layer.tokens(chunk), memory).split(8), offsets[chunk].split(8)
@@ -348,7 +351,7 @@ def lens_kl(layer: MoELayer, merges: Merges, sample: Sample | None, memory: int,
         else:
             width = max(numbers // max(1, len(moved)) // 256, 1) * 256  # products of odd widths are slow
             blocks = zip(log_p[t].split(width), head.split(width))
-            kl.append(mathx.kl_of_blocks(*zip(*(mathx.kl_block(p, (moved @ rows.T).to(p)) for p, rows in blocks))))
+            kl.append(mathx.kl_of_blocks(mathx.kl_block(p, (moved @ rows.T).to(p)) for p, rows in blocks))
     return torch.cat(kl)
 
 
@@ -381,24 +384,23 @@ def sample_offsets(x: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def lens_barriers(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int = 0, seed: int = 0, memory: int = MEMORY,
-                  tick: Tick = no_tick) -> torch.Tensor:
+                  tick: Tick = no_tick, sample: Sample | None = None) -> torch.Tensor:
     """Barriers of simplices (M, 2 or 3) under the `lens` readout: `plain_barrier` of each, fast.
+
+    A merge changes only the tokens routed to a member (`Merges`), its pre-activations are weighted sums of its
+    members' (`hidden_rows`), and KL needs no more than the change of the logits (`mathx.kl_of_logit_change`).
 
     Parameters
     ----------
     vocab_sample : outcomes of the vocabulary to sample for each token (`mathx.sample_outcomes`); 0: all, exactly
     seed : of that sample
     memory : bytes that the sweep may take beside the layer
+    sample : one that is drawn already
 
     Returns (M,) float64 on the CPU, nats.
     """
-    sample = draw_sample(layer, vocab_sample, sample_offsets(layer.x, seed), memory)
-    return sweep(layer, simplices, sample, memory, tick)
-
-
-def sweep(layer: MoELayer, simplices: torch.Tensor, sample: Sample | None, memory: int, tick: Tick = no_tick
-          ) -> torch.Tensor:
-    """`lens_barriers` on a sample that is drawn, or exactly."""
+    if sample is None:
+        sample = draw_sample(layer, vocab_sample, sample_offsets(layer.x, seed), memory)
     merges = merges_of(layer, simplices)
     total = torch.zeros(len(simplices), dtype=torch.float64)
     for chunk in token_chunks(sweep_bytes(layer, merges, sample), memory * 3 // 4):  # the rest is for one token's work
@@ -406,15 +408,15 @@ def sweep(layer: MoELayer, simplices: torch.Tensor, sample: Sample | None, memor
         kl = lens_kl(*few, memory).cpu()
         if not kl.isfinite().all():
             kl = lens_kl(*few, memory, careful=True).cpu()
-        total.index_add_(0, few[1].touched.nonzero()[:, 1], kl.double())
+        total.index_add_(0, merges.touched[chunk].nonzero()[:, 1], kl.double())
         tick(chunk.stop / len(layer.x))
     return total / len(layer.x)
 
 
 def audit_sample(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int, seed: int = 0, memory: int = MEMORY,
                  size: int = 128) -> torch.Tensor:
-    """KL of up to `size` (token, simplex) pairs, one random simplex that touches each of so many random tokens: as
-    `lens_barriers` estimates it from its sample of the vocabulary, and exactly, (R, 2) float64."""
+    """KL of up to `size` (token, simplex) pairs, (R, 2) float64, nats: as `lens_barriers` estimates it from its sample
+    of the vocabulary, and exactly. The tokens are random, each with one random simplex of those that touch it."""
     merges = merges_of(layer, simplices)
     generator = torch.Generator().manual_seed(seed)
     changed = merges.touched.any(1).nonzero().squeeze(1)
@@ -433,7 +435,7 @@ def audit_sample(layer: MoELayer, simplices: torch.Tensor, vocab_sample: int, se
 
 def model_barriers(layer: MoELayer, simplices: torch.Tensor, later: Callable[[torch.Tensor], torch.Tensor],
                    tick: Tick = no_tick) -> torch.Tensor:
-    """Barriers under the `model` readout: the changed stream goes through all later layers, end to end.
+    """Barriers of simplices (M, 2 or 3) under the `model` readout: the changed stream goes through all later layers.
 
     `later` maps a whole residual stream (T, d) to what the head reads, (T, d). Returns (M,) float64, nats.
     """
@@ -482,21 +484,22 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     """Saliency, the barriers of all pairs, and the triplet barriers of the candidate triangles of one layer.
 
     If there are more candidates than `max_triangles`, they are sampled in saliency order, whatever the order of the
-    complex: so one measurement serves every order, and the numbering of the experts does not matter. `later` is what
-    `model_barriers` needs, for the readout of that name. Raises InputError for a result that is not finite.
+    complex: so one measurement serves every order, and the numbering matters only among experts of equal saliency.
+    `later` is what `model_barriers` needs, for the readout of that name. Raises InputError for a result that is not
+    finite.
     """
     if settings.readout == "model":
         barriers_of = partial(model_barriers, layer, later=later)
     else:
         sample = draw_sample(layer, settings.vocab_sample, sample_offsets(layer.x, settings.seed), memory)
-        barriers_of = partial(sweep, layer, sample=sample, memory=memory)
+        barriers_of = partial(lens_barriers, layer, sample=sample, memory=memory)
     n = layer.gates.shape[1]
     pairs = mathx.edges(n)
     share = len(pairs) / (len(pairs) + settings.max_triangles)
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
     barriers = barriers_of(pairs, tick=lambda done: tick(share * done))
 
-    expert_of = saliency.sort(stable=True).indices
+    expert_of = expert_order("saliency", saliency)
     by_saliency = mathx.relabel_edges(barriers, expert_of)
     cliques = mathx.candidate_triangles(n, by_saliency, settings.max_triangles, settings.seed)
     candidates = expert_of[cliques].sort(1).values
@@ -512,7 +515,7 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     return signals._replace(audit=torch.cat(audits))
 
 
-# ------------------------------------------------------------------------------------- 3 decompose (sections 3.2, 3.3)
+# --------------------------------------------------------------------------- 3 complex, 4 decompose (sections 3.2, 3.3)
 
 
 def expert_order(order: str, saliency: torch.Tensor) -> torch.Tensor:
@@ -556,22 +559,21 @@ def curate_triangles(signals: Signals, thresholds: int) -> tuple[torch.Tensor, f
 
 
 class Decomposition(NamedTuple):
-    """The mergeability complex of a layer and the Hodge parts of its barriers. Vertex r is expert expert_of[r] (n,);
-    everything else is by vertex: the signals, the triangles (F, 3) of the complex and their barriers (F,)."""
+    """The mergeability complex of a layer and the Hodge parts of its barriers, by vertex."""
 
-    expert_of: torch.Tensor
+    expert_of: torch.Tensor  # (n,): vertex r is expert expert_of[r]
     signals: Signals
-    triangles: torch.Tensor
-    triplets: torch.Tensor
-    tau: float
-    betti_curve: torch.Tensor
-    d1: torch.Tensor
-    d2: torch.Tensor
+    triangles: torch.Tensor  # of the complex (F, 3): the candidates up to tau*
+    triplets: torch.Tensor  # their barriers (F,)
+    tau: float  # tau*
+    betti_curve: torch.Tensor  # see `curate_triangles`
+    d1: torch.Tensor  # (n, E)
+    d2: torch.Tensor  # (E, F)
     parts: mathx.HodgeParts
 
 
 def decompose(signals: Signals, settings: Settings = Settings()) -> Decomposition:
-    """Order the experts, build the complex, and decompose the barriers of its edges."""
+    """Order the experts, build the complex (section 3.2), and decompose the barriers of its edges (section 3.3)."""
     expert_of = expert_order(settings.order, signals.saliency)
     ordered = in_order(signals, expert_of)
     inside, tau, curve = curate_triangles(ordered, settings.thresholds)
@@ -581,20 +583,21 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Decompositio
     return Decomposition(expert_of, ordered, triangles, ordered.triplets[inside], tau, curve, d1, d2, parts)
 
 
-# ------------------------------------------------------------------------------------------- 4 select (section 4.1)
+# ----------------------------------------------------------------------------------- 5 select, 6 redirect (section 4.1)
 
 
 class Selection(NamedTuple):
-    """Which vertices stay: all of them as picked, the target of each dropped one, the critical simplices."""
+    """Which vertices stay, and why."""
 
-    picks: list[int]
-    redirect: dict[int, int]
-    critical_edges: torch.Tensor
-    critical_triangles: torch.Tensor
+    picks: list[int]  # all vertices as picked; the first K survive
+    redirect: dict[int, int]  # the target of each dropped vertex
+    critical_edges: torch.Tensor  # E* (M, 2)
+    critical_triangles: torch.Tensor  # T* (M, 3)
 
 
 def select(found: Decomposition, keep: int, settings: Settings = Settings()) -> Selection:
-    """Cover the harmonic-critical edges E* and the triplet-critical triangles T*, greedily; redirect the rest.
+    """Cover the harmonic-critical edges E* and the triplet-critical triangles T* greedily (equations 10 and 11);
+    redirect the vertices that are dropped.
 
     The first `keep` picks survive. Triplet barriers enter the objective here; before, they only choose the triangles of
     the complex.
@@ -610,7 +613,7 @@ def select(found: Decomposition, keep: int, settings: Settings = Settings()) -> 
     return Selection(picks, redirect, edges, triangles)
 
 
-# -------------------------------------------------------------------------------------- 5 report (section 3.4; audit)
+# ------------------------------------------------------------------------------------------ report (section 3.4; audit)
 
 
 @dataclass(frozen=True)
@@ -639,17 +642,15 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The plan of one layer: survivors ascending, all experts in the order of the picks, the target of each dropped one
-    (recorded; only the router `fold` applies it), the share of the tokens' choices that fall on survivors. Diagnostics
-    are None if no barriers were measured."""
+    """The plan of one layer, by expert."""
 
-    survivors: list[int]
-    order: list[int]
-    redirect: dict[int, int]
-    routed_share: float
-    frequency: list[int]
+    survivors: list[int]  # ascending
+    order: list[int]  # all experts as picked; the first K survive
+    redirect: dict[int, int]  # the target of each dropped expert: recorded, applied by the router `fold` alone
+    routed_share: float  # of the tokens' choices of experts, those that fall on survivors
+    frequency: list[int]  # tokens routed to each expert
     saliency: list[float]
-    diagnostics: Diagnostics | None = None
+    diagnostics: Diagnostics | None = None  # None if no barriers were measured
 
 
 def layer_plan(order: list[int], redirect: dict[int, int], keep: int, frequency: torch.Tensor, saliency: torch.Tensor,
@@ -717,7 +718,7 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
 
 
 def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> LayerPlan:
-    """Plan one MoE layer from tensors in memory: which `keep` experts stay, and which of them stands for each other.
+    """Plan one MoE layer from tensors in memory: which `keep` experts stay, and the redirect target of each other one.
 
     Raises InputError for barriers that are not finite, and if `keep` is not from 1 to n. The `lens` readout alone.
     """
@@ -730,8 +731,9 @@ def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> L
 def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS, seq_len: int = SEQ_LEN,
                     seed: int = 0) -> torch.Tensor:
     """Sequences (tokens // seq_len, seq_len) sampled from text files, or from Python's documentation if there are none.
+    Fewer, with a warning, if the text is short.
 
-    Raises InputError for a text without one whole sequence.
+    Raises InputError for a number out of range, and for a text that cannot be read or has not one whole sequence.
     """
     read = partial(model_io.read_documents, files) if files else partial(model_io.python_documentation, "calibration")
     return sample_ids(model, read, tokens, seq_len, seed)
@@ -928,7 +930,7 @@ def to_json(value: object, indent: str = "\n") -> str:
     }
     """
     if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = vars(value)
     elif hasattr(value, "_asdict"):
         value = value._asdict()
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -986,9 +988,7 @@ def record_bytes(checkpoint: model_io.Checkpoint, entry: dict) -> bytes:
 
 def layer_entries(model: Model, plans: dict[str, LayerPlan]) -> list[dict]:
     """The plans by layer name as a record's list of layers."""
-    return [{"layer": model.layer_names.index(name), "name": name}
-            | {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-            for name, plan in plans.items()]
+    return [{"layer": model.layer_names.index(name), "name": name} | vars(plan) for name, plan in plans.items()]
 
 
 def fold_bytes(model: Model, plans: dict[str, LayerPlan]) -> bytes:
@@ -1266,8 +1266,8 @@ def choose_dtype(name: str, device: str, readout: str = "lens") -> torch.dtype:
     `model` readout, and float32 otherwise."""
     if name != "auto":
         return getattr(torch, name)
-    able = torch.cpu.get_capabilities() if device.startswith("cpu") else {"bf16": device.startswith("cuda")}
-    native = any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    able = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
+    native = device.startswith("cuda") or any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native and readout == "lens" else torch.float32
 
 

@@ -20,7 +20,7 @@ Conventions
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor
     delta : (R, V)
     """
     block = kl_block(log_p, delta)
-    kl = kl_of_blocks(*zip(block))
+    kl = kl_of_blocks([block])
     overflow = ~kl.isfinite()
     if overflow.any():
         log_p_there = log_p if log_p.dim() == 1 else log_p[overflow]
@@ -74,14 +74,13 @@ def kl_block(log_p: torch.Tensor, delta: torch.Tensor) -> KLBlock:
     return KLBlock(mass, centre, mean(torch.expm1(x).sub_(x)))
 
 
-def kl_of_blocks(mass: Sequence[torch.Tensor], mean: Sequence[torch.Tensor], spread: Sequence[torch.Tensor]
-                 ) -> torch.Tensor:
-    """KL(p || q), (R,), from the blocks of a vocabulary; not finite where exponentials overflow.
+def kl_of_blocks(blocks: Iterable[KLBlock]) -> torch.Tensor:
+    """KL(p || q) in nats, (R,), from the blocks of a vocabulary; not finite where exponentials overflow.
 
-    With y_B = mean_B - m, E_p[phi(delta - m)] = sum_B mass_B (phi(y_B) + exp(y_B) spread_B): what lies between the
-    blocks, and what lies within them. All terms are >= 0.
+    With y_b = mean_b - m, E_p[phi(delta - m)] = sum_b mass_b (phi(y_b) + exp(y_b) spread_b): what lies between the
+    blocks b, and what lies within them. All terms are >= 0.
     """
-    mass, mean, spread = (torch.stack(parts, -1) for parts in (mass, mean, spread))  # (B,) or (R, B), then (R, B)
+    mass, mean, spread = (torch.stack(parts, -1) for parts in zip(*blocks))  # (R, blocks); mass also (blocks,)
     y = mean - (mass * mean).sum(-1, keepdim=True)
     terms = mass * (torch.expm1(y) - y + y.exp() * spread)
     return terms.sum(-1).clamp(min=0).log1p()
@@ -162,9 +161,8 @@ def hodge_laplacian(d1: torch.Tensor, d2: torch.Tensor) -> torch.Tensor:
 
 def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
     """First Betti number E - rank d1 - rank d2 = dim ker L1 (section 3.3), by ranks of Gram matrices."""
-    def rank(gram: torch.Tensor) -> int:
-        return int(torch.linalg.matrix_rank(gram, hermitian=True)) if len(gram) else 0
-    return d1.shape[1] - rank(d1 @ d1.T) - rank(d2.T @ d2)
+    ranks = [int(torch.linalg.matrix_rank(gram, hermitian=True)) for gram in (d1 @ d1.T, d2.T @ d2)]
+    return d1.shape[1] - sum(ranks)
 
 
 class HodgeParts(NamedTuple):
@@ -327,7 +325,7 @@ def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.
 def incidence(n: int, simplices: torch.Tensor) -> torch.Tensor:
     """(n, M) float64: 1 if the vertex belongs to the simplex; simplices (M, 2) or (M, 3)."""
     member = torch.zeros(n, len(simplices), dtype=torch.float64, device=simplices.device)
-    return member.scatter_(0, simplices.T, 1.0) if len(simplices) else member
+    return member.scatter_(0, simplices.T, 1.0)
 
 
 def coverage(chosen: list[int], saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]]) -> float:
@@ -354,6 +352,7 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
     ----------
     saliency : (n,), non-negative
     families : (simplices (M, 2 or 3), weight) pairs, as for `coverage`
+    keep : at most n
 
     >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
     >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # {0, 1} ties by incidence count but covers only 3 edges

@@ -4,7 +4,7 @@
 A checkpoint is a folder with `config.json`, safetensors weights (one file, or shards with an index) and
 `tokenizer.json`. `Model` runs it and never holds more than one decoder layer, the embedding or the head, and the
 activations. `write_checkpoint` copies the weights of the surviving experts byte for byte. For callers that change
-weights there are `Model.rerun`, `Model.store_down`, `Checkpoint.overwrite`, and the edits and shapes of
+weights there are `Model.rerun`, `Model.store`, `Model.store_down`, `Checkpoint.overwrite`, and the edits and shapes of
 `write_checkpoint`.
 
 Symbols
@@ -351,17 +351,15 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
 
 
 class Family(NamedTuple):
-    """What differs between model families: the token mixer (x (B, L, d), weights, cfg) -> (B, L, d), defaults of
-    the configuration (partial_rotary_factor None: the whole head rotates), whether norm weights are stored less 1,
-    whether a sparse layer has a shared expert, and whether no layer has experts."""
+    """What differs between model families."""
 
-    attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
-    rms_norm_eps: float = 1e-6
-    partial_rotary_factor: float | None = None
-    always_renormalised: bool = False
-    norms_less_1: bool = False
-    shared_expert: bool = False
-    dense: bool = False
+    attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]  # token mixer of x (B, L, d)
+    rms_norm_eps: float = 1e-6  # unless config.json has it
+    partial_rotary_factor: float | None = None  # likewise; None: the whole head rotates, whatever config.json says
+    always_renormalised: bool = False  # the gates, whatever norm_topk_prob says
+    norms_less_1: bool = False  # norm weights are stored less 1
+    shared_expert: bool = False  # in every sparse layer
+    dense: bool = False  # no layer has experts
 
 
 QWEN3_5 = Family(qwen3_5_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
@@ -407,6 +405,9 @@ class Model:
     device : holds weights and activations while they are in use
     folds : layer name -> (router rows of dropped experts (n - K, d), the slots among the survivors (n - K,) that
         their gate mass goes to before the top-k); layers that are not named have none
+
+    Attributes: `checkpoint`, `config`, `dtype`, `device`, `folds`, and `layer_names`, the prefix of each layer's
+    tensors: first the decoder layers, then those of a multi-token prediction head.
 
     Raises InputError if the checkpoint is missing, malformed or of an unsupported type.
     """
@@ -562,8 +563,8 @@ class Model:
         vars(step.layer).update(vars(self.layer(step.index)))
         return self._run(step.index, step.layer, step.h, step.norm, empty)
 
-    def _run(self, index: int, layer: Layer, h: torch.Tensor, norm: Callable,
-             empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
+    def _run(self, index: int, layer: Layer, h: torch.Tensor, norm: Callable, empty: Callable[..., torch.Tensor]
+             ) -> LayerPass:
         """Run a layer on h (B, L, d), about PASS_TOKENS tokens at a time, so that the memory of what lies between h
         and y is bounded. Raises InputError if y is not finite."""
         name = self.layer_names[index]
@@ -758,6 +759,8 @@ class Checkpoint:
 
     Attributes: `path`, `raw_config` (config.json as it stands), `tensors` (name -> TensorInfo, in file order),
     `metadata` (shard file -> its metadata), `sharded` (whether an index lists the shards).
+
+    Raises InputError if the folder, config.json or a weight file is missing or malformed.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -835,7 +838,8 @@ class Checkpoint:
 
 
 def value_of(text: dict, key: str, kind: type, default: float | None = None):
-    """Return text[key], or default if absent or null. Raises InputError unless it is a `kind`; numbers, positive."""
+    """Return text[key], or default if absent or null. Raises InputError if there is neither, if the value is not of the
+    `kind`, and for a number that is not from above 0 to below 2^31."""
     value = text.get(key) if text.get(key) is not None else default
     if value is None:
         raise InputError(f"config.json: the key {key!r} is missing")
