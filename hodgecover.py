@@ -707,12 +707,15 @@ def report(found: Decomposition, selection: Selection, keep: int, settings: Sett
     return layer_plan(order, redirect, keep, frequency, saliency, diagnose(found, selection, keep, settings.margin))
 
 
-def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings()) -> LayerPlan:
-    """Decompose, select, report. Raises InputError if the layer has fewer than two experts, or `keep` is not from 1 to
-    their number."""
-    n = len(signals.frequency)
+def check_survivors(keep: int, n: int) -> None:
+    """Raise InputError if a layer has fewer than two experts, or `keep` is not from 1 to their number."""
     if not 1 <= keep <= n or n < 2:
         raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, and these at least two")
+
+
+def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings()) -> LayerPlan:
+    """Decompose, select, report. Raises InputError as `check_survivors` does."""
+    check_survivors(keep, len(signals.frequency))
     found = decompose(signals, settings)
     return report(found, select(found, keep, settings), keep, settings)
 
@@ -720,8 +723,11 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
 def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> LayerPlan:
     """Plan one MoE layer from tensors in memory: which `keep` experts stay, and the redirect target of each other one.
 
-    Raises InputError for barriers that are not finite, and if `keep` is not from 1 to n. The `lens` readout alone.
+    Raises InputError for barriers that are not finite, if `keep` is not from 1 to n, and for a readout but `lens`.
     """
+    check_survivors(keep, layer.gates.shape[1])
+    if settings.readout != "lens":
+        raise InputError(f"readout {settings.readout}: needs the later layers; a layer by itself has the readout lens")
     return plan_from_signals(measure_layer(layer, settings), keep, settings)
 
 
@@ -1027,17 +1033,18 @@ def export(model: Model, plans: dict[str, LayerPlan], out: Path, entry: dict, ro
 
 
 def compress(model: Model, ids: torch.Tensor, keep: int, out: str | os.PathLike, settings: Settings = Settings(),
-             cache: Path | None = None, memory: int = MEMORY) -> dict[str, LayerPlan]:
+             cache: str | os.PathLike | None = None, memory: int = MEMORY) -> dict[str, LayerPlan]:
     """Plan a checkpoint on the calibration tokens ids (B, L), and write it with `keep` experts a layer to `out`.
 
     Without a `cache` folder no barriers are kept. Returns the plans by layer name. Raises InputError if something
     given is wrong; then nothing is written.
     """
+    out, cache = Path(out), Path(cache) if cache else None
     if cache:
         refuse_inside(model, cache, "cache")
-    check_out(model, Path(out), cache)
+    check_out(model, out, cache)
     plans = dict(plan_model(model, ids, keep, settings, cache, memory))
-    export(model, plans, Path(out), plan_entry(model, plans, keep, settings, describe_text(ids)), settings.router)
+    export(model, plans, out, plan_entry(model, plans, keep, settings, describe_text(ids)), settings.router)
     return plans
 
 
@@ -1105,7 +1112,7 @@ def audit_line(audits: list[mathx.Shortfall], outcomes: int) -> str:
     pairs = sum(audit.pairs for audit in audits)
     mean = sum(audit.shortfall for audit in audits) / len(audits)
     return (f"samples of {outcomes} outcomes, audited on {pairs} (token, simplex) pairs: barriers fall short by "
-            f"{mean:.2%} on average, of one pair by {max(audit.largest for audit in audits):.1%} at most, "
+            f"{mean:.2%} on average, one is off by {max(audit.largest for audit in audits):.1%} at most, "
             f"rank correlation at least {min(audit.rank_correlation for audit in audits):.4f}")
 
 
@@ -1357,8 +1364,9 @@ def show_plans(model: Model, plans: Iterator[tuple[str, LayerPlan]], bar: Callab
 
 
 def weight_bytes(model: Model) -> int:
-    """Size of a checkpoint's weight files."""
-    return sum((model.checkpoint.path / file).stat().st_size for file in model.checkpoint.metadata)
+    """Size of a checkpoint's weight files, that of the router `fold` among them."""
+    folder, fold = model.checkpoint.path, [FOLD] if model.folds else []
+    return sum((folder / file).stat().st_size for file in [*model.checkpoint.metadata, *fold])
 
 
 def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
@@ -1369,7 +1377,8 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
     handler = Stderr(parser.prog)
     log.addHandler(handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks
     try:
         work(parser.parse_args(argv))
     except InputError as err:

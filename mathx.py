@@ -519,7 +519,7 @@ def retained(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]
 
 class Shortfall(NamedTuple):
     """How far estimates fall short: the number of pairs compared, 1 - sum(estimated) / sum(exact) and its standard
-    error, the largest shortfall of one pair, Spearman's rank correlation."""
+    error, the largest error of one pair either way, as a share of it, Spearman's rank correlation."""
 
     pairs: int
     shortfall: float
@@ -536,7 +536,7 @@ def shortfall(estimated: torch.Tensor, exact: torch.Tensor) -> Shortfall:
     total = exact.sum()
     share = (estimated.sum() / total).item() if total > 0 else 1.0
     error = (estimated - share * exact).std(correction=0) * len(exact) ** 0.5 / total.clamp(min=1e-300)
-    largest = torch.where(exact > 0, 1 - estimated / exact, 0).max()
+    largest = torch.where(exact > 0, 1 - estimated / exact, 0).abs().max()
     return Shortfall(len(exact), 1 - share, error.item(), largest.item(), spearman(estimated, exact))
 
 

@@ -197,11 +197,10 @@ def test_the_load_of_the_worst_layer_is_told():
 # ------------------------------------------------------------------------------------------------------ what it brings
 
 
-@pytest.mark.parametrize("name", ["olmoe-plain", "qwen3-plain-tied"])
-def test_a_planted_perturbation_comes_back(name, tmp_path):
+def test_a_planted_perturbation_comes_back(tmp_path):
     """End to end, the KL; layer by layer, the error of each stream, and no more of the KL than that gives."""
-    ids, source = some_ids(32, 16), Model(named(name))
-    perturbed(named(name), tmp_path / "ckpt", 0.1)
+    ids, source = some_ids(32, 16), Model(named("olmoe-plain"))
+    perturbed(named("olmoe-plain"), tmp_path / "ckpt", 0.1)
     before = model_io.compare(source, Model(tmp_path / "ckpt"), ids).kl
     plan = plan_of(epochs=10, lr=0.01)
     for start in (distil.distil, distil.distil_layers):
