@@ -263,6 +263,11 @@ def check_options(args: argparse.Namespace) -> None:
     hodgecover.check_range("steps", args.steps, 1, 10**6)
 
 
+def writes_plan(args: argparse.Namespace) -> bool:
+    """Whether the output is a plan, which no checkpoint holds."""
+    return args.search == "evo" or args.ragged
+
+
 def check_budget(model: Model, keep: int) -> None:
     """Raise InputError if no expert would go, or not every layer can keep `keep` experts."""
     hodgecover.check_keep(model, keep)
@@ -316,7 +321,7 @@ def write(model: Model, plans: dict[str, LayerPlan], ids: torch.Tensor, args: ar
     entry = hodgecover.plan_entry(model, plans, args.keep, Settings(seed=args.seed),
                                   hodgecover.describe_text(ids, args.calib), Path(__file__).name, search=args.search,
                                   **used)
-    if args.search == "evo" or args.ragged:
+    if writes_plan(args):
         model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
         print(f"plan: {args.out}; no checkpoint holds it, since num_experts is one number for all layers")
         return
@@ -331,18 +336,20 @@ def run(args: argparse.Namespace) -> None:
     check_budget(model, args.keep)
     cache = common.folder_beside(args.out, "budgets", model)
     hodgecover.check_out(model, args.out, cache)
+    if writes_plan(args) and args.out.is_dir():
+        raise InputError(f"out {args.out}: a folder; the plan is a file, name another")
     held_out = common.read_eval(model, args) if args.eval else None
     base = export_plan.read_orders(model, args.plan) if args.plan else None
     ids = common.calibration_ids(model, args)
-    hodgecover.make_cache(cache)
     bar = hodgecover.progress_bar()
-    base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
-    orders = decoder_orders(model, base)
-    uniform = planned(model, base, orders, (model.config.num_experts - args.keep,) * len(orders), args.keep)
-    if args.search == "evo":
-        budget = run_evo(model, ids, orders, args, cache, bar)
-    else:
-        orders, budget = run_rco(model, ids, orders, args, cache, bar)
+    with common.made(cache):
+        base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
+        orders = decoder_orders(model, base)
+        uniform = planned(model, base, orders, (model.config.num_experts - args.keep,) * len(orders), args.keep)
+        if args.search == "evo":
+            budget = run_evo(model, ids, orders, args, cache, bar)
+        else:
+            orders, budget = run_rco(model, ids, orders, args, cache, bar)
     plans = planned(model, base, orders, budget, args.keep)
     print(f"experts kept in each layer: {' '.join(str(len(plan.survivors)) for plan in plans.values())}", flush=True)
     if held_out is not None:
