@@ -272,9 +272,9 @@ def clear(cache: Path, patterns: Iterable[str]) -> None:
 
 def import_pyplot(path: Path):
     """Return matplotlib's pyplot, without a display, to draw a picture in a file of that name. Raises InputError if it
-    is not installed or does not know the format of the name's ending, and if the file's folder does not exist."""
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist; make it or name another")
+    is not installed or does not know the format of the name's ending, and if no file of that name can be made."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: must name a file in an existing folder")
     try:
         import matplotlib
     except ImportError:

@@ -321,6 +321,12 @@ def test_plots_without_matplotlib_get_one_line(planned, tmp_path, monkeypatch, c
     assert_refused(capsys, status, "matplotlib is missing; pip install matplotlib")
 
 
+@pytest.mark.parametrize("name", ["small", "nowhere/a.png"])
+def test_a_picture_that_cannot_be_made_is_refused_before_the_work(small, name):
+    with pytest.raises(InputError, match="must name a file in an existing folder"):
+        common.import_pyplot(small.parent / name)
+
+
 class Pyplot:
     """A plotting library that draws nothing, and may fail as it saves."""
 
