@@ -101,10 +101,10 @@ def add_barrier_options(parser: Parser) -> None:
                         "triangles [%(default)s]")
 
 
-def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
-    """The folder of the barriers. Raises InputError if it lies in the checkpoint."""
-    source = model.checkpoint.path.absolute()
-    cache = args.cache or source.with_name(f"{source.name}-barriers")
+def barrier_cache(model: Model, args: argparse.Namespace, name: str = "barriers") -> Path:
+    """The folder of the barriers: --cache, or CKPT-name beside CKPT. Raises InputError if it lies in the checkpoint."""
+    source = Path(os.path.abspath(model.checkpoint.path))
+    cache = args.cache or source.with_name(f"{source.name}-{name}")
     hodgecover.refuse_inside(model, cache, "cache")
     return cache
 

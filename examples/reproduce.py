@@ -396,9 +396,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     hodgecover.check_range("samples", args.samples, 1, 10)
     hodgecover.check_range("tokens", args.tokens, SEQ_LEN, 10**9)
     source, documents = Model(args.checkpoint), common.TEXTS[args.text]
-    folder = args.checkpoint.absolute()
-    cache = args.cache or folder.with_name(f"{folder.name}-samples")
-    hodgecover.refuse_inside(source, cache, "cache")
+    cache = common.barrier_cache(source, args, "samples")
     read = partial(documents, "calibration")
     return [Sample(source, hodgecover.sample_ids(source, read, CALIBRATION, SEQ_LEN, seed), seed, cache / str(seed),
                    documents) for seed in range(args.samples)]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The scripts to learn from: the audit, the three-cycle lecture, and what the plots show."""
+import argparse
 import doctest
 import itertools
 import json
@@ -149,6 +150,18 @@ def test_the_audit_refuses_wrong_choices_before_the_work(small, tmp_path, monkey
     monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
     text = ["--calib", tmp_path / "text.txt", "--tokens", 64, "--seq-len", 32]
     assert_refused(capsys, run(audit, small, *text, *options), says)
+
+
+def test_the_audit_refuses_a_fold_that_it_would_not_apply(small, capsys):
+    (small / hodgecover.FOLD).touch()
+    assert_refused(capsys, run(audit, small, "--keep", 4), "has the router fold")
+
+
+def test_barriers_lie_beside_a_checkpoint_named_by_dots(small):
+    (small / "folder").mkdir()
+    for name in ("barriers", "samples"):
+        found = common.barrier_cache(Model(small / "folder" / ".."), argparse.Namespace(cache=None), name)
+        assert found == small.with_name(f"small-{name}")
 
 
 # -------------------------------------------------------------------------------------------------- the three-cycle
