@@ -549,15 +549,9 @@ def command_line() -> hodgecover.Parser:
     return parser
 
 
+# option -> methods that do not use it
 UNUSED = {"all_slots": (*SELECTORS, "stun")} | dict.fromkeys(
     ("cache", "vocab_sample", "max_triangles", "order", "memory"), (*WITHOUT_BARRIERS, *MERGING))
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError for an option that the method does not use."""
-    for name, methods in UNUSED.items():
-        if args.method in methods and getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: --method {args.method} does not use it; leave it out")
 
 
 def select(model: Model, ids: torch.Tensor, args: argparse.Namespace, settings: Settings, cache: Path | None) -> None:
@@ -602,7 +596,8 @@ def show_share(model: Model, name: str, share: float, bar: Callable[[float | Non
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    check_options(args)
+    unused = [name for name, methods in UNUSED.items() if args.method in methods]
+    common.refuse_given(command_line(), args, unused, f"--method {args.method}")
     settings = Settings(order=args.order, vocab_sample=args.vocab_sample, max_triangles=args.max_triangles,
                         seed=args.seed)
     model = common.open_model(args.checkpoint, args)

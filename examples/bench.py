@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 
-import common  # noqa: F401  (puts the three files on the path)
+import common
 import estimate
 import hodgecover
 import mathx
@@ -322,9 +322,7 @@ def check_options(args: argparse.Namespace) -> None:
     experts = {"scaling": min(SCALED_SIZES["n"]), "refit": args.experts // 2}.get(mode, args.experts)
     if args.top_k > experts:
         raise InputError(f"top_k {args.top_k}: must be at most {experts}, the experts of the layer")
-    for name in UNUSED.get(mode, ()):
-        if getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: --{mode} does not use it; leave it out")
+    common.refuse_given(command_line(), args, UNUSED.get(mode, ()), f"--{mode}")
 
 
 def run(args: argparse.Namespace) -> None:

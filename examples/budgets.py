@@ -251,14 +251,13 @@ def command_line() -> hodgecover.Parser:
     return parser
 
 
-UNUSED = {"plan": "rco", "generations": "rco", "steps": "evo", "ragged": "evo"}
+UNUSED = {"plan": "rco", "generations": "rco", "steps": "evo", "ragged": "evo"}  # option -> the search that does not use it
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for an option out of range, and for one that the search does not use."""
-    for name, search in UNUSED.items():
-        if args.search == search and getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: {search} does not use it; leave it out")
+    unused = [name for name, search in UNUSED.items() if args.search == search]
+    common.refuse_given(command_line(), args, unused, args.search)
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import baselines
 import budgets
-import common  # noqa: F401  (puts the three files on the path)
+import common
 import distil_study
 import frontier
 import hodgecover
@@ -167,8 +167,20 @@ def nested_tables() -> list[Table]:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = reproduce.command_line(__file__, __doc__)
+    parser.add_argument("--nested", action="store_true", help="one training for all sizes instead")
+    parser.add_argument("--generations", metavar="G", type=int, default=budgets.GENERATIONS, help="of evo "
+                        "[%(default)s]")
+    parser.add_argument("--steps", metavar="N", type=int, default=budgets.STEPS, help="of rco [%(default)s]")
+    return parser
+
+
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
+    if args.nested:
+        common.refuse_given(command_line(), args, ("generations", "steps"), "--nested")
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
     tables = nested_tables() if args.nested else budget_tables(args.generations, args.steps)
@@ -184,12 +196,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = reproduce.command_line(__file__, __doc__)
-    parser.add_argument("--nested", action="store_true", help="one training for all sizes instead")
-    parser.add_argument("--generations", metavar="G", type=int, default=budgets.GENERATIONS, help="of evo "
-                        "[%(default)s]")
-    parser.add_argument("--steps", metavar="N", type=int, default=budgets.STEPS, help="of rco [%(default)s]")
-    return hodgecover.run_command(parser, run, argv)
+    return hodgecover.run_command(command_line(), run, argv)
 
 
 if __name__ == "__main__":

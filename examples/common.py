@@ -48,6 +48,13 @@ def command_line(file: str, description: str, out: bool = True, text: int = hodg
     return parser
 
 
+def refuse_given(parser: Parser, args: argparse.Namespace, names: Iterable[str], what: str) -> None:
+    """Raise InputError if one of these options, which `what` does not use, has another value than its default."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"{name}: {what} does not use it; leave it out")
+
+
 def open_model(path: Path, args: argparse.Namespace) -> Model:
     """The checkpoint at `path`, with the command line's dtype and device."""
     return Model(path, hodgecover.choose_dtype(args.dtype, args.device), args.device)

@@ -323,15 +323,15 @@ def activation_bytes(model: Model, tokens: int) -> int:
     return (len(model.layer_names) + 4) * tokens * model.config.hidden_size * model.dtype.itemsize
 
 
+# option -> scores that do not use it
 UNUSED = {"memory": ("camera", "magnitude", "random"), "seed": ("magnitude",)} | dict.fromkeys(
     ("calib", "tokens", "seq_len"), ("magnitude", "random"))
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for an option that the score does not use, and for a seed out of range."""
-    for name, scores in UNUSED.items():
-        if args.score in scores and getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: --score {args.score} does not use it; leave it out")
+    unused = [name for name, scores in UNUSED.items() if args.score in scores]
+    common.refuse_given(command_line(), args, unused, f"--score {args.score}")
     hodgecover.check_range("seed", args.seed, *hodgecover.RANGES["seed"])
 
 

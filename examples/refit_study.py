@@ -268,9 +268,8 @@ def command_line() -> hodgecover.Parser:
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    for name in ("only", "columns", "tokens") if args.where else ():
-        if getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: does not go with --where")
+    if args.where:
+        common.refuse_given(command_line(), args, ("only", "columns", "tokens"), "--where")
     tables = reproduce.picked(curve_tables() if args.curves else method_tables(), args.only, args.columns)
     samples = reproduce.read_samples(args)
     if args.where:
