@@ -285,8 +285,7 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog="bench.py", description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     meaning = dict(experts="n", top_k="k", hidden="d", width="f", vocab="V", tokens="T", sample="simplices of a kind "
                    "that the plain way is timed on")
     for name, value in SIZES.items():

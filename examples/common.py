@@ -30,13 +30,17 @@ from model_io import Experts, InputError, Layer, Model  # noqa: E402
 Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
 
 
+def parser_of(file: str, description: str) -> Parser:
+    """The parser of the command in `file`, without options, described by its docstring."""
+    return Parser(prog=Path(file).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def command_line(file: str, description: str, out: bool = True, text: int = hodgecover.TOKENS, source: bool = False,
                  seed: bool = True, memory: bool = True, use: str = "calibration") -> Parser:
     """The parser of the command in `file`, described by its docstring: a checkpoint, after its source, if it compares
     the two; `--out`, if it writes one; text of so many tokens for calibration or another use, if it reads any; where
     and how to compute, with `--seed` and `--memory`, if it uses them."""
-    parser = Parser(prog=Path(file).name, description=description,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(file, description)
     if source:
         parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the checkpoint it was made from")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder")

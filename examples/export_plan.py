@@ -118,8 +118,7 @@ def marked(entry: dict, plans: dict[str, LayerPlan]) -> dict:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog=Path(__file__).name, description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder")
     parser.add_argument("plan", metavar="PLAN", type=Path, help="hodgecover.json, or a file of --plan-only")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="output folder")

@@ -174,8 +174,7 @@ def draw(pyplot, entries: list[dict], layer: dict, barriers: torch.Tensor | None
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog=Path(__file__).name, description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     parser.add_argument("plans", metavar="PLAN", type=Path, nargs="+", help="records of a plan")
     parser.add_argument("--barriers", metavar="DIR", type=Path, help="folder of barriers, such as CKPT-barriers")
     parser.add_argument("--layer", metavar="N", type=int, help="the layer whose barriers are drawn [the first]")

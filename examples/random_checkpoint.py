@@ -148,8 +148,7 @@ def write(config: dict, out: Path, hollow: bool = False) -> int:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog="random_checkpoint.py", description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     parser.add_argument("shape", metavar="SHAPE", choices=SHAPES, help=", ".join(SHAPES))
     parser.add_argument("out", metavar="DIR", type=Path, help="output folder")
     parser.add_argument("--hollow", action="store_true", help="zeros that take no disk space")

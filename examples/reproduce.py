@@ -37,10 +37,9 @@ import baselines
 import common
 import evaluate
 import hodgecover
-import mathx
 import model_io
 import wanda
-from hodgecover import Decomposition, LayerPlan, Selection, Settings, Signals
+from hodgecover import Decomposition, LayerPlan, Settings, Signals
 from model_io import InputError, Model
 
 CALIBRATION, SEQ_LEN = 2048, 512  # tokens of a sample, and of a sequence
@@ -376,8 +375,7 @@ def show_source(source: Model, text: torch.Tensor, what: str) -> None:
 
 def command_line(file: str, description: str) -> hodgecover.Parser:
     """The parser of a study on several samples."""
-    parser = hodgecover.Parser(prog=Path(file).name, description=description,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(file, description)
     parser.add_argument("--model", dest="checkpoint", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
                         help="source checkpoint [examples/tiny-olmoe]")
     parser.add_argument("--text", choices=common.TEXTS, default="documentation", help="of Python, to calibrate, train "
