@@ -53,7 +53,6 @@ import evaluate
 import hodgecover
 import model_io
 import torch
-from hodgecover import Tick, no_tick
 from model_io import Config, Experts, InputError, Layer, LayerPass, Model
 from torch.nn import functional
 
@@ -66,7 +65,7 @@ EVAL_TOKENS = 8192  # of held-out text
 SAVE_SECONDS = 60  # between two saved steps
 SPARSE = 0.01  # share of zeros from which an expert's matrix counts as pruned
 SMALLEST = 1e-6  # a matrix's root mean square for --lr, at least: a router of dot_moe.py has 1e-4
-PIECE = 4096  # tokens that are compared at a time
+PIECE = 4096  # tokens that are taken at a time
 STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
 WHOLE = 1 / 3  # probability of a step of the whole model, if there are prefixes
 CACHE_VERSION = "1"
@@ -192,15 +191,15 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int, plan: Plan, name: str,
-          report: Callable[[int, int, float], None], begin: Tick = no_tick) -> None:
+          report: Callable[[int, int, float], None], of_step: Callable[[int, int], dict] = lambda step, steps: {}
+          ) -> None:
     """Train weights in place by Adam on `count` sequences of `length`, `at_once` of them in a graph.
 
-    `loss_of` gives the summed loss of some sequences, of a `prefix` if the plan has any. `report` is told the steps
-    done, their number, and the loss of the last; `begin`, before each step, the share that is done. What is saved,
-    under `name` in the plan's cache, is taken up.
+    `loss_of` gives the summed loss of some sequences; at a step, from 0 on, of so many it also takes the arguments that
+    `of_step` names. `report` is told the steps done, their number, and the loss of the last. What is saved, under
+    `name` in the plan's cache, is taken up.
     """
     steps, masks = batches(count, plan), zeros_to_keep(weights)
-    prefixes = prefixes_of(len(steps), plan)
     groups = [{"params": [weight], "unit": weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item()}
               for weight in weights.values()]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
@@ -209,9 +208,7 @@ def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * group["unit"] * schedule(step, len(steps))
         optimizer.zero_grad()
-        begin(step / len(steps))
-        of_step = partial(loss_of, prefix=prefixes[step]) if prefixes[step] else loss_of
-        loss = add_gradient(of_step, which, at_once, len(which) * length)
+        loss = add_gradient(partial(loss_of, **of_step(step, len(steps))), which, at_once, len(which) * length)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
         if not math.isfinite(loss) or not norm.isfinite():
             raise InputError(f"step {step + 1} of {len(steps)}: the loss or its gradient is not finite: NaN or "
@@ -311,6 +308,12 @@ def load_line(counts: dict[str, torch.Tensor]) -> str:
     return f"load: busiest expert {busiest:.1f} times an even share, {idle} idle"
 
 
+def step_line(done: int, steps: int, loss: float, counts: dict[str, torch.Tensor]) -> str:
+    """Say a step's loss and the load since the last line; nothing if no line is due."""
+    due = done * REPORTS // steps > (done - 1) * REPORTS // steps
+    return f"step {done} of {steps}: loss {loss:.4f}, {load_line(counts)}" if due else ""
+
+
 # --------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -359,11 +362,10 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
         hidden = model_io.rms_norm(h, weight, cfg.rms_norm_eps)
         return readout_loss(hidden, source_norm(target[which]), ids[which].to(output.device), head, kl_weight)
     at_once = graph_sequences(cfg, cfg.num_layers, length, plan.memory)
+    prefixes = prefixes_of(len(batches(count, plan)), plan)
 
     def report(done: int, steps: int, loss: float) -> None:
-        line = ""
-        if done * REPORTS // steps > (done - 1) * REPORTS // steps:
-            line = f"step {done} of {steps}: loss {loss:.4f}, {load_line(counts)}"
+        line = step_line(done, steps, loss, counts)
         if line and held_out:
             watched = torch.arange(count, len(ids))
             kls = [mean_loss(partial(loss_of, kl_weight=1.0, prefix=prefix), watched, at_once, held_out * length)
@@ -371,7 +373,8 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
             line += f", held-out KL {' '.join(f'{kl:.4f}' for kl in kls)}"
             counts.clear()
         say(of_source + (1 - of_source) * done / steps, line)
-    train(student.trained(), loss_of, count, length, at_once, plan, "distil", report)
+    train(student.trained(), loss_of, count, length, at_once, plan, "distil", report,
+          lambda step, _: {"prefix": prefixes[step]})
     student.store(output)
 
 
