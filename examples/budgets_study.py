@@ -186,10 +186,7 @@ def run(args: argparse.Namespace) -> None:
     tables = nested_tables() if args.nested else budget_tables(args.generations, args.steps)
     tables = reproduce.picked(tables, args.only, args.columns)
     samples = reproduce.read_samples(args)
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(samples[0].source, text, "held-out tokens")
-    for table in tables:
-        reproduce.show_table(table, samples, text)
+    reproduce.show_held_out(tables, samples, args.tokens)
     if not args.nested:
         show_budgets(samples, args, list(tables[0].lines), list(tables[0].columns))
 

@@ -96,11 +96,7 @@ def variant_tables() -> list[Table]:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     tables = reproduce.picked(variant_tables() if args.variants else method_tables(), args.only, args.columns)
-    samples = reproduce.read_samples(args)
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(samples[0].source, text, "held-out tokens")
-    for table in tables:
-        reproduce.show_table(table, samples, text)
+    reproduce.show_held_out(tables, reproduce.read_samples(args), args.tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -156,12 +156,11 @@ def run(args: argparse.Namespace) -> None:
     pyplot = common.import_pyplot(args.picture) if args.picture else None
     samples = reproduce.read_samples(args)
     source = samples[0].source
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(source, text, "held-out tokens")
-    plain, again = (reproduce.show_table(table, samples, text) for table in chosen)
+    plain, again = reproduce.show_held_out(chosen, samples, args.tokens)
     show_parameters(plain, source, list(chosen[0].columns))
     if args.picture:
-        common.write_picture(draw(pyplot, plain, again, source, source.perplexity(text)), args.picture, dpi=110)
+        perplexity = source.perplexity(reproduce.held_out(samples[0], args.tokens))
+        common.write_picture(draw(pyplot, plain, again, source, perplexity), args.picture, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -274,11 +274,7 @@ def run(args: argparse.Namespace) -> None:
     samples = reproduce.read_samples(args)
     if args.where:
         return show_correlations(samples)
-    source = samples[0].source
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(source, text, "held-out tokens")
-    for table in tables:
-        reproduce.show_table(table, samples, text)
+    reproduce.show_held_out(tables, samples, args.tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

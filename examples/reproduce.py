@@ -370,6 +370,13 @@ def show_source(source: Model, text: torch.Tensor, what: str) -> None:
     print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} {what}", flush=True)
 
 
+def show_held_out(tables: list[Table], samples: list[Sample], tokens: int) -> list[dict[str, list[list[Score]]]]:
+    """Print tables on so many tokens of held-out text; return the scores of each as `show_table` does."""
+    text = held_out(samples[0], tokens)
+    show_source(samples[0].source, text, "held-out tokens")
+    return [show_table(table, samples, text) for table in tables]
+
+
 # --------------------------------------------------------------------------------------------------- the command line
 
 
@@ -411,11 +418,9 @@ def run(args: argparse.Namespace) -> None:
     if args.settings:
         text = outside(samples, args.tokens)
         show_source(source, text, "tokens of calibration text outside the samples")
+        show_table(*tables, samples, text)
     else:
-        text = held_out(samples[0], args.tokens)
-        show_source(source, text, "held-out tokens")
-    for table in tables:
-        show_table(table, samples, text)
+        show_held_out(tables, samples, args.tokens)
     if args.redirects:
         show_targets(tables[0].columns, samples)
 
