@@ -271,6 +271,12 @@ def scratch(folder: Path) -> Callable[..., torch.Tensor]:
     return empty
 
 
+def stream_maker(model: Model, size: int, memory: int, folder: Path) -> Callable[..., torch.Tensor]:
+    """Return what makes a model's streams, of `size` bytes in all: `torch.empty`, or `scratch` in a folder if they are
+    on the CPU and take more than `memory` bytes."""
+    return scratch(folder) if model.device.type == "cpu" and size > memory else torch.empty
+
+
 def clear(cache: Path, patterns: Iterable[str]) -> None:
     """Remove the files of these names from a folder, what a killed run left of them, and the folder if it is empty
     then."""

@@ -590,8 +590,7 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key,
                 args.prefixes)
     with common.copied(model, out, entry) as output, common.made(cache):
-        large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
-        empty = common.scratch(output.checkpoint.path) if large else torch.empty
+        empty = common.stream_maker(model, activation_bytes(model, ids.numel()), args.memory, output.checkpoint.path)
         work = (distil_layers if args.layerwise else distil)(source, output, ids, held_out, plan, empty,
                                                              partial(tell, bar))
         if args.layerwise:

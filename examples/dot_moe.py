@@ -440,8 +440,7 @@ def run(args: argparse.Namespace) -> None:
     want = Want(args.experts, args.top_k, args.split)
     plan = distil.Plan(args.epochs, args.lr, KL / (KL + NEXT_TOKEN), [], args.seed, args.memory, cache, key)
     with model_io.new_folder(args.out) as folder, common.made(cache):
-        large = model.device.type == "cpu" and distil.activation_bytes(model, ids.numel()) > args.memory
-        empty = common.scratch(folder) if large else torch.empty
+        empty = common.stream_maker(model, distil.activation_bytes(model, ids.numel()), args.memory, folder)
         way = align_layers if args.layerwise else align
         splits = way(model, ids, held_out, want, plan, empty, partial(distil.tell, bar))
         bar(None)

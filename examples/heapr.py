@@ -364,8 +364,8 @@ def run(args: argparse.Namespace) -> None:
                                                                                        source=model))}
     bar = hodgecover.progress_bar()
     with model_io.new_folder(args.out) as folder, common.made(cache) if cache else contextlib.nullcontext():
-        large = args.score == "heapr" and activation_bytes(model, ids.numel()) > args.memory
-        empty = common.scratch(folder) if large and model.device.type == "cpu" else torch.empty
+        size = activation_bytes(model, ids.numel()) if args.score == "heapr" else 0
+        empty = common.stream_maker(model, size, args.memory, folder)
         scores = score_units(model, args.score, ids, args.seed, empty, bar, cache)
         bar(None)
         export(model, {name: best_units(score, width) for name, score in scores.items()}, folder, files)
