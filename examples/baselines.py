@@ -579,7 +579,7 @@ def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace) -> None:
         show_share(model, name, found.routed_share(args.all_slots), bar, f"; largest group: {largest} experts")
         merges[name] = found
     settings = {"keep": args.keep, "method": args.method, "all_slots": args.all_slots, "seed": args.seed,
-                "dtype": str(model.dtype).removeprefix("torch.")} | hodgecover.describe_text(ids, args.calib)
+                "dtype": common.dtype_name(model)} | hodgecover.describe_text(ids, args.calib)
     layers = [{"layer": model.layer_names.index(name), "name": name, "groups": found.groups,
                "routed_share": found.routed_share(args.all_slots)} for name, found in merges.items()]
     entry = common.entry("baselines.py", settings, source=model) | {"layers": layers}

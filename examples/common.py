@@ -64,7 +64,12 @@ def open_model(path: Path, args: argparse.Namespace) -> Model:
     return Model(path, hodgecover.choose_dtype(args.dtype, args.device), args.device)
 
 
-def calibration_ids(model: Model, args: argparse.Namespace):
+def dtype_name(model: Model) -> str:
+    """The name of a model's dtype, such as float32."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def calibration_ids(model: Model, args: argparse.Namespace) -> torch.Tensor:
     """The command line's calibration text, (B, L)."""
     return hodgecover.calibration_ids(model, args.calib, args.tokens, args.seq_len, args.seed)
 

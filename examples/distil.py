@@ -578,7 +578,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.refuse_inside(source, out, "out")
     ids, held_out = read_ids(source, args)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "held_out_sequences": held_out}
+    settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
     text = hodgecover.describe_text(ids[:len(ids) - held_out], args.calib)
     entry = common.entry("distil.py", settings | text, source=source, checkpoint=model)
     key = distil_key(source, model, ids, settings)

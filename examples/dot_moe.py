@@ -429,7 +429,7 @@ def run(args: argparse.Namespace) -> None:
     ids, held_out = distil.read_ids(model, args)
     count = len(ids) - held_out
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "held_out_sequences": held_out}
+    settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
     entry = common.entry("dot_moe.py", settings | hodgecover.describe_text(ids[:count], args.calib), source=model)
     key = distil.distil_key(model, model, ids, settings)
     distil.check_memory(model, args, ids.numel(), sinkhorn_bytes(model.config.dense_width, args.experts),

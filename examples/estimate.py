@@ -254,7 +254,7 @@ def in_units(size: float) -> str:
 
 def show(what: str, model: Model, cost: Cost, short: str) -> None:
     """Print a cost."""
-    print(f"{what} of {len(hodgecover.sparse_layers(model))} layers, {str(model.dtype).removeprefix('torch.')}: "
+    print(f"{what} of {len(hodgecover.sparse_layers(model))} layers, {common.dtype_name(model)}: "
           f"{cost.operations:.1e} operations, about {timedelta(seconds=round(cost.seconds))} on this machine, where a "
           f"short {short} does {cost.operations / cost.seconds:.1e} a second\n"
           f"  memory: {in_units(cost.memory)}\n  disk: {in_units(cost.disk)} of cache", flush=True)

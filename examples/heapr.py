@@ -353,7 +353,7 @@ def run(args: argparse.Namespace) -> None:
     cache = common.folder_beside(args.out, "heapr", model) if args.score == "heapr" else None
     hodgecover.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
-                "dtype": str(model.dtype).removeprefix("torch.")}
+                "dtype": common.dtype_name(model)}
     ids = None
     if args.score != "magnitude":
         settings["seed"] = args.seed

@@ -110,8 +110,7 @@ def cut(model: Model, args: argparse.Namespace) -> None:
 
 def order(model: Model, args: argparse.Namespace) -> None:
     """Write the checkpoint in order."""
-    settings = {"experts": "reap", "units": "camera", "seed": args.seed,
-                "dtype": str(model.dtype).removeprefix("torch.")}
+    settings = {"experts": "reap", "units": "camera", "seed": args.seed, "dtype": common.dtype_name(model)}
     plans = export_plan.read_orders(model, args.plan) if args.plan else None
     if args.plan:
         settings |= {"experts": "plan", "plan_sha256": hodgecover.read_history(args.plan)[-1].get("sha256")}

@@ -335,7 +335,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.refuse_inside(source, cache, "cache")
     ids = common.calibration_ids(source, args)
     key = refit_key(source, model, ids)
-    settings = {"ridge": RIDGE, "sweeps": SWEEPS, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed}
+    settings = {"ridge": RIDGE, "sweeps": SWEEPS, "dtype": common.dtype_name(model), "seed": args.seed}
     entry = common.entry("refit.py", settings | hodgecover.describe_text(ids, args.calib), source=source,
                          checkpoint=model)
 
