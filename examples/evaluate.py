@@ -157,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.check_range("sample", args.sample, 0, 10**6)
     hodgecover.check_range("seed", args.seed, 0, 2**63 - 1)
     source = common.open_model(args.source, args)
+    hodgecover.refuse_fold(source)
     output = (hodgecover.folded_model if args.fold else Model)(args.checkpoint, source.dtype, args.device)
     check_pair(source, output)
     if not args.fold and (args.checkpoint / hodgecover.FOLD).exists():
