@@ -23,9 +23,12 @@ from statistics import median
 import torch
 
 import common
+import distil
 import estimate
+import heapr
 import hodgecover
 import mathx
+import refit
 from estimate import Shape
 from hodgecover import MoELayer
 from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, layer_shapes, read_config, rms_norm,
@@ -204,8 +207,6 @@ def scaling(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def time_refit(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the time of the refit of one layer, and the rates of its operations and of a bare float64 product."""
-    import refit
-
     keep = args.experts // 2
     shape = Shape(keep, args.top_k, args.hidden, args.width, vocab=1, outcomes=1)  # its readout plays no part
     layer = random_layer(shape, args.refit, args.peak, dtype)
@@ -242,9 +243,6 @@ def random_decoder_layer(args: argparse.Namespace, dtype: torch.dtype) -> tuple[
 def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the times of a layer's forward pass, of heapr.py's pass back, and of a step of distil.py --layerwise, Adam
     included, and the process's largest memory after each."""
-    import distil
-    import heapr
-
     cfg, layer = random_decoder_layer(args, dtype)
     length = min(hodgecover.SEQ_LEN, args.gradients)
     h, target = torch.randn(2, args.gradients // length, length, args.hidden).to(dtype)
