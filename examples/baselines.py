@@ -406,6 +406,7 @@ BY_SCORE = {"random": random_score, "frequency": frequency_score, "reap": salien
 ON_BARRIERS = {"greedy-barrier": greedy_barrier, "triplet-penalty": triplet_penalty,
                "triplet-hypergraph": triplet_hypergraph, "hodge-no-triangle": hodge_no_triangle,
                "additive-residual": additive_residual, "weighted-cover": weighted_cover}
+# (facts, K) -> the K groups of a layer's experts, and the weight of each expert in its group's mean (n,)
 MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "slimqwen": slimqwen, "stun": stun}
 WITHOUT_BARRIERS = (*BY_SCORE, "hope")
 SELECTORS = (*WITHOUT_BARRIERS, *ON_BARRIERS)
@@ -416,9 +417,9 @@ def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, 
            settings: Settings = Settings(), layer: int = 0) -> LayerPlan:
     """The plan of one layer by one of SELECTORS, from what was measured on it.
 
-    rows (n, d) of the router are for a method without barriers, to which a `Routing` is enough, or `Facts`; hope needs
-    one of these. `layer` seeds `random`,
-    so that no two layers are alike.
+    signals : `Signals` for a method on barriers; for the others a `Routing` or `Facts`, for all but hope `Signals`, too
+    rows : of the router (n, d), for a method without barriers
+    layer : seeds `random`, so that no two layers are alike
     """
     if method in ON_BARRIERS:
         found = hodgecover.decompose(signals, settings)
@@ -430,11 +431,6 @@ def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, 
     else:
         order = descending(BY_SCORE[method](signals, settings.seed + layer))
     return hodgecover.layer_plan(order, nearest_rows(rows, order[:keep]), keep, signals.frequency, signals.saliency)
-
-
-def group_experts(facts: Facts, method: str, keep: int) -> tuple[Groups, torch.Tensor]:
-    """The K groups of a layer's experts by one of MERGING, and the weight of each expert in its group's mean (n,)."""
-    return MERGING[method](facts, keep)
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
@@ -494,7 +490,7 @@ def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: T
     hodgecover.check_keep(model, keep)
     for step in routed_passes(model, ids, tick):
         facts = layer_facts(step)
-        yield step.name, Merge(*group_experts(facts, method, keep), facts.frequency)
+        yield step.name, Merge(*MERGING[method](facts, keep), facts.frequency)
 
 
 def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, weights: torch.Tensor
@@ -505,22 +501,20 @@ def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, wei
     """
     group_of = {e: group for group in groups for e in group}
 
-    def mean_of(members: list[int], stored: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def mean(own: torch.Tensor, row: int, load: Callable[[int], torch.Tensor], expert: int | None = None
+             ) -> torch.Tensor:
+        members = group_of[row if expert is None else expert]
         share = weights[members].double()
         share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / len(share))
-        total = sum(own * stored(e).double() for own, e in zip(share, members) if own)
-        return total.to(stored(members[0]).dtype)
+        return sum(part * load(e).double() for part, e in zip(share, members) if part).to(own.dtype)
 
-    def fused(_: torch.Tensor, row: int, name: str) -> torch.Tensor:
-        return mean_of(group_of[row], lambda e: checkpoint.load(name, e))
-
-    def single(_: torch.Tensor, row: int, name: str, expert: int) -> torch.Tensor:
-        return mean_of(group_of[expert], lambda e: checkpoint.load(name.format(e)))
-    rows = [f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
-    if rows[0] in checkpoint.tensors:
-        return {name: partial(fused, name=name) for name in rows}
+    def single(e: int, name: str) -> torch.Tensor:
+        return checkpoint.load(name.format(e))
+    fused = [f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    if fused[0] in checkpoint.tensors:
+        return {name: partial(mean, load=partial(checkpoint.load, name)) for name in fused}
     parts = [f"{layer}.mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")]
-    return {name.format(e): partial(single, name=name, expert=e) for name in parts for e in group_of}
+    return {name.format(e): partial(mean, load=partial(single, name=name), expert=e) for name in parts for e in group_of}
 
 
 def export_merges(model: Model, merges: dict[str, Merge], out: Path, files: dict[str, bytes], all_slots: bool = False

@@ -145,7 +145,7 @@ def selected(sample: Sample, dropped: float, out: Path, method: str) -> Model:
 def merged(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:
     """Write the merged experts of one of baselines.MERGING."""
     keep = survivors(sample.source, dropped)
-    merges = {name: baselines.Merge(*baselines.group_experts(facts, method, keep), facts.frequency)
+    merges = {name: baselines.Merge(*baselines.MERGING[method](facts, keep), facts.frequency)
               for name, facts in sample.facts.items()}
     baselines.export_merges(sample.source, merges, out, {}, all_slots)
     return Model(out)
