@@ -100,21 +100,6 @@ def joint_norms(step: model_io.LayerPass) -> torch.Tensor:
     return (norms.T @ norms / together).diagonal_scatter(means.square()).cpu()
 
 
-def random_score(routing: Routing, seed: int) -> torch.Tensor:
-    """A random permutation."""
-    return torch.randperm(len(routing.frequency), generator=torch.Generator().manual_seed(seed))
-
-
-def frequency_score(routing: Routing, seed: int) -> torch.Tensor:
-    """Tokens routed to each expert."""
-    return routing.frequency
-
-
-def saliency_score(routing: Routing, seed: int) -> torch.Tensor:
-    """REAP saliency (arXiv 2510.13999)."""
-    return routing.saliency
-
-
 def descending(score: torch.Tensor) -> list[int]:
     """Positions of a score (n,), the largest first, ties to the lowest."""
     return score.sort(descending=True, stable=True).indices.tolist()
@@ -402,7 +387,10 @@ def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: i
 # ----------------------------------------------------------------------------------------------- the table of methods
 
 
-BY_SCORE = {"random": random_score, "frequency": frequency_score, "reap": saliency_score}
+BY_SCORE = {  # (what was measured, seed) -> score (n,)
+    "random": lambda found, seed: torch.randperm(len(found.frequency), generator=torch.Generator().manual_seed(seed)),
+    "frequency": lambda found, seed: found.frequency,
+    "reap": lambda found, seed: found.saliency}
 ON_BARRIERS = {"greedy-barrier": greedy_barrier, "triplet-penalty": triplet_penalty,
                "triplet-hypergraph": triplet_hypergraph, "hodge-no-triangle": hodge_no_triangle,
                "additive-residual": additive_residual, "weighted-cover": weighted_cover}

@@ -496,14 +496,14 @@ def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int
     return torch.cat((ids, held_out)), len(held_out)
 
 
-def weight_bytes(model: Model, prefixes: Sequence[str], parts: Sequence[str]) -> int:
-    """Return the bytes of the weights with these prefixes while some PARTS of theirs are trained: weights, gradients,
-    two moments, a copy, and what is being saved."""
+def training_bytes(model: Model, modules: Sequence[str], parts: Sequence[str]) -> int:
+    """Return the bytes of the weights of some modules, by name, while some PARTS of theirs are trained: weights,
+    gradients, two moments, a copy, and what is being saved."""
     total, wide = 0, model_io.widened(model.dtype).itemsize
     for name, info in model.checkpoint.tensors.items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), None)
-        if prefix:
-            trained = part_of(name.removeprefix(f"{prefix}.")) in parts
+        module = next((module for module in modules if name.startswith(f"{module}.")), None)
+        if module:
+            trained = part_of(name.removeprefix(f"{module}.")) in parts
             total += math.prod(info.shape) * wide * (8 if trained else 1)
     return total
 
@@ -515,11 +515,11 @@ def check_memory(model: Model, args: argparse.Namespace, tokens: int, of_layer: 
     cfg, norm = model.config, model.prefix.removesuffix(".")
     layers = model.layer_names[:cfg.num_layers]
     if args.layerwise:
-        at_once, weights = 1, max(weight_bytes(model, [layer], args.train) for layer in layers)
+        at_once, weights = 1, max(training_bytes(model, [layer], args.train) for layer in layers)
         what = "a layer"
     else:
         others = [f"{norm}.norm", f"{norm}.embed_tokens", "lm_head"]
-        at_once, weights = len(layers), weight_bytes(model, layers + others, args.train)
+        at_once, weights = len(layers), training_bytes(model, layers + others, args.train)
         what, advice = "end to end: all layers", "give --layerwise"
     sequences = graph_sequences(cfg, at_once, args.seq_len, args.memory)
     streams = min(args.memory, activation_bytes(model, tokens))  # the rest lies on disk

@@ -463,8 +463,8 @@ def test_what_it_needs_is_counted(half):
     layer = model.layer_names[1]
     own = {name: count for name, count in size.items() if name.startswith(f"{layer}.")}
     router = own[f"{layer}.mlp.gate.weight"]
-    assert distil.weight_bytes(model, [layer], [*distil.PARTS]) == 32 * sum(own.values())
-    assert distil.weight_bytes(model, [layer], ["router"]) == 4 * sum(own.values()) + 28 * router
+    assert distil.training_bytes(model, [layer], [*distil.PARTS]) == 32 * sum(own.values())
+    assert distil.training_bytes(model, [layer], ["router"]) == 4 * sum(own.values()) + 28 * router
 
 
 @pytest.mark.parametrize("memory, sequences", [(0, 1), (3.5, 3), (99, 8)])
