@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 import common
 import hodgecover
 import mathx
-import model_io
 from hodgecover import Settings, Signals
 from model_io import InputError
 
@@ -33,9 +32,9 @@ PARTS = ("gradient", "curl", "harmonic")
 
 def read_entry(path: Path) -> dict:
     """The last entry of a record's history. Raises InputError if it holds no plan."""
-    record = model_io.read_json(path)
+    history = hodgecover.read_history(path)
     try:
-        entry = record["history"][-1]
+        entry = history[-1]
         entry["layers"][0]["survivors"], entry["settings"]["keep"]
     except (KeyError, IndexError, TypeError):
         raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py or of a selector of "

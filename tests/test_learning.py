@@ -384,13 +384,14 @@ def test_plots_refuse_wrong_choices(planned, tmp_path, monkeypatch, capsys, opti
 
 
 @pytest.mark.parametrize("record, says", [
-    ({}, "its last step is no plan"), ({"history": []}, "its last step is no plan"),
-    ({"history": [{"layers": [{"groups": [[0]]}], "settings": {"keep": 1}}]}, "its last step is no plan"),
-    ({"history": [{"layers": [{"survivors": [0]}], "settings": {"keep": 1}}]}, "did not write (KeyError"),
+    ({"schema_version": 1, "history": []}, "not a record of schema_version 2"), ({}, "its last step is no plan"),
+    ({"layers": [{"groups": [[0]]}], "settings": {"keep": 1}}, "its last step is no plan"),
+    ({"layers": [{"survivors": [0]}], "settings": {"keep": 1}}, "did not write (KeyError"),
 ])
 def test_plots_of_something_else(tmp_path, monkeypatch, capsys, record, says):
     monkeypatch.setattr(common, "import_pyplot", lambda path: Pyplot(False))
-    (tmp_path / "a.json").write_text(json.dumps(record))
+    whole = {"schema_version": 2, "history": [record]} | record
+    (tmp_path / "a.json").write_text(json.dumps(whole))
     assert_refused(capsys, run(plot_diagnostics, tmp_path / "a.json", "--out", tmp_path / "a.png"), says)
 
 
