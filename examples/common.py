@@ -106,15 +106,17 @@ def entry(command: str, settings: dict, **read: Model) -> dict:
     return {"command": command, "settings": settings} | described
 
 
-def add_barrier_options(parser: Parser) -> None:
-    """The options of commands that measure barriers, or read those that hodgecover.py measured."""
+def add_barrier_options(parser: Parser, cache: bool = True) -> None:
+    """The options of commands that measure barriers, or read those that hodgecover.py measured; without a cache in one
+    that does neither."""
     default = hodgecover.Settings()
-    parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of each layer's barriers, shared with "
-                        "hodgecover.py [CKPT-barriers beside CKPT]")
-    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="as in "
-                        "hodgecover.py [%(default)s]")
-    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles, help="candidate "
-                        "triangles [%(default)s]")
+    if cache:
+        parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of each layer's barriers, shared with "
+                            "hodgecover.py [CKPT-barriers beside CKPT]")
+    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="outcomes of the "
+                        "vocabulary to read a token out on; 0: all [%(default)s]")
+    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles,
+                        help=hodgecover.HELP["max_triangles"])
 
 
 def barrier_cache(model: Model, args: argparse.Namespace, name: str = "barriers") -> Path:

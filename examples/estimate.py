@@ -209,19 +209,15 @@ def output_bytes(model: Model, keep: int) -> int:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    default = Settings()
     parser = common.command_line(__file__, __doc__, out=False, text=0, seed=False)
     parser.add_argument("--keep", metavar="K", type=int, help="experts to keep: adds the size of the output")
     parser.add_argument("--tokens", metavar="T", type=int, default=hodgecover.TOKENS, help="calibration tokens "
                         "[%(default)s]")
     parser.add_argument("--seq-len", metavar="L", type=int, default=hodgecover.SEQ_LEN,
                         help="tokens per sequence [%(default)s]")
-    parser.add_argument("--readout", choices=hodgecover.CHOICES["readout"], default=default.readout,
+    parser.add_argument("--readout", choices=hodgecover.CHOICES["readout"], default=Settings().readout,
                         help=hodgecover.HELP["readout"])
-    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="outcomes of the "
-                        "vocabulary to read out; 0: all [%(default)s]")
-    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles,
-                        help=hodgecover.HELP["max_triangles"])
+    common.add_barrier_options(parser, cache=False)
     parser.add_argument("--refit", metavar="TOKENS", type=int, help="also refit.py on so many tokens; needs --keep")
     return parser
 
