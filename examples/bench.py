@@ -284,8 +284,9 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.parser_of(__file__, __doc__)
-    meaning = dict(experts="n", top_k="k", hidden="d", width="f", vocab="V", tokens="T", sample="simplices of a kind "
-                   "that the plain way is timed on")
+    meaning = dict(experts="n, experts of the layer", top_k="k, experts a token takes", hidden="d, the hidden size",
+                   width="f, the width of an expert", vocab="V, the vocabulary", tokens="T, tokens",
+                   sample="simplices of a kind that the plain way is timed on")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", default=value,
                             help=f"{meaning[name]} [%(default)s]")

@@ -537,8 +537,8 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
     parser.add_argument("--lr", metavar="RATE", type=float, default=LR, help="peak learning rate, in units of each "
                         "matrix's root mean square [%(default)s]")
-    parser.add_argument("--kl-weight", metavar="W", type=float, default=1.0, help="of the KL; the loss of the next "
-                        "token has 1 - W [%(default)s]")
+    parser.add_argument("--kl-weight", metavar="W", type=float, default=1.0, help="weight of the KL; that of the "
+                        "next token's loss is 1 - W [%(default)s]")
     parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[*PARTS], help="of "
                         f"{', '.join(PARTS)} [all]")
     parser.add_argument("--layerwise", action="store_true", help="one layer after another, with only that one in "
