@@ -3,11 +3,12 @@
 
     python examples/plot_diagnostics.py PLAN [PLAN ...] --barriers CKPT-barriers --out picture.png
 
-PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py or of a selector of
-baselines.py. Of the first one: the shares of energy and the discordance of each layer. Of all of them, to compare
-methods: how much of each component's energy the survivors retain. --barriers names the folder where the barriers are
-kept. With it the matrix of one --layer is drawn too, survivors first, with the critical edges marked; and
-selectors that measure no barriers have their retained energy taken from there. The format is that of the name's ending.
+PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of
+baselines.py or of budgets.py rco. Of the first one: the shares of energy and the discordance of each layer. Of all of
+them, to compare methods: how much of each component's energy the survivors retain. --barriers names the folder where
+the barriers are kept. With it the matrix of one --layer is drawn too, survivors first, with the critical edges marked;
+and methods that measure no barriers have their retained energy taken from there. The format is that of the name's
+ending.
 """
 import argparse
 import json
@@ -37,14 +38,15 @@ def read_entry(path: Path) -> dict:
         entry = history[-1]
         entry["layers"][0]["survivors"], entry["settings"]["keep"]
     except (KeyError, IndexError, TypeError):
-        raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py or of a selector of "
-                         "baselines.py") from None
+        raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py, of a selector of "
+                         "baselines.py or of budgets.py rco") from None
     return entry
 
 
 def label(entry: dict) -> str:
     """The method of a plan, and its number of survivors."""
-    return f"{entry['settings'].get('method', 'hodgecover')}, K = {entry['settings']['keep']}"
+    said = entry["settings"]
+    return f"{said.get('method') or said.get('search') or 'hodgecover'}, K = {said['keep']}"
 
 
 def cached(folder: Path, entry: dict, layer: dict) -> Signals:

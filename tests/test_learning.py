@@ -327,6 +327,12 @@ def test_critical_edges_are_marked_at_their_places(planned, tmp_path):
     assert marked == critical | {pair[::-1] for pair in critical} and critical
 
 
+def test_a_plan_is_named_after_what_made_it():
+    said = [{"search": "rco", "keep": 4}, {"method": "reap", "keep": 5}, {"keep": 6}]
+    assert [plot_diagnostics.label({"settings": each}) for each in said] == ["rco, K = 4", "reap, K = 5",
+                                                                            "hodgecover, K = 6"]
+
+
 def test_plots_without_matplotlib_get_one_line(planned, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     capsys.readouterr()
