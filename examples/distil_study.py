@@ -3,7 +3,7 @@
 
     python examples/distil_study.py --samples 3                half of the expert parameters gone, by method
     python examples/distil_study.py --samples 3 --variants     REAP's survivors: tokens, losses, parts, steps, text
-    python examples/distil_study.py --samples 2 --columns 50%  --tokens 1024     a first look
+    python examples/distil_study.py --samples 1 --only reap --tokens 1024      a first look
 
 Tables are those of reproduce.py: held-out perplexity and KL from the source, mean +- standard deviation over the
 samples, and differences sample by sample. A sample is a seed: of the 2,048 tokens that choose what stays, of the 16,384

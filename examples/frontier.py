@@ -32,7 +32,7 @@ import hodgecover
 import reproduce
 from model_io import Model
 from refit_study import TOKENS, refitted
-from reproduce import Make, Sample, Score, Table
+from reproduce import Found, Make, Sample, Score, Table
 
 RATES = {name: reproduce.DROPPED[name] for name in ("25%", "50%", "66%")}
 KINDS = ("drop", "narrow", "both")
@@ -101,9 +101,6 @@ def tables() -> list[Table]:
 
 
 # ------------------------------------------------------------------------------------------ parameters, and a picture
-
-
-Found = dict[str, list[list[Score]]]  # scores of the samples by line and column
 
 
 def first_of(found: Found, kind: str) -> list[list[Score]] | None:

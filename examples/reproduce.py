@@ -235,6 +235,9 @@ class Score(NamedTuple):
     parameters: evaluate.Parameters
 
 
+Found = dict[str, list[list[Score]]]  # scores of the samples by line and column
+
+
 def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Score:
     """Make a checkpoint in a temporary folder, and compare it with the source on text (B, L)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -246,9 +249,8 @@ def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Scor
     return Score(found.output_perplexity, found.kl, 1 - left / (wanda.parameters(sample.source) or stored), size)
 
 
-def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> dict[str, list[list[Score]]]:
-    """Fill a table and print it line by line, then the differences from its first line. Returns the scores of the
-    samples by line and column."""
+def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> Found:
+    """Fill a table and print it line by line, then the differences from its first line. Returns the scores."""
     bar = hodgecover.progress_bar()
     cells = len(table.lines) * len(table.columns) * len(samples)
     done, found = 0, {}
@@ -270,9 +272,9 @@ def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> dict[
     return found
 
 
-def show_differences(found: dict[str, list[list[Score]]], columns: list[str]) -> None:
-    """Print how far the KL of each line is above that of the first, sample by sample; found: the scores of the samples
-    by line and column. Prints nothing for one line or one sample."""
+def show_differences(found: Found, columns: list[str]) -> None:
+    """Print how far the KL of each line is above that of the first, sample by sample. Prints nothing for one line or
+    one sample."""
     first, *others = found
     if len(found[first][0]) < 2 or not others:
         return
@@ -370,8 +372,8 @@ def show_source(source: Model, text: torch.Tensor, what: str) -> None:
     print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} {what}", flush=True)
 
 
-def show_held_out(tables: list[Table], samples: list[Sample], tokens: int) -> list[dict[str, list[list[Score]]]]:
-    """Print tables on so many tokens of held-out text; return the scores of each as `show_table` does."""
+def show_held_out(tables: list[Table], samples: list[Sample], tokens: int) -> list[Found]:
+    """Print tables on so many tokens of held-out text; return the scores of each."""
     text = held_out(samples[0], tokens)
     show_source(samples[0].source, text, "held-out tokens")
     return [show_table(table, samples, text) for table in tables]
