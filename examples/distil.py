@@ -431,7 +431,8 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
         if start and not after[0] < before[0]:
             hodgecover.log.warning("%s: its stream error would be %.5f, not lower; it keeps its weights; a lower --lr "
                                    "may help", step.name, after[0])
-            output.store(step.name, start)
+            for name, tensor in start.items():
+                output.checkpoint.overwrite(name, tensor)
             final = output.rerun(step, empty)
             after = before
         step.y.copy_(final.y)
@@ -444,15 +445,16 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
 
 
 def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Model, plan: Plan, say: Callable
-                 ) -> Weights:
+                 ) -> dict[str, torch.Tensor]:
     """Train one layer to the stream (T, d) after the source's, on the first `count` sequences, and write it into the
-    output's files. Returns the weights that it had, of those that are trained."""
+    output's files. Returns the tensors that it had, by name, of those that are trained."""
     cfg, length = output.config, step.h.shape[1]
     target = target.view_as(step.h)
     step.layer.unload()
     student = read_student(output, [step.name], plan.parts)
-    trained = student.trained()
-    start = {key.removeprefix(f"{step.name}."): weight.detach().clone() for key, weight in trained.items()}
+    trained, layer = student.trained(), f"{step.name}."
+    start = {name: output.checkpoint.load(name) for name in output.checkpoint.tensors
+             if name.startswith(layer) and part_of(name.removeprefix(layer)) in plan.parts}
 
     def loss_of(which: torch.Tensor) -> torch.Tensor:
         y = model_io.run_layer(step.h[which], student.layer(step.name), cfg)[2]
