@@ -209,6 +209,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.check_range("orders", args.orders, 1)
     hodgecover.check_range("end_to_end", args.end_to_end, 0)
     model = common.open_model(args.checkpoint, args)
+    hodgecover.refuse_fold(model)
     hodgecover.check_keep(model, args.keep)
     cache = common.barrier_cache(model, args)
     ids = common.calibration_ids(model, args)

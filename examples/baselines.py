@@ -100,21 +100,6 @@ def joint_norms(step: model_io.LayerPass) -> torch.Tensor:
     return (norms.T @ norms / together).diagonal_scatter(means.square()).cpu()
 
 
-def random_score(routing: Routing, seed: int) -> torch.Tensor:
-    """A random permutation."""
-    return torch.randperm(len(routing.frequency), generator=torch.Generator().manual_seed(seed))
-
-
-def frequency_score(routing: Routing, seed: int) -> torch.Tensor:
-    """Tokens routed to each expert."""
-    return routing.frequency
-
-
-def saliency_score(routing: Routing, seed: int) -> torch.Tensor:
-    """REAP saliency (arXiv 2510.13999)."""
-    return routing.saliency
-
-
 def descending(score: torch.Tensor) -> list[int]:
     """Positions of a score (n,), the largest first, ties to the lowest."""
     return score.sort(descending=True, stable=True).indices.tolist()
@@ -402,10 +387,14 @@ def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: i
 # ----------------------------------------------------------------------------------------------- the table of methods
 
 
-BY_SCORE = {"random": random_score, "frequency": frequency_score, "reap": saliency_score}
+BY_SCORE = {  # (what was measured, seed) -> score (n,)
+    "random": lambda found, seed: torch.randperm(len(found.frequency), generator=torch.Generator().manual_seed(seed)),
+    "frequency": lambda found, seed: found.frequency,
+    "reap": lambda found, seed: found.saliency}
 ON_BARRIERS = {"greedy-barrier": greedy_barrier, "triplet-penalty": triplet_penalty,
                "triplet-hypergraph": triplet_hypergraph, "hodge-no-triangle": hodge_no_triangle,
                "additive-residual": additive_residual, "weighted-cover": weighted_cover}
+# (facts, K) -> the K groups of a layer's experts, and the weight of each expert in its group's mean (n,)
 MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "slimqwen": slimqwen, "stun": stun}
 WITHOUT_BARRIERS = (*BY_SCORE, "hope")
 SELECTORS = (*WITHOUT_BARRIERS, *ON_BARRIERS)
@@ -416,9 +405,9 @@ def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, 
            settings: Settings = Settings(), layer: int = 0) -> LayerPlan:
     """The plan of one layer by one of SELECTORS, from what was measured on it.
 
-    rows (n, d) of the router are for a method without barriers, to which a `Routing` is enough, or `Facts`; hope needs
-    one of these. `layer` seeds `random`,
-    so that no two layers are alike.
+    signals : `Signals` for a method on barriers; for the others a `Routing` or `Facts`, for all but hope `Signals`, too
+    rows : of the router (n, d), for a method without barriers
+    layer : seeds `random`, so that no two layers are alike
     """
     if method in ON_BARRIERS:
         found = hodgecover.decompose(signals, settings)
@@ -430,11 +419,6 @@ def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, 
     else:
         order = descending(BY_SCORE[method](signals, settings.seed + layer))
     return hodgecover.layer_plan(order, nearest_rows(rows, order[:keep]), keep, signals.frequency, signals.saliency)
-
-
-def group_experts(facts: Facts, method: str, keep: int) -> tuple[Groups, torch.Tensor]:
-    """The K groups of a layer's experts by one of MERGING, and the weight of each expert in its group's mean (n,)."""
-    return MERGING[method](facts, keep)
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
@@ -494,7 +478,7 @@ def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: T
     hodgecover.check_keep(model, keep)
     for step in routed_passes(model, ids, tick):
         facts = layer_facts(step)
-        yield step.name, Merge(*group_experts(facts, method, keep), facts.frequency)
+        yield step.name, Merge(*MERGING[method](facts, keep), facts.frequency)
 
 
 def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, weights: torch.Tensor
@@ -505,22 +489,20 @@ def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, wei
     """
     group_of = {e: group for group in groups for e in group}
 
-    def mean_of(members: list[int], stored: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def mean(own: torch.Tensor, row: int, load: Callable[[int], torch.Tensor], expert: int | None = None
+             ) -> torch.Tensor:
+        members = group_of[row if expert is None else expert]
         share = weights[members].double()
         share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / len(share))
-        total = sum(own * stored(e).double() for own, e in zip(share, members) if own)
-        return total.to(stored(members[0]).dtype)
+        return sum(part * load(e).double() for part, e in zip(share, members) if part).to(own.dtype)
 
-    def fused(_: torch.Tensor, row: int, name: str) -> torch.Tensor:
-        return mean_of(group_of[row], lambda e: checkpoint.load(name, e))
-
-    def single(_: torch.Tensor, row: int, name: str, expert: int) -> torch.Tensor:
-        return mean_of(group_of[expert], lambda e: checkpoint.load(name.format(e)))
-    rows = [f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
-    if rows[0] in checkpoint.tensors:
-        return {name: partial(fused, name=name) for name in rows}
+    def single(e: int, name: str) -> torch.Tensor:
+        return checkpoint.load(name.format(e))
+    fused = [f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    if fused[0] in checkpoint.tensors:
+        return {name: partial(mean, load=partial(checkpoint.load, name)) for name in fused}
     parts = [f"{layer}.mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")]
-    return {name.format(e): partial(single, name=name, expert=e) for name in parts for e in group_of}
+    return {name.format(e): partial(mean, load=partial(single, name=name), expert=e) for name in parts for e in group_of}
 
 
 def export_merges(model: Model, merges: dict[str, Merge], out: Path, files: dict[str, bytes], all_slots: bool = False
@@ -549,15 +531,9 @@ def command_line() -> hodgecover.Parser:
     return parser
 
 
+# option -> methods that do not use it
 UNUSED = {"all_slots": (*SELECTORS, "stun")} | dict.fromkeys(
     ("cache", "vocab_sample", "max_triangles", "order", "memory"), (*WITHOUT_BARRIERS, *MERGING))
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError for an option that the method does not use."""
-    for name, methods in UNUSED.items():
-        if args.method in methods and getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: --method {args.method} does not use it; leave it out")
 
 
 def select(model: Model, ids: torch.Tensor, args: argparse.Namespace, settings: Settings, cache: Path | None) -> None:
@@ -585,7 +561,7 @@ def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace) -> None:
         show_share(model, name, found.routed_share(args.all_slots), bar, f"; largest group: {largest} experts")
         merges[name] = found
     settings = {"keep": args.keep, "method": args.method, "all_slots": args.all_slots, "seed": args.seed,
-                "dtype": str(model.dtype).removeprefix("torch.")} | hodgecover.describe_text(ids, args.calib)
+                "dtype": common.dtype_name(model)} | hodgecover.describe_text(ids, args.calib)
     layers = [{"layer": model.layer_names.index(name), "name": name, "groups": found.groups,
                "routed_share": found.routed_share(args.all_slots)} for name, found in merges.items()]
     entry = common.entry("baselines.py", settings, source=model) | {"layers": layers}
@@ -602,7 +578,8 @@ def show_share(model: Model, name: str, share: float, bar: Callable[[float | Non
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    check_options(args)
+    unused = [name for name, methods in UNUSED.items() if args.method in methods]
+    common.refuse_given(command_line(), args, unused, f"--method {args.method}")
     settings = Settings(order=args.order, vocab_sample=args.vocab_sample, max_triangles=args.max_triangles,
                         seed=args.seed)
     model = common.open_model(args.checkpoint, args)

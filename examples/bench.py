@@ -22,10 +22,13 @@ from statistics import median
 
 import torch
 
-import common  # noqa: F401  (puts the three files on the path)
+import common
+import distil
 import estimate
+import heapr
 import hodgecover
 import mathx
+import refit
 from estimate import Shape
 from hodgecover import MoELayer
 from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, layer_shapes, read_config, rms_norm,
@@ -204,8 +207,6 @@ def scaling(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def time_refit(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the time of the refit of one layer, and the rates of its operations and of a bare float64 product."""
-    import refit
-
     keep = args.experts // 2
     shape = Shape(keep, args.top_k, args.hidden, args.width, vocab=1, outcomes=1)  # its readout plays no part
     layer = random_layer(shape, args.refit, args.peak, dtype)
@@ -242,9 +243,6 @@ def random_decoder_layer(args: argparse.Namespace, dtype: torch.dtype) -> tuple[
 def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the times of a layer's forward pass, of heapr.py's pass back, and of a step of distil.py --layerwise, Adam
     included, and the process's largest memory after each."""
-    import distil
-    import heapr
-
     cfg, layer = random_decoder_layer(args, dtype)
     length = min(hodgecover.SEQ_LEN, args.gradients)
     h, target = torch.randn(2, args.gradients // length, length, args.hidden).to(dtype)
@@ -285,10 +283,10 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog="bench.py", description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    meaning = dict(experts="n", top_k="k", hidden="d", width="f", vocab="V", tokens="T", sample="simplices of a kind "
-                   "that the plain way is timed on")
+    parser = common.parser_of(__file__, __doc__)
+    meaning = dict(experts="n, experts of the layer", top_k="k, experts a token takes", hidden="d, the hidden size",
+                   width="f, the width of an expert", vocab="V, the vocabulary", tokens="T, tokens",
+                   sample="simplices of a kind that the plain way is timed on")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", default=value,
                             help=f"{meaning[name]} [%(default)s]")
@@ -322,9 +320,7 @@ def check_options(args: argparse.Namespace) -> None:
     experts = {"scaling": min(SCALED_SIZES["n"]), "refit": args.experts // 2}.get(mode, args.experts)
     if args.top_k > experts:
         raise InputError(f"top_k {args.top_k}: must be at most {experts}, the experts of the layer")
-    for name in UNUSED.get(mode, ()):
-        if getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: --{mode} does not use it; leave it out")
+    common.refuse_given(command_line(), args, UNUSED.get(mode, ()), f"--{mode}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 """Search which experts stay by what the whole model then predicts: how many in each layer, or which ones.
 
     python examples/budgets.py CKPT evo --keep 32 --out PLAN.json            a number for each layer, 32 on average
+    python examples/budgets.py CKPT barriers --keep 32 --plan P --out PLAN.json   the same, by HodgeCover's barriers
     python examples/budgets.py CKPT rco --keep 32 --out DIR                  32 in every layer: a checkpoint
     python examples/budgets.py CKPT rco --keep 32 --ragged --out PLAN.json   32 on average
 
@@ -12,6 +13,10 @@ evo (EvoESAP, arXiv 2603.06003). The experts of a layer go in a fixed order, the
 end of a --plan's `order`; a candidate says how many. It is worth ESAP = mean_t sum_v min(p, q) = 1 - TV, p the source's
 next-token distribution and q its own. 32 candidates, of twelve shapes and at random; in each generation the best 4 stay
 and the others become mutants of them, in which up to 3 times up to 4 experts move from one layer to another.
+
+barriers (ours; the paper's allocator is not at hand). No search: each layer keeps experts in proportion to the square
+root of its mean barrier, in nats, which a --plan of hodgecover.py has; the plan's order says which. That would be the
+best budget if a layer's loss were its barrier over the number of experts that stay.
 
 rco (RCO, arXiv 2605.00649; rco.py says how). No order is given: each expert has logits to keep and to prune it, trained
 to a low KL from the source while the expected number of pruned experts stays at the budget. With a budget for each
@@ -30,9 +35,10 @@ fit --memory.
 import argparse
 import itertools
 import json
+import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import baselines
@@ -73,6 +79,41 @@ class Pruned(Model):
         whole = super().layer(self.layer_names.index(layer)).experts.down.to(down.dtype)
         whole[kept] = down
         return super().store_down(layer, whole)[kept]
+
+
+# ---------------------------------------------------------------------------------------------------------- barriers
+
+
+def in_proportion(weights: Sequence[float], low: int, high: int, total: int) -> Budget:
+    """Share out a total in proportion to positive weights, from `low` to `high` to each.
+
+    >>> in_proportion([9.0, 1.0, 2.0, 3.0], 2, 8, 20), in_proportion([1.0, 1.0, 1.0], 2, 8, 11)
+    ((8, 2, 4, 6), (4, 4, 3))
+    """
+    def shares(scale: float) -> list[float]:
+        return [min(high, max(low, scale * weight)) for weight in weights]
+    few, many = 0.0, high / min(weights)
+    for _ in range(100):
+        middle = (few + many) / 2
+        few, many = (middle, many) if sum(shares(middle)) < total else (few, middle)
+    return largest_remainder(shares(many), high, total)
+
+
+def barrier_budget(means: Sequence[float], n: int, top_k: int, keep: int) -> Budget:
+    """How many of n experts of each layer go, by the layers' mean barriers: `keep` stay on average."""
+    largest = max(means) or 1.0
+    kept = in_proportion([max(each / largest, 1e-6)**0.5 for each in means], top_k, n, keep * len(means))
+    return tuple(n - each for each in kept)
+
+
+def mean_barriers(path: Path, names: Iterable[str]) -> list[float]:
+    """The mean barrier of layers, in nats, by a plan that `export_plan.read_orders` takes. Raises InputError if it has
+    none."""
+    found = {layer["name"]: layer.get("diagnostics") or {} for layer in hodgecover.read_history(path)[-1]["layers"]}
+    means = [found[name].get("mean_barrier") for name in names]
+    if not all(isinstance(each, float) and 0 <= each < math.inf for each in means):
+        raise InputError(f"{path}: has no mean barriers; give a plan of hodgecover.py")
+    return means
 
 
 # --------------------------------------------------------------------------------------------------------------- evo
@@ -239,10 +280,11 @@ def decoder_orders(model: Model, base: dict[str, LayerPlan]) -> dict[str, list[i
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.command_line(__file__, __doc__, text=TOKENS)
-    parser.add_argument("search", choices=("evo", "rco"), help="as above")
+    parser.add_argument("search", choices=("evo", "barriers", "rco"), help="as above")
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep: by rco in every "
-                        "layer, by evo and --ragged on average")
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo: a plan whose order the experts go in [REAP's]")
+                        "layer, else and by --ragged on average")
+    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, barriers: a plan whose order the experts "
+                        "go in [REAP's]")
     parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="of evo [%(default)s]")
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="of rco's optimiser [%(default)s]")
     parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers, and a plan file")
@@ -251,16 +293,22 @@ def command_line() -> hodgecover.Parser:
     return parser
 
 
-UNUSED = {"plan": "rco", "generations": "rco", "steps": "evo", "ragged": "evo"}
+UNUSED = {"evo": ("steps", "ragged"), "rco": ("plan", "generations"),
+          "barriers": ("steps", "ragged", "generations", "calib", "tokens", "seed", "memory")}
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for an option out of range, and for one that the search does not use."""
-    for name, search in UNUSED.items():
-        if args.search == search and getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: {search} does not use it; leave it out")
+    common.refuse_given(command_line(), args, UNUSED[args.search], args.search)
+    if args.search == "barriers" and not args.plan:
+        raise InputError("plan: missing; barriers are read from a plan of hodgecover.py")
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
+
+
+def writes_plan(args: argparse.Namespace) -> bool:
+    """Whether the output is a plan, which no checkpoint holds."""
+    return args.search != "rco" or args.ragged
 
 
 def check_budget(model: Model, keep: int) -> None:
@@ -308,15 +356,14 @@ def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
     return rco.rank(alpha, list(orders), limits)
 
 
-def write(model: Model, plans: dict[str, LayerPlan], ids: torch.Tensor, args: argparse.Namespace) -> None:
-    """Write the checkpoint of plans by layer name, or the plans alone if they are ragged."""
-    used = {name: getattr(args, name) for name, other in UNUSED.items() if other != args.search and name != "plan"}
+def write(model: Model, plans: dict[str, LayerPlan], text: dict, args: argparse.Namespace) -> None:
+    """Write the checkpoint of plans by layer name, or the plans alone if they are ragged; `text` is their record's."""
+    used = {name: getattr(args, name) for name in ("generations", "steps", "ragged") if name not in UNUSED[args.search]}
     if args.plan:
         used["plan_sha256"] = hodgecover.read_history(args.plan)[-1].get("sha256")
-    entry = hodgecover.plan_entry(model, plans, args.keep, Settings(seed=args.seed),
-                                  hodgecover.describe_text(ids, args.calib), Path(__file__).name, search=args.search,
-                                  **used)
-    if args.search == "evo" or args.ragged:
+    entry = hodgecover.plan_entry(model, plans, args.keep, Settings(seed=args.seed), text, Path(__file__).name,
+                                  search=args.search, **used)
+    if writes_plan(args):
         model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
         print(f"plan: {args.out}; no checkpoint holds it, since num_experts is one number for all layers")
         return
@@ -331,18 +378,27 @@ def run(args: argparse.Namespace) -> None:
     check_budget(model, args.keep)
     cache = common.folder_beside(args.out, "budgets", model)
     hodgecover.check_out(model, args.out, cache)
+    if writes_plan(args) and args.out.is_dir():
+        raise InputError(f"out {args.out}: a folder; the plan is a file, name another")
     held_out = common.read_eval(model, args) if args.eval else None
     base = export_plan.read_orders(model, args.plan) if args.plan else None
-    ids = common.calibration_ids(model, args)
-    hodgecover.make_cache(cache)
-    bar = hodgecover.progress_bar()
-    base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
-    orders = decoder_orders(model, base)
-    uniform = planned(model, base, orders, (model.config.num_experts - args.keep,) * len(orders), args.keep)
-    if args.search == "evo":
-        budget = run_evo(model, ids, orders, args, cache, bar)
+    if args.search == "barriers":
+        ids, text = None, hodgecover.read_history(args.plan)[-1]["text"]
     else:
-        orders, budget = run_rco(model, ids, orders, args, cache, bar)
+        ids = common.calibration_ids(model, args)
+        text = hodgecover.describe_text(ids, args.calib)
+    bar = hodgecover.progress_bar()
+    with common.made(cache):
+        base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
+        orders = decoder_orders(model, base)
+        uniform = planned(model, base, orders, (model.config.num_experts - args.keep,) * len(orders), args.keep)
+        if args.search == "evo":
+            budget = run_evo(model, ids, orders, args, cache, bar)
+        elif args.search == "barriers":
+            cfg = model.config
+            budget = barrier_budget(mean_barriers(args.plan, orders), cfg.num_experts, cfg.top_k, args.keep)
+        else:
+            orders, budget = run_rco(model, ids, orders, args, cache, bar)
     plans = planned(model, base, orders, budget, args.keep)
     print(f"experts kept in each layer: {' '.join(str(len(plan.survivors)) for plan in plans.values())}", flush=True)
     if held_out is not None:
@@ -351,7 +407,7 @@ def run(args: argparse.Namespace) -> None:
             bar(None)
             print(f"{what}: perplexity {found.source_perplexity:.2f} -> {found.output_perplexity:.2f}, KL(source || "
                   f"output) {found.kl:.4f} nats a token")
-    write(model, plans, ids, args)
+    write(model, plans, text, args)
     common.clear(cache, ["budgets-*.safetensors"])
 
 

@@ -13,6 +13,7 @@ are trained on, once. What a search has found lies beside the samples' barriers,
 
 Ragged plans run in memory; no checkpoint holds them. What a uniform file can carry of rco's ragged plan is its order of
 each layer's experts: `rco ragged, its order`. evo has the order of reap, which a uniform file cannot have otherwise.
+`barriers` has the budget of HodgeCover's barriers.
 `first layer whole` and --first are a budget by hand: the first layer loses nothing, the others lose its part too.
 """
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import baselines
 import budgets
-import common  # noqa: F401  (puts the three files on the path)
+import common
 import distil_study
 import frontier
 import heapr
@@ -88,6 +89,22 @@ def in_memory(sample: Sample, plans: dict[str, LayerPlan], out: Path) -> Model:
                           {name: plan.survivors for name, plan in plans.items()})
 
 
+def barrier_budget(sample: Sample, keep: int) -> budgets.Budget:
+    """The budget of HodgeCover's barriers: how many experts of each layer go."""
+    cfg, measured = sample.source.config, sample.signals(sample.settings())
+    means = [measured[name].barriers.mean().item() for name in budgets.decoder_orders(sample.source, ranked(sample))]
+    return budgets.barrier_budget(means, cfg.num_experts, cfg.top_k, keep)
+
+
+def barrier_way(sample: Sample, dropped: float, out: Path, method: str) -> Model:
+    """That budget, of the survivors of one method, in memory."""
+    source, keep = sample.source, reproduce.survivors(sample.source, dropped)
+    names = budgets.decoder_orders(source, ranked(sample))
+    own = {name: source.config.num_experts - gone for name, gone in zip(names, barrier_budget(sample, keep))}
+    plans = reproduce.plans(sample, method, dict.fromkeys(source.layer_names, keep) | own)
+    return in_memory(sample, plans, out)
+
+
 def evo_way(sample: Sample, dropped: float, out: Path, generations: int) -> Model:
     """The ragged budget that evo finds, in memory."""
     keep, base = reproduce.survivors(sample.source, dropped), ranked(sample)
@@ -148,6 +165,8 @@ def budget_tables(generations: int, steps: int) -> list[Table]:
     reap = partial(reproduce.selected, method="reap")
     lines: dict[str, Make] = {"reap": reap, f"reap, {TOKENS:,} tokens": partial(frontier.on_more_tokens, make=reap),
                               "first layer whole": first_whole,
+                              "barriers, ragged": partial(barrier_way, method="reap"),
+                              "hodgecover, barriers, ragged": partial(barrier_way, method="hodgecover"),
                               "evo, ragged": partial(evo_way, generations=generations)}
     lines |= {label: partial(rco_way, steps=steps, search=search) for label, search in (
         ("rco", "uniform"), ("rco, ragged", "ragged"), ("rco ragged, its order", "order"))}
@@ -171,7 +190,8 @@ def show_budgets(samples: list[Sample], args: argparse.Namespace, labels: Sequen
                  ) -> None:
     """Print the ragged plans: experts kept in each layer, sample by sample."""
     source = samples[0].source
-    of_label = {"evo, ragged": lambda sample, keep: evo_budget(sample, keep, args.generations),
+    of_label = {"barriers, ragged": barrier_budget,
+                "evo, ragged": lambda sample, keep: evo_budget(sample, keep, args.generations),
                 "rco, ragged": lambda sample, keep: rco_found(sample, keep, args.steps, True)[1]}
     reproduce.print_head("experts kept in each layer, sample by sample", columns)
     for label in (label for label in of_label if label in labels):
@@ -218,8 +238,22 @@ def nested_tables() -> list[Table]:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
+    parser = reproduce.command_line(__file__, __doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--first", action="store_true", help="methods that keep the whole first layer instead")
+    which.add_argument("--nested", action="store_true", help="one training for all sizes instead")
+    parser.add_argument("--generations", metavar="G", type=int, default=budgets.GENERATIONS, help="of evo "
+                        "[%(default)s]")
+    parser.add_argument("--steps", metavar="N", type=int, default=budgets.STEPS, help="of rco [%(default)s]")
+    return parser
+
+
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
+    if args.nested or args.first:
+        common.refuse_given(command_line(), args, ("generations", "steps"), "--nested" if args.nested else "--first")
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
     tables = nested_tables() if args.nested else first_tables() if args.first else \
@@ -229,24 +263,14 @@ def run(args: argparse.Namespace) -> None:
     for table in tables:
         for dropped in table.columns.values() if args.first or "first layer whole" in table.lines else ():
             spared(samples[0].source, dropped)
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(samples[0].source, text, "held-out tokens")
-    for table in tables:
-        reproduce.show_table(table, samples, text)
+    reproduce.show_held_out(tables, samples, args.tokens)
     if not (args.nested or args.first):
         show_budgets(samples, args, list(tables[0].lines), list(tables[0].columns))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = reproduce.command_line(__file__, __doc__)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--first", action="store_true", help="methods that keep the whole first layer instead")
-    which.add_argument("--nested", action="store_true", help="one training for all sizes instead")
-    parser.add_argument("--generations", metavar="G", type=int, default=budgets.GENERATIONS, help="of evo "
-                        "[%(default)s]")
-    parser.add_argument("--steps", metavar="N", type=int, default=budgets.STEPS, help="of rco [%(default)s]")
-    return hodgecover.run_command(parser, run, argv)
+    return hodgecover.run_command(command_line(), run, argv)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,17 @@ from model_io import Experts, InputError, Layer, Model  # noqa: E402
 Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
 
 
+def parser_of(file: str, description: str) -> Parser:
+    """The parser of the command in `file`, without options, described by its docstring."""
+    return Parser(prog=Path(file).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def command_line(file: str, description: str, out: bool = True, text: int = hodgecover.TOKENS, source: bool = False,
                  seed: bool = True, memory: bool = True, use: str = "calibration") -> Parser:
     """The parser of the command in `file`, described by its docstring: a checkpoint, after its source, if it compares
     the two; `--out`, if it writes one; text of so many tokens for calibration or another use, if it reads any; where
     and how to compute, with `--seed` and `--memory`, if it uses them."""
-    parser = Parser(prog=Path(file).name, description=description,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(file, description)
     if source:
         parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the checkpoint it was made from")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder")
@@ -48,12 +52,24 @@ def command_line(file: str, description: str, out: bool = True, text: int = hodg
     return parser
 
 
+def refuse_given(parser: Parser, args: argparse.Namespace, names: Iterable[str], what: str) -> None:
+    """Raise InputError if one of these options, which `what` does not use, has another value than its default."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"{name}: {what} does not use it; leave it out")
+
+
 def open_model(path: Path, args: argparse.Namespace) -> Model:
     """The checkpoint at `path`, with the command line's dtype and device."""
     return Model(path, hodgecover.choose_dtype(args.dtype, args.device), args.device)
 
 
-def calibration_ids(model: Model, args: argparse.Namespace):
+def dtype_name(model: Model) -> str:
+    """The name of a model's dtype, such as float32."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def calibration_ids(model: Model, args: argparse.Namespace) -> torch.Tensor:
     """The command line's calibration text, (B, L)."""
     return hodgecover.calibration_ids(model, args.calib, args.tokens, args.seq_len, args.seed)
 
@@ -90,21 +106,23 @@ def entry(command: str, settings: dict, **read: Model) -> dict:
     return {"command": command, "settings": settings} | described
 
 
-def add_barrier_options(parser: Parser) -> None:
-    """The options of commands that measure barriers, or read those that hodgecover.py measured."""
+def add_barrier_options(parser: Parser, cache: bool = True) -> None:
+    """The options of commands that measure barriers, or read those that hodgecover.py measured; without a cache in one
+    that does neither."""
     default = hodgecover.Settings()
-    parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of each layer's barriers, shared with "
-                        "hodgecover.py [CKPT-barriers beside CKPT]")
-    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="as in "
-                        "hodgecover.py [%(default)s]")
-    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles, help="candidate "
-                        "triangles [%(default)s]")
+    if cache:
+        parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of each layer's barriers, shared with "
+                            "hodgecover.py [CKPT-barriers beside CKPT]")
+    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="outcomes of the "
+                        "vocabulary to read a token out on; 0: all [%(default)s]")
+    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles,
+                        help=hodgecover.HELP["max_triangles"])
 
 
-def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
-    """The folder of the barriers. Raises InputError if it lies in the checkpoint."""
-    source = model.checkpoint.path.absolute()
-    cache = args.cache or source.with_name(f"{source.name}-barriers")
+def barrier_cache(model: Model, args: argparse.Namespace, name: str = "barriers") -> Path:
+    """The folder of the barriers: --cache, or CKPT-name beside CKPT. Raises InputError if it lies in the checkpoint."""
+    source = Path(os.path.abspath(model.checkpoint.path))
+    cache = args.cache or source.with_name(f"{source.name}-{name}")
     hodgecover.refuse_inside(model, cache, "cache")
     return cache
 
@@ -260,6 +278,12 @@ def scratch(folder: Path) -> Callable[..., torch.Tensor]:
     return empty
 
 
+def stream_maker(model: Model, size: int, memory: int, folder: Path) -> Callable[..., torch.Tensor]:
+    """Return what makes a model's streams, of `size` bytes in all: `torch.empty`, or `scratch` in a folder if they are
+    on the CPU and take more than `memory` bytes."""
+    return scratch(folder) if model.device.type == "cpu" and size > memory else torch.empty
+
+
 def clear(cache: Path, patterns: Iterable[str]) -> None:
     """Remove the files of these names from a folder, what a killed run left of them, and the folder if it is empty
     then."""
@@ -272,9 +296,9 @@ def clear(cache: Path, patterns: Iterable[str]) -> None:
 
 def import_pyplot(path: Path):
     """Return matplotlib's pyplot, without a display, to draw a picture in a file of that name. Raises InputError if it
-    is not installed or does not know the format of the name's ending, and if the file's folder does not exist."""
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist; make it or name another")
+    is not installed or does not know the format of the name's ending, and if no file of that name can be made."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: must name a file in an existing folder")
     try:
         import matplotlib
     except ImportError:

@@ -53,7 +53,6 @@ import evaluate
 import hodgecover
 import model_io
 import torch
-from hodgecover import Tick, no_tick
 from model_io import Config, Experts, InputError, Layer, LayerPass, Model
 from torch.nn import functional
 
@@ -66,7 +65,7 @@ EVAL_TOKENS = 8192  # of held-out text
 SAVE_SECONDS = 60  # between two saved steps
 SPARSE = 0.01  # share of zeros from which an expert's matrix counts as pruned
 SMALLEST = 1e-6  # a matrix's root mean square for --lr, at least: a router of dot_moe.py has 1e-4
-PIECE = 4096  # tokens that are compared at a time
+PIECE = 4096  # tokens that are taken at a time
 STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
 WHOLE = 1 / 3  # probability of a step of the whole model, if there are prefixes
 CACHE_VERSION = "1"
@@ -192,15 +191,15 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int, plan: Plan, name: str,
-          report: Callable[[int, int, float], None], begin: Tick = no_tick) -> None:
+          report: Callable[[int, int, float], None], of_step: Callable[[int, int], dict] = lambda step, steps: {}
+          ) -> None:
     """Train weights in place by Adam on `count` sequences of `length`, `at_once` of them in a graph.
 
-    `loss_of` gives the summed loss of some sequences, of a `prefix` if the plan has any. `report` is told the steps
-    done, their number, and the loss of the last; `begin`, before each step, the share that is done. What is saved,
-    under `name` in the plan's cache, is taken up.
+    `loss_of` gives the summed loss of some sequences; at a step, from 0 on, of so many it also takes the arguments that
+    `of_step` names. `report` is told the steps done, their number, and the loss of the last. What is saved, under
+    `name` in the plan's cache, is taken up.
     """
     steps, masks = batches(count, plan), zeros_to_keep(weights)
-    prefixes = prefixes_of(len(steps), plan)
     groups = [{"params": [weight], "unit": weight.detach().square().mean().sqrt().clamp(min=SMALLEST).item()}
               for weight in weights.values()]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
@@ -209,9 +208,7 @@ def train(weights: Weights, loss_of: Loss, count: int, length: int, at_once: int
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * group["unit"] * schedule(step, len(steps))
         optimizer.zero_grad()
-        begin(step / len(steps))
-        of_step = partial(loss_of, prefix=prefixes[step]) if prefixes[step] else loss_of
-        loss = add_gradient(of_step, which, at_once, len(which) * length)
+        loss = add_gradient(partial(loss_of, **of_step(step, len(steps))), which, at_once, len(which) * length)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
         if not math.isfinite(loss) or not norm.isfinite():
             raise InputError(f"step {step + 1} of {len(steps)}: the loss or its gradient is not finite: NaN or "
@@ -311,6 +308,12 @@ def load_line(counts: dict[str, torch.Tensor]) -> str:
     return f"load: busiest expert {busiest:.1f} times an even share, {idle} idle"
 
 
+def step_line(done: int, steps: int, loss: float, counts: dict[str, torch.Tensor]) -> str:
+    """Say a step's loss and the load since the last line; nothing if no line is due."""
+    due = done * REPORTS // steps > (done - 1) * REPORTS // steps
+    return f"step {done} of {steps}: loss {loss:.4f}, {load_line(counts)}" if due else ""
+
+
 # --------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -359,11 +362,10 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
         hidden = model_io.rms_norm(h, weight, cfg.rms_norm_eps)
         return readout_loss(hidden, source_norm(target[which]), ids[which].to(output.device), head, kl_weight)
     at_once = graph_sequences(cfg, cfg.num_layers, length, plan.memory)
+    prefixes = prefixes_of(len(batches(count, plan)), plan)
 
     def report(done: int, steps: int, loss: float) -> None:
-        line = ""
-        if done * REPORTS // steps > (done - 1) * REPORTS // steps:
-            line = f"step {done} of {steps}: loss {loss:.4f}, {load_line(counts)}"
+        line = step_line(done, steps, loss, counts)
         if line and held_out:
             watched = torch.arange(count, len(ids))
             kls = [mean_loss(partial(loss_of, kl_weight=1.0, prefix=prefix), watched, at_once, held_out * length)
@@ -371,7 +373,8 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
             line += f", held-out KL {' '.join(f'{kl:.4f}' for kl in kls)}"
             counts.clear()
         say(of_source + (1 - of_source) * done / steps, line)
-    train(student.trained(), loss_of, count, length, at_once, plan, "distil", report)
+    train(student.trained(), loss_of, count, length, at_once, plan, "distil", report,
+          lambda step, _: {"prefix": prefixes[step]})
     student.store(output)
 
 
@@ -428,7 +431,8 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
         if start and not after[0] < before[0]:
             hodgecover.log.warning("%s: its stream error would be %.5f, not lower; it keeps its weights; a lower --lr "
                                    "may help", step.name, after[0])
-            output.store(step.name, start)
+            for name, tensor in start.items():
+                output.checkpoint.overwrite(name, tensor)
             final = output.rerun(step, empty)
             after = before
         step.y.copy_(final.y)
@@ -441,15 +445,16 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
 
 
 def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Model, plan: Plan, say: Callable
-                 ) -> Weights:
+                 ) -> dict[str, torch.Tensor]:
     """Train one layer to the stream (T, d) after the source's, on the first `count` sequences, and write it into the
-    output's files. Returns the weights that it had, of those that are trained."""
+    output's files. Returns the tensors that it had, by name, of those that are trained."""
     cfg, length = output.config, step.h.shape[1]
     target = target.view_as(step.h)
     step.layer.unload()
     student = read_student(output, [step.name], plan.parts)
-    trained = student.trained()
-    start = {key.removeprefix(f"{step.name}."): weight.detach().clone() for key, weight in trained.items()}
+    trained, layer = student.trained(), f"{step.name}."
+    start = {name: output.checkpoint.load(name) for name in output.checkpoint.tensors
+             if name.startswith(layer) and part_of(name.removeprefix(layer)) in plan.parts}
 
     def loss_of(which: torch.Tensor) -> torch.Tensor:
         y = model_io.run_layer(step.h[which], student.layer(step.name), cfg)[2]
@@ -493,14 +498,14 @@ def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int
     return torch.cat((ids, held_out)), len(held_out)
 
 
-def weight_bytes(model: Model, prefixes: Sequence[str], parts: Sequence[str]) -> int:
-    """Return the bytes of the weights with these prefixes while some PARTS of theirs are trained: weights, gradients,
-    two moments, a copy, and what is being saved."""
+def training_bytes(model: Model, modules: Sequence[str], parts: Sequence[str]) -> int:
+    """Return the bytes of the weights of some modules, by name, while some PARTS of theirs are trained: weights,
+    gradients, two moments, a copy, and what is being saved."""
     total, wide = 0, model_io.widened(model.dtype).itemsize
     for name, info in model.checkpoint.tensors.items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), None)
-        if prefix:
-            trained = part_of(name.removeprefix(f"{prefix}.")) in parts
+        module = next((module for module in modules if name.startswith(f"{module}.")), None)
+        if module:
+            trained = part_of(name.removeprefix(f"{module}.")) in parts
             total += math.prod(info.shape) * wide * (8 if trained else 1)
     return total
 
@@ -512,11 +517,11 @@ def check_memory(model: Model, args: argparse.Namespace, tokens: int, of_layer: 
     cfg, norm = model.config, model.prefix.removesuffix(".")
     layers = model.layer_names[:cfg.num_layers]
     if args.layerwise:
-        at_once, weights = 1, max(weight_bytes(model, [layer], args.train) for layer in layers)
+        at_once, weights = 1, max(training_bytes(model, [layer], args.train) for layer in layers)
         what = "a layer"
     else:
         others = [f"{norm}.norm", f"{norm}.embed_tokens", "lm_head"]
-        at_once, weights = len(layers), weight_bytes(model, layers + others, args.train)
+        at_once, weights = len(layers), training_bytes(model, layers + others, args.train)
         what, advice = "end to end: all layers", "give --layerwise"
     sequences = graph_sequences(cfg, at_once, args.seq_len, args.memory)
     streams = min(args.memory, activation_bytes(model, tokens))  # the rest lies on disk
@@ -534,8 +539,8 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
     parser.add_argument("--lr", metavar="RATE", type=float, default=LR, help="peak learning rate, in units of each "
                         "matrix's root mean square [%(default)s]")
-    parser.add_argument("--kl-weight", metavar="W", type=float, default=1.0, help="of the KL; the loss of the next "
-                        "token has 1 - W [%(default)s]")
+    parser.add_argument("--kl-weight", metavar="W", type=float, default=1.0, help="weight of the KL; that of the "
+                        "next token's loss is 1 - W [%(default)s]")
     parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[*PARTS], help="of "
                         f"{', '.join(PARTS)} [all]")
     parser.add_argument("--layerwise", action="store_true", help="one layer after another, with only that one in "
@@ -575,7 +580,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.refuse_inside(source, out, "out")
     ids, held_out = read_ids(source, args)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "held_out_sequences": held_out}
+    settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
     text = hodgecover.describe_text(ids[:len(ids) - held_out], args.calib)
     entry = common.entry("distil.py", settings | text, source=source, checkpoint=model)
     key = distil_key(source, model, ids, settings)
@@ -587,8 +592,7 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key,
                 args.prefixes)
     with common.copied(model, out, entry) as output, common.made(cache):
-        large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
-        empty = common.scratch(output.checkpoint.path) if large else torch.empty
+        empty = common.stream_maker(model, activation_bytes(model, ids.numel()), args.memory, output.checkpoint.path)
         work = (distil_layers if args.layerwise else distil)(source, output, ids, held_out, plan, empty,
                                                              partial(tell, bar))
         if args.layerwise:

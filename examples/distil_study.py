@@ -3,7 +3,7 @@
 
     python examples/distil_study.py --samples 3                half of the expert parameters gone, by method
     python examples/distil_study.py --samples 3 --variants     REAP's survivors: tokens, losses, parts, steps, text
-    python examples/distil_study.py --samples 2 --columns 50%  --tokens 1024     a first look
+    python examples/distil_study.py --samples 1 --only reap --tokens 1024      a first look
 
 Tables are those of reproduce.py: held-out perplexity and KL from the source, mean +- standard deviation over the
 samples, and differences sample by sample. A sample is a seed: of the 2,048 tokens that choose what stays, of the 16,384
@@ -96,11 +96,7 @@ def variant_tables() -> list[Table]:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     tables = reproduce.picked(variant_tables() if args.variants else method_tables(), args.only, args.columns)
-    samples = reproduce.read_samples(args)
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(samples[0].source, text, "held-out tokens")
-    for table in tables:
-        reproduce.show_table(table, samples, text)
+    reproduce.show_held_out(tables, reproduce.read_samples(args), args.tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

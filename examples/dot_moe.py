@@ -68,7 +68,6 @@ LR = 0.5
 SWEEPS = 20  # of k-means
 ACTIVE = 0.1  # share of a token's neurons
 SPREAD = 2.0**-10  # of a router's logits in the file
-STREAM_PIECE = 4096  # tokens whose activations are counted at a time
 SETTINGS = ("experts", "top_k", "split", "layerwise", "epochs", "lr", "seed", "memory")
 MATRIX = re.compile(r"(.+)\.mlp\.(gate|up|down)_proj\.weight")
 NOTICE = ("> **This is a sparse model.** The neurons of the dense model described below were dealt out to experts; the "
@@ -134,7 +133,7 @@ def kmeans_split(rows: torch.Tensor, n: int, seed: int) -> torch.Tensor:
 def count_together(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """Return how many of the tokens x (T, d) two neurons of a dense layer are both active on, (f, f)."""
     counts = 0.0
-    for part in x.split(STREAM_PIECE):
+    for part in x.split(distil.PIECE):
         size = model_io.gated(part, layer.weights, "mlp").abs()
         top = size.topk(max(1, round(ACTIVE * size.shape[1]))).indices
         active = torch.zeros(size.shape, device=x.device).scatter(1, top, 1.0)
@@ -248,6 +247,11 @@ def temperature_at(share: float) -> float:
     return HOT * (COLD / HOT) ** share
 
 
+def of_step(step: int, steps: int) -> dict[str, float]:
+    """Return what the loss of a step is told, as `distil.train` wants it."""
+    return {"temperature": temperature_at(step / steps)}
+
+
 # -------------------------------------------------------------------------------------------------------- the training
 
 
@@ -264,13 +268,9 @@ def align(model: Model, ids: torch.Tensor, held_out: int, want: Want, plan: dist
     target, norm = step.y.view(*ids.shape, -1), step.norm
     del step
     layers = {name: model.layer(index) for index, name in enumerate(model.layer_names)}
-    head, temperature, counts = model.unembedding(), HOT, {}
+    head, counts = model.unembedding(), {}
 
-    def begin(share: float) -> None:
-        nonlocal temperature
-        temperature = temperature_at(share)
-
-    def loss_of(which: torch.Tensor) -> torch.Tensor:
+    def loss_of(which: torch.Tensor, temperature: float = HOT) -> torch.Tensor:
         h, charge = model.embed(ids[which]), 0.0
         for name, layer in layers.items():
             passed = run_split(h, layer, splits[name], temperature, want.top_k, cfg)
@@ -280,12 +280,10 @@ def align(model: Model, ids: torch.Tensor, held_out: int, want: Want, plan: dist
         return (KL + NEXT_TOKEN) * readout + which.numel() * length * charge
 
     def report(done: int, steps: int, loss: float) -> None:
-        due = done * distil.REPORTS // steps > (done - 1) * distil.REPORTS // steps
-        line = f"step {done} of {steps}: loss {loss:.4f}, {distil.load_line(counts)}" if due else ""
-        say(of_source + (1 - of_source) * done / steps, line)
+        say(of_source + (1 - of_source) * done / steps, distil.step_line(done, steps, loss, counts))
     trained = {f"{layer}.{name}": part for layer, split in splits.items() for name, part in split.trained().items()}
     at_once = distil.graph_sequences(cfg, cfg.num_layers, length, plan.memory)
-    distil.train(trained, loss_of, count, length, at_once, plan, "dot-moe", report, begin)
+    distil.train(trained, loss_of, count, length, at_once, plan, "dot-moe", report, of_step)
     return {name: split.settled() for name, split in splits.items()}
 
 
@@ -313,18 +311,14 @@ def align_layer(step: LayerPass, h: torch.Tensor, split: Split, count: int, want
                 tick: hodgecover.Tick) -> Split:
     """Train the split of one layer, to bring the stream after it to the dense one's, on the first `count` sequences of
     h (B, L, d), the stream before it; return the split."""
-    length, temperature, target = h.shape[1], HOT, step.y.view_as(h)
+    length, target = h.shape[1], step.y.view_as(h)
 
-    def begin(share: float) -> None:
-        nonlocal temperature
-        temperature = temperature_at(share)
-
-    def loss_of(which: torch.Tensor) -> torch.Tensor:
+    def loss_of(which: torch.Tensor, temperature: float = HOT) -> torch.Tensor:
         passed = run_split(h[which], step.layer, split, temperature, want.top_k, cfg)
         return distil.stream_error(passed.y, target[which].flatten(0, 1)) + len(passed.y) * passed.charge
     at_once = distil.graph_sequences(cfg, 1, length, plan.memory)
     distil.train(split.trained(), loss_of, count, length, at_once, plan, f"dot-moe-{step.name}",
-                 lambda done, steps, loss: tick(done / steps), begin)
+                 lambda done, steps, loss: tick(done / steps), of_step)
     return split
 
 
@@ -435,7 +429,7 @@ def run(args: argparse.Namespace) -> None:
     ids, held_out = distil.read_ids(model, args)
     count = len(ids) - held_out
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "held_out_sequences": held_out}
+    settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
     entry = common.entry("dot_moe.py", settings | hodgecover.describe_text(ids[:count], args.calib), source=model)
     key = distil.distil_key(model, model, ids, settings)
     distil.check_memory(model, args, ids.numel(), sinkhorn_bytes(model.config.dense_width, args.experts),
@@ -446,8 +440,7 @@ def run(args: argparse.Namespace) -> None:
     want = Want(args.experts, args.top_k, args.split)
     plan = distil.Plan(args.epochs, args.lr, KL / (KL + NEXT_TOKEN), [], args.seed, args.memory, cache, key)
     with model_io.new_folder(args.out) as folder, common.made(cache):
-        large = model.device.type == "cpu" and distil.activation_bytes(model, ids.numel()) > args.memory
-        empty = common.scratch(folder) if large else torch.empty
+        empty = common.stream_maker(model, distil.activation_bytes(model, ids.numel()), args.memory, folder)
         way = align_layers if args.layerwise else align
         splits = way(model, ids, held_out, want, plan, empty, partial(distil.tell, bar))
         bar(None)

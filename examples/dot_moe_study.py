@@ -82,10 +82,7 @@ def run(args: argparse.Namespace) -> None:
     chosen = reproduce.picked(tables(), args.only, args.columns)
     samples = reproduce.read_samples(args)
     dot_moe.check_options(samples[0].source, argparse.Namespace(experts=EXPERTS, top_k=1, epochs=1, lr=dot_moe.LR))
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(samples[0].source, text, "held-out tokens")
-    for table in chosen:
-        reproduce.show_table(table, samples, text)
+    reproduce.show_held_out(chosen, samples, args.tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

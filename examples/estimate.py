@@ -27,6 +27,7 @@ import common
 import hodgecover
 import mathx
 import model_io
+import refit
 from hodgecover import MoELayer, Settings
 from model_io import Experts, InputError, Layer, LayerPass, Model
 
@@ -140,25 +141,24 @@ def estimate(model: Model, settings: Settings, tokens: int, memory: int = hodgec
     pairs, triangles = math.comb(shape.n, 2), min(settings.max_triangles, math.comb(shape.n, 3))
     audited = AUDITED if settings.vocab_sample else 0
     disk = len(sparse) * 8 * (2 * shape.n + pairs + 4 * triangles + 2 * audited)
-    count = model_readout if settings.readout == "model" else lens_readout
-    operations, peak = count(model, shape, tokens, pairs, triangles, memory)
-    return Cost(operations, operations / sweep_rate(model, shape), PROCESS_BYTES + peak, disk)
+    count, buffers = (model_readout, 0) if settings.readout == "model" else (lens_readout, memory)
+    operations, peak = count(model, shape, tokens, pairs, triangles)
+    return Cost(operations, operations / sweep_rate(model, shape), PROCESS_BYTES + peak + buffers, disk)
 
 
-def lens_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int, memory: int
-                 ) -> tuple[float, float]:
-    """(operations, peak bytes) of the readout `lens`: one forward pass, and a sweep in each sparse layer."""
+def lens_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int) -> tuple[float, float]:
+    """(operations, peak bytes but for buffers) of the readout `lens`: one forward pass, and a sweep in each sparse
+    layer."""
     held, active = layer_sizes(model)
     sweep = sweep_operations(shape, 2, pairs) + sweep_operations(shape, 3, triangles)
     operations = tokens * (len(hodgecover.sparse_layers(model)) * sweep + 2 * active)
     streams = 16 * tokens * shape.d
     sample = 12 * tokens * shape.outcomes if shape.outcomes < shape.vocab else 0
-    return operations, max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + sample + memory
+    return operations, max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + sample
 
 
-def model_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int, memory: int
-                  ) -> tuple[float, float]:
-    """The same of the readout `model`: every merge runs all later layers, which stay in memory; no `memory` is kept."""
+def model_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int) -> tuple[float, float]:
+    """The same of the readout `model`: every merge runs all later layers, which stay in memory."""
     held, active = layer_sizes(model)
     sparse, depth = hodgecover.sparse_layers(model), len(held)
     later = sum((depth - 1 - index) / depth for index in sparse)
@@ -172,8 +172,6 @@ def model_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles
 def estimate_refit(model: Model, keep: int, tokens: int, memory: int = hodgecover.MEMORY) -> Cost:
     """What refit.py costs on so many tokens, for a checkpoint with `keep` of the model's experts. Time is at the rate
     of one refit of two made-up experts. Systems with fixed zeros are solved row by row, which is not counted."""
-    import refit
-
     sparse, (held, active), shape = hodgecover.sparse_layers(model), layer_sizes(model), shape_of(model)
     _, k, d, f, _, _ = shape
     operations = len(sparse) * refit.refit_operations(tokens, keep, k, d, f) + 4 * tokens * active
@@ -189,8 +187,6 @@ def estimate_refit(model: Model, keep: int, tokens: int, memory: int = hodgecove
 
 def refit_rate(model: Model, rows: int) -> float:
     """Operations a second of a refit of two made-up experts that get `rows` tokens each."""
-    import refit
-
     filled, d, f = partial(made_up, model), model.config.hidden_size, model.config.expert_width
     experts = Experts(filled(2, f, d), filled(2, f, d), filled(2, d, f))
     stream = filled(rows, d)
@@ -213,19 +209,15 @@ def output_bytes(model: Model, keep: int) -> int:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    default = Settings()
     parser = common.command_line(__file__, __doc__, out=False, text=0, seed=False)
     parser.add_argument("--keep", metavar="K", type=int, help="experts to keep: adds the size of the output")
     parser.add_argument("--tokens", metavar="T", type=int, default=hodgecover.TOKENS, help="calibration tokens "
                         "[%(default)s]")
     parser.add_argument("--seq-len", metavar="L", type=int, default=hodgecover.SEQ_LEN,
                         help="tokens per sequence [%(default)s]")
-    parser.add_argument("--readout", choices=hodgecover.CHOICES["readout"], default=default.readout,
+    parser.add_argument("--readout", choices=hodgecover.CHOICES["readout"], default=Settings().readout,
                         help=hodgecover.HELP["readout"])
-    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="outcomes of the "
-                        "vocabulary to read out; 0: all [%(default)s]")
-    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles,
-                        help=hodgecover.HELP["max_triangles"])
+    common.add_barrier_options(parser, cache=False)
     parser.add_argument("--refit", metavar="TOKENS", type=int, help="also refit.py on so many tokens; needs --keep")
     return parser
 
@@ -254,7 +246,7 @@ def in_units(size: float) -> str:
 
 def show(what: str, model: Model, cost: Cost, short: str) -> None:
     """Print a cost."""
-    print(f"{what} of {len(hodgecover.sparse_layers(model))} layers, {str(model.dtype).removeprefix('torch.')}: "
+    print(f"{what} of {len(hodgecover.sparse_layers(model))} layers, {common.dtype_name(model)}: "
           f"{cost.operations:.1e} operations, about {timedelta(seconds=round(cost.seconds))} on this machine, where a "
           f"short {short} does {cost.operations / cost.seconds:.1e} a second\n"
           f"  memory: {in_units(cost.memory)}\n  disk: {in_units(cost.disk)} of cache", flush=True)

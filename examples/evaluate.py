@@ -156,9 +156,9 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     hodgecover.check_range("sample", args.sample, 0, 10**6)
     hodgecover.check_range("seed", args.seed, 0, 2**63 - 1)
-    dtype = hodgecover.choose_dtype(args.dtype, args.device)
-    source = Model(args.source, dtype, args.device)
-    output = (hodgecover.folded_model if args.fold else Model)(args.checkpoint, dtype, args.device)
+    source = common.open_model(args.source, args)
+    hodgecover.refuse_fold(source)
+    output = (hodgecover.folded_model if args.fold else Model)(args.checkpoint, source.dtype, args.device)
     check_pair(source, output)
     if not args.fold and (args.checkpoint / hodgecover.FOLD).exists():
         hodgecover.log.warning("%s has a router fold; without --fold it is run as other programs run it, with the "
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
     bar(None)
     print(*table(source, output, found), sep="\n")
     print(f"on {ids.numel():,} tokens of {args.text.name}, in sequences of {args.seq_len}, "
-          f"{str(dtype).removeprefix('torch.')}", flush=True)
+          f"{common.dtype_name(source)}", flush=True)
     if args.sample:
         print(f"\nprompt: {source.decode(prompt.tolist())!r}")
         for name, model in (("source", source), ("output", output)):

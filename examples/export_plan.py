@@ -19,7 +19,6 @@ from pathlib import Path
 
 import common
 import hodgecover
-import model_io
 from hodgecover import LayerPlan
 from model_io import InputError, Model
 
@@ -32,10 +31,10 @@ def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, LayerPlan]]:
     Raises InputError if it is not a plan for this checkpoint: another fingerprint, or survivors or redirects that the
     export cannot take.
     """
-    record = model_io.read_json(path)
+    history = hodgecover.read_history(path)
     try:
-        entry = record["history"][-1]
-        check_origin(model, path, record, entry)
+        entry = history[-1]
+        check_origin(model, path, entry)
         hodgecover.to_json(entry)  # no NaN, which JSON does not have
         plans = {layer["name"]: layer_plan(layer) for layer in entry["layers"]}
         edited = entry.get("sha256") != hodgecover.entry_hash(entry)
@@ -64,10 +63,8 @@ def read_orders(model: Model, path: Path) -> dict[str, LayerPlan]:
     return plans
 
 
-def check_origin(model: Model, path: Path, record: dict, entry: dict) -> None:
+def check_origin(model: Model, path: Path, entry: dict) -> None:
     """Raise InputError if a record's last entry is not a plan made from the checkpoint's weights and layers."""
-    if record["schema_version"] != hodgecover.SCHEMA_VERSION:
-        raise InputError(f"{path}: schema_version {record['schema_version']!r}; must be {hodgecover.SCHEMA_VERSION}")
     if entry["command"] not in PLANNERS or "survivors" not in entry["layers"][0]:
         step = " ".join([str(entry["command"]), *filter(None, [entry["settings"].get("method")])])
         raise InputError(f"{path}: its last step is {step}, which a plan cannot repeat; give the record of "
@@ -118,8 +115,7 @@ def marked(entry: dict, plans: dict[str, LayerPlan]) -> dict:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog=Path(__file__).name, description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder")
     parser.add_argument("plan", metavar="PLAN", type=Path, help="hodgecover.json, or a file of --plan-only")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="output folder")

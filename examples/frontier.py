@@ -32,7 +32,7 @@ import hodgecover
 import reproduce
 from model_io import Model
 from refit_study import TOKENS, refitted
-from reproduce import Make, Sample, Score, Table
+from reproduce import Found, Make, Sample, Score, Table
 
 RATES = {name: reproduce.DROPPED[name] for name in ("25%", "50%", "66%")}
 KINDS = ("drop", "narrow", "both")
@@ -103,9 +103,6 @@ def tables() -> list[Table]:
 # ------------------------------------------------------------------------------------------ parameters, and a picture
 
 
-Found = dict[str, list[list[Score]]]  # scores of the samples by line and column
-
-
 def first_of(found: Found, kind: str) -> list[list[Score]] | None:
     """The scores of the first line of a kind, by column."""
     return next((columns for label, columns in found.items() if label.startswith(kind)), None)
@@ -156,12 +153,11 @@ def run(args: argparse.Namespace) -> None:
     pyplot = common.import_pyplot(args.picture) if args.picture else None
     samples = reproduce.read_samples(args)
     source = samples[0].source
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(source, text, "held-out tokens")
-    plain, again = (reproduce.show_table(table, samples, text) for table in chosen)
+    plain, again = reproduce.show_held_out(chosen, samples, args.tokens)
     show_parameters(plain, source, list(chosen[0].columns))
     if args.picture:
-        common.write_picture(draw(pyplot, plain, again, source, source.perplexity(text)), args.picture, dpi=110)
+        perplexity = source.perplexity(reproduce.held_out(samples[0], args.tokens))
+        common.write_picture(draw(pyplot, plain, again, source, perplexity), args.picture, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

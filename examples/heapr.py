@@ -323,15 +323,15 @@ def activation_bytes(model: Model, tokens: int) -> int:
     return (len(model.layer_names) + 4) * tokens * model.config.hidden_size * model.dtype.itemsize
 
 
+# option -> scores that do not use it
 UNUSED = {"memory": ("camera", "magnitude", "random"), "seed": ("magnitude",)} | dict.fromkeys(
     ("calib", "tokens", "seq_len"), ("magnitude", "random"))
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for an option that the score does not use, and for a seed out of range."""
-    for name, scores in UNUSED.items():
-        if args.score in scores and getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: --score {args.score} does not use it; leave it out")
+    unused = [name for name, scores in UNUSED.items() if args.score in scores]
+    common.refuse_given(command_line(), args, unused, f"--score {args.score}")
     hodgecover.check_range("seed", args.seed, *hodgecover.RANGES["seed"])
 
 
@@ -353,7 +353,7 @@ def run(args: argparse.Namespace) -> None:
     cache = common.folder_beside(args.out, "heapr", model) if args.score == "heapr" else None
     hodgecover.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
-                "dtype": str(model.dtype).removeprefix("torch.")}
+                "dtype": common.dtype_name(model)}
     ids = None
     if args.score != "magnitude":
         settings["seed"] = args.seed
@@ -364,8 +364,8 @@ def run(args: argparse.Namespace) -> None:
                                                                                        source=model))}
     bar = hodgecover.progress_bar()
     with model_io.new_folder(args.out) as folder, common.made(cache) if cache else contextlib.nullcontext():
-        large = args.score == "heapr" and activation_bytes(model, ids.numel()) > args.memory
-        empty = common.scratch(folder) if large and model.device.type == "cpu" else torch.empty
+        size = activation_bytes(model, ids.numel()) if args.score == "heapr" else 0
+        empty = common.stream_maker(model, size, args.memory, folder)
         scores = score_units(model, args.score, ids, args.seed, empty, bar, cache)
         bar(None)
         export(model, {name: best_units(score, width) for name, score in scores.items()}, folder, files)

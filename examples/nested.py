@@ -92,13 +92,6 @@ def command_line() -> hodgecover.Parser:
     return parser
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError for an option that --slice does not use."""
-    for name in ("calib", "tokens", "seq_len", "seed", "dtype", "device"):
-        if args.slice and getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: --slice does not use it; leave it out")
-
-
 def cut(model: Model, args: argparse.Namespace) -> None:
     """Write a prefix."""
     try:
@@ -117,8 +110,7 @@ def cut(model: Model, args: argparse.Namespace) -> None:
 
 def order(model: Model, args: argparse.Namespace) -> None:
     """Write the checkpoint in order."""
-    settings = {"experts": "reap", "units": "camera", "seed": args.seed,
-                "dtype": str(model.dtype).removeprefix("torch.")}
+    settings = {"experts": "reap", "units": "camera", "seed": args.seed, "dtype": common.dtype_name(model)}
     plans = export_plan.read_orders(model, args.plan) if args.plan else None
     if args.plan:
         settings |= {"experts": "plan", "plan_sha256": hodgecover.read_history(args.plan)[-1].get("sha256")}
@@ -137,7 +129,9 @@ def order(model: Model, args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    check_options(args)
+    if args.slice:
+        unused = ("calib", "tokens", "seq_len", "seed", "dtype", "device")
+        common.refuse_given(command_line(), args, unused, "--slice")
     model = common.open_model(args.checkpoint, args)
     hodgecover.sparse_layers(model)
     hodgecover.check_out(model, args.out)

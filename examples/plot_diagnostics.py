@@ -3,11 +3,12 @@
 
     python examples/plot_diagnostics.py PLAN [PLAN ...] --barriers CKPT-barriers --out picture.png
 
-PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py or of a selector of
-baselines.py. Of the first one: the shares of energy and the discordance of each layer. Of all of them, to compare
-methods: how much of each component's energy the survivors retain. --barriers names the folder where the barriers are
-kept. With it the matrix of one --layer is drawn too, survivors first, with the critical edges marked; and
-selectors that measure no barriers have their retained energy taken from there. The format is that of the name's ending.
+PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of
+baselines.py or of budgets.py rco. Of the first one: the shares of energy and the discordance of each layer. Of all of
+them, to compare methods: how much of each component's energy the survivors retain. --barriers names the folder where
+the barriers are kept. With it the matrix of one --layer is drawn too, survivors first, with the critical edges marked;
+and methods that measure no barriers have their retained energy taken from there. The format is that of the name's
+ending.
 """
 import argparse
 import json
@@ -21,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 import common
 import hodgecover
 import mathx
-import model_io
 from hodgecover import Settings, Signals
 from model_io import InputError
 
@@ -33,19 +33,20 @@ PARTS = ("gradient", "curl", "harmonic")
 
 def read_entry(path: Path) -> dict:
     """The last entry of a record's history. Raises InputError if it holds no plan."""
-    record = model_io.read_json(path)
+    history = hodgecover.read_history(path)
     try:
-        entry = record["history"][-1]
+        entry = history[-1]
         entry["layers"][0]["survivors"], entry["settings"]["keep"]
     except (KeyError, IndexError, TypeError):
-        raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py or of a selector of "
-                         "baselines.py") from None
+        raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py, of a selector of "
+                         "baselines.py or of budgets.py rco") from None
     return entry
 
 
 def label(entry: dict) -> str:
     """The method of a plan, and its number of survivors."""
-    return f"{entry['settings'].get('method', 'hodgecover')}, K = {entry['settings']['keep']}"
+    said = entry["settings"]
+    return f"{said.get('method') or said.get('search') or 'hodgecover'}, K = {said['keep']}"
 
 
 def cached(folder: Path, entry: dict, layer: dict) -> Signals:
@@ -174,8 +175,7 @@ def draw(pyplot, entries: list[dict], layer: dict, barriers: torch.Tensor | None
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog=Path(__file__).name, description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     parser.add_argument("plans", metavar="PLAN", type=Path, nargs="+", help="records of a plan")
     parser.add_argument("--barriers", metavar="DIR", type=Path, help="folder of barriers, such as CKPT-barriers")
     parser.add_argument("--layer", metavar="N", type=int, help="the layer whose barriers are drawn [the first]")

@@ -42,43 +42,15 @@ SHAPES = {
 COMMON = {"hidden_act": "silu", "eos_token_id": 0, "tie_word_embeddings": False, "dtype": "bfloat16"}
 
 
-def attention_shapes(cfg: dict, index: int) -> dict[str, list[int]]:
-    """Shapes of the token mixer of layer `index`."""
-    d, head = cfg["hidden_size"], cfg["head_dim"]
-    query, key = cfg["num_attention_heads"] * head, cfg["num_key_value_heads"] * head
-    if (index + 1) % cfg.get("full_attention_interval", 1):
-        heads = cfg["linear_num_value_heads"]
-        keys, values = cfg["linear_num_key_heads"] * cfg["linear_key_head_dim"], heads * cfg["linear_value_head_dim"]
-        channels = 2 * keys + values
-        shapes = {"A_log": [heads], "dt_bias": [heads], "conv1d.weight": [channels, 1, cfg["linear_conv_kernel_dim"]],
-                  "in_proj_qkv.weight": [channels, d], "in_proj_z.weight": [values, d], "in_proj_a.weight": [heads, d],
-                  "in_proj_b.weight": [heads, d], "norm.weight": [cfg["linear_value_head_dim"]],
-                  "out_proj.weight": [d, values]}
-        return {f"linear_attn.{name}": shape for name, shape in shapes.items()}
-    whole = cfg["model_type"] == "olmoe"  # q and k norms over the full width
-    gate = 2 if "full_attention_interval" in cfg else 1
-    shapes = {"q_proj": [gate * query, d], "k_proj": [key, d], "v_proj": [key, d], "o_proj": [d, query],
-              "q_norm": [query if whole else head], "k_norm": [key if whole else head]}
-    return {f"self_attn.{name}.weight": shape for name, shape in shapes.items()}
-
-
 def tensor_shapes(cfg: dict) -> dict[str, list[int]]:
     """Shapes of all tensors by name, in the order of the file."""
-    d, n, vocab = cfg["hidden_size"], cfg["num_experts"], cfg["vocab_size"]
-    f = cfg.get("moe_intermediate_size", cfg.get("intermediate_size"))
+    config, d, vocab = model_io.read_config(cfg | COMMON), cfg["hidden_size"], cfg["vocab_size"]
+    first = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate.weight"))
+    fused = {"mlp.experts.gate_up_proj"} if config.shared_width else set()
     shapes = {"model.embed_tokens.weight": [vocab, d]}
-    for i in range(cfg["num_hidden_layers"]):
-        layer = {"input_layernorm.weight": [d], "post_attention_layernorm.weight": [d], "mlp.gate.weight": [n, d]}
-        layer |= attention_shapes(cfg, i)
-        if "shared_expert_intermediate_size" in cfg:
-            shared = cfg["shared_expert_intermediate_size"]
-            layer |= {f"mlp.shared_expert.{part}_proj.weight": [shared, d] for part in ("gate", "up")}
-            layer |= {"mlp.shared_expert.down_proj.weight": [d, shared], "mlp.shared_expert_gate.weight": [1, d],
-                      "mlp.experts.gate_up_proj": [n, 2 * f, d], "mlp.experts.down_proj": [n, d, f]}
-        else:
-            for e in range(n):
-                layer |= {f"mlp.experts.{e}.gate_proj.weight": [f, d], f"mlp.experts.{e}.up_proj.weight": [f, d],
-                          f"mlp.experts.{e}.down_proj.weight": [d, f]}
+    for i in range(config.num_layers):
+        recurrent = {"linear_attn.A_log"} if (i + 1) % cfg.get("full_attention_interval", 1) else set()
+        layer = first | model_io.layer_shapes(config, {"mlp.gate.weight"} | fused | recurrent)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes | {"model.norm.weight": [d], "lm_head.weight": [vocab, d]}
 
@@ -148,8 +120,7 @@ def write(config: dict, out: Path, hollow: bool = False) -> int:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog="random_checkpoint.py", description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     parser.add_argument("shape", metavar="SHAPE", choices=SHAPES, help=", ".join(SHAPES))
     parser.add_argument("out", metavar="DIR", type=Path, help="output folder")
     parser.add_argument("--hollow", action="store_true", help="zeros that take no disk space")

@@ -32,7 +32,6 @@ import common
 import hodgecover
 import model_io
 import torch
-from common import scratch
 from model_io import LayerPass, Model
 
 TOKENS = 16384  # default calibration sample
@@ -250,7 +249,7 @@ def refit(source: Model, output: Model, ids: torch.Tensor, fit: Fit = refit_laye
         weights and its router are free
     ids : (B, L), both models' calibration text
     fit : (layer pass of the output, what its stream lacks (T, d)) -> down projections (n, d, f)
-    empty : makes the tensors (T, d) (`scratch`)
+    empty : makes the tensors (T, d) (`common.scratch`)
 
     Raises InputError if the new weights overflow the dtype of the files.
     """
@@ -336,7 +335,7 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.refuse_inside(source, cache, "cache")
     ids = common.calibration_ids(source, args)
     key = refit_key(source, model, ids)
-    settings = {"ridge": RIDGE, "sweeps": SWEEPS, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed}
+    settings = {"ridge": RIDGE, "sweeps": SWEEPS, "dtype": common.dtype_name(model), "seed": args.seed}
     entry = common.entry("refit.py", settings | hodgecover.describe_text(ids, args.calib), source=source,
                          checkpoint=model)
 
@@ -344,8 +343,7 @@ def run(args: argparse.Namespace) -> None:
     with common.copied(model, out, entry) as output, common.made(cache):
         fit = resumable(partial(refit_layer, memory=args.memory), cache, key,
                         lambda index: bar(index / len(model.layer_names)))
-        large = model.device.type == "cpu" and activation_bytes(model, ids.numel()) > args.memory
-        empty = scratch(output.checkpoint.path) if large else torch.empty
+        empty = common.stream_maker(model, activation_bytes(model, ids.numel()), args.memory, output.checkpoint.path)
         entry["output_error"] = []
         for layer in refit(source, output, ids, fit, empty):
             bar(None)

@@ -268,18 +268,13 @@ def command_line() -> hodgecover.Parser:
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    for name in ("only", "columns", "tokens") if args.where else ():
-        if getattr(args, name) != command_line().get_default(name):
-            raise InputError(f"{name}: does not go with --where")
+    if args.where:
+        common.refuse_given(command_line(), args, ("only", "columns", "tokens"), "--where")
     tables = reproduce.picked(curve_tables() if args.curves else method_tables(), args.only, args.columns)
     samples = reproduce.read_samples(args)
     if args.where:
         return show_correlations(samples)
-    source = samples[0].source
-    text = reproduce.held_out(samples[0], args.tokens)
-    reproduce.show_source(source, text, "held-out tokens")
-    for table in tables:
-        reproduce.show_table(table, samples, text)
+    reproduce.show_held_out(tables, samples, args.tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

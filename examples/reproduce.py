@@ -37,10 +37,9 @@ import baselines
 import common
 import evaluate
 import hodgecover
-import mathx
 import model_io
 import wanda
-from hodgecover import Decomposition, LayerPlan, Selection, Settings, Signals
+from hodgecover import Decomposition, LayerPlan, Settings, Signals
 from model_io import InputError, Model
 
 CALIBRATION, SEQ_LEN = 2048, 512  # tokens of a sample, and of a sequence
@@ -154,7 +153,7 @@ def selected(sample: Sample, dropped: float, out: Path, method: str) -> Model:
 def merged(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:
     """Write the merged experts of one of baselines.MERGING."""
     keep = survivors(sample.source, dropped)
-    merges = {name: baselines.Merge(*baselines.group_experts(facts, method, keep), facts.frequency)
+    merges = {name: baselines.Merge(*baselines.MERGING[method](facts, keep), facts.frequency)
               for name, facts in sample.facts.items()}
     baselines.export_merges(sample.source, merges, out, {}, all_slots)
     return Model(out)
@@ -244,6 +243,9 @@ class Score(NamedTuple):
     parameters: evaluate.Parameters
 
 
+Found = dict[str, list[list[Score]]]  # scores of the samples by line and column
+
+
 def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Score:
     """Make a checkpoint in a temporary folder, and compare it with the source on text (B, L)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -255,9 +257,8 @@ def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Scor
     return Score(found.output_perplexity, found.kl, 1 - left / (wanda.parameters(sample.source) or stored), size)
 
 
-def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> dict[str, list[list[Score]]]:
-    """Fill a table and print it line by line, then the differences from its first line. Returns the scores of the
-    samples by line and column."""
+def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> Found:
+    """Fill a table and print it line by line, then the differences from its first line. Returns the scores."""
     bar = hodgecover.progress_bar()
     cells = len(table.lines) * len(table.columns) * len(samples)
     done, found = 0, {}
@@ -279,9 +280,9 @@ def show_table(table: Table, samples: list[Sample], text: torch.Tensor) -> dict[
     return found
 
 
-def show_differences(found: dict[str, list[list[Score]]], columns: list[str]) -> None:
-    """Print how far the KL of each line is above that of the first, sample by sample; found: the scores of the samples
-    by line and column. Prints nothing for one line or one sample."""
+def show_differences(found: Found, columns: list[str]) -> None:
+    """Print how far the KL of each line is above that of the first, sample by sample. Prints nothing for one line or
+    one sample."""
     first, *others = found
     if len(found[first][0]) < 2 or not others:
         return
@@ -379,13 +380,19 @@ def show_source(source: Model, text: torch.Tensor, what: str) -> None:
     print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} {what}", flush=True)
 
 
+def show_held_out(tables: list[Table], samples: list[Sample], tokens: int) -> list[Found]:
+    """Print tables on so many tokens of held-out text; return the scores of each."""
+    text = held_out(samples[0], tokens)
+    show_source(samples[0].source, text, "held-out tokens")
+    return [show_table(table, samples, text) for table in tables]
+
+
 # --------------------------------------------------------------------------------------------------- the command line
 
 
 def command_line(file: str, description: str) -> hodgecover.Parser:
     """The parser of a study on several samples."""
-    parser = hodgecover.Parser(prog=Path(file).name, description=description,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(file, description)
     parser.add_argument("--model", dest="checkpoint", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
                         help="source checkpoint [examples/tiny-olmoe]")
     parser.add_argument("--text", choices=common.TEXTS, default="documentation", help="of Python, to calibrate, train "
@@ -404,9 +411,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     hodgecover.check_range("samples", args.samples, 1, 10)
     hodgecover.check_range("tokens", args.tokens, SEQ_LEN, 10**9)
     source, documents = Model(args.checkpoint), common.TEXTS[args.text]
-    folder = args.checkpoint.absolute()
-    cache = args.cache or folder.with_name(f"{folder.name}-samples")
-    hodgecover.refuse_inside(source, cache, "cache")
+    cache = common.barrier_cache(source, args, "samples")
     read = partial(documents, "calibration")
     return [Sample(source, hodgecover.sample_ids(source, read, CALIBRATION, SEQ_LEN, seed), seed, cache / str(seed),
                    documents) for seed in range(args.samples)]
@@ -423,11 +428,9 @@ def run(args: argparse.Namespace) -> None:
     if args.settings:
         text = outside(samples, args.tokens)
         show_source(source, text, "tokens of calibration text outside the samples")
+        show_table(*tables, samples, text)
     else:
-        text = held_out(samples[0], args.tokens)
-        show_source(source, text, "held-out tokens")
-    for table in tables:
-        show_table(table, samples, text)
+        show_held_out(tables, samples, args.tokens)
     if args.redirects:
         show_targets(tables[0].columns, samples)
 

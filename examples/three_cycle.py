@@ -5,7 +5,6 @@
 
 Only the experts' weights are typed in: every barrier is measured on them.
 """
-import argparse
 import itertools
 import sys
 import textwrap
@@ -13,6 +12,7 @@ import textwrap
 import torch
 
 import baselines
+import common
 import hodgecover
 import mathx
 from hodgecover import Decomposition, LayerPlan, MoELayer, Settings, Signals
@@ -237,9 +237,7 @@ def run(args: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = hodgecover.Parser(prog="three_cycle.py", description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    return hodgecover.run_command(parser, run, argv)
+    return hodgecover.run_command(common.parser_of(__file__, __doc__), run, argv)
 
 
 if __name__ == "__main__":

@@ -186,8 +186,7 @@ def make(kind: str, out: Path, steps: int) -> tuple[float, float]:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = hodgecover.Parser(prog="train_tiny.py", description=__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__file__, __doc__)
     parser.add_argument("kind", choices=CONFIGS, help="what model on which text")
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("out", metavar="DIR", nargs="?", type=Path, help="output folder, new")

@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
         read["source"] = source
     said, mask = choose_mask(args, model, source)
     ids = common.calibration_ids(model, args)
-    settings = said | {"dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed}
+    settings = said | {"dtype": common.dtype_name(model), "seed": args.seed}
     entry = common.entry("wanda.py", settings | hodgecover.describe_text(ids, args.calib), **read)
 
     bar = hodgecover.progress_bar()

@@ -290,7 +290,7 @@ def test_clusters_by_brute_force(seed, n, count, complete):
 
 
 def test_mc_smoe_groups_around_the_most_frequent(facts):
-    groups, weights = baselines.group_experts(facts, "mc-smoe", 3)
+    groups, weights = baselines.MERGING["mc-smoe"](facts, 3)
     dominant = top(facts.frequency.tolist())[:3]
     logits = facts.logits
 
@@ -308,7 +308,7 @@ def test_hc_smoe_clusters_mean_outputs(measured, facts):
     step = next(model.stream(ids))
     outputs = torch.stack([step.layer.experts(e, step.x).mean(0) for e in range(8)])
     torch.testing.assert_close(facts.outputs, outputs, rtol=1e-12, atol=0)
-    groups, weights = baselines.group_experts(facts, "hc-smoe", 3)
+    groups, weights = baselines.MERGING["hc-smoe"](facts, 3)
     assert sorted(map(sorted, groups)) == sorted(baselines.cluster(torch.cdist(outputs, outputs), 3))
     frequency = (step.gates > 0).sum(0).tolist()
     assert weights.tolist() == frequency
@@ -316,7 +316,7 @@ def test_hc_smoe_clusters_mean_outputs(measured, facts):
 
 
 def test_ream_fills_groups_of_up_to_16_by_likeness(facts):
-    groups, weights = baselines.group_experts(facts, "ream", 3)
+    groups, weights = baselines.MERGING["ream"](facts, 3)
     assert [group[0] for group in groups] == top(facts.saliency.tolist())[:3] and torch.equal(weights, facts.saliency)
     assert len(groups[0]) == 6  # the first centroid takes all that are free: fewer than 15
     profile = facts.logits.softmax(1)
@@ -342,7 +342,7 @@ def test_ream_fills_groups_of_up_to_16_by_likeness(facts):
 @pytest.mark.parametrize("keep", [1, 3, 4, 8])
 def test_slimqwen_preserves_half_and_merges_into_the_other(measured, facts, keep):
     """The preserved half is stored bit for bit; each dropped expert joins the base of most similar mean output."""
-    groups, weights = baselines.group_experts(facts, "slimqwen", keep)
+    groups, weights = baselines.MERGING["slimqwen"](facts, keep)
     ranked = top(facts.saliency.tolist())
     base = ranked[keep // 2:keep]
 
@@ -365,7 +365,7 @@ def test_stun_keeps_the_expert_nearest_its_cluster_s_mean(measured, facts):
     experts = model.layer(0).experts
     flat = torch.cat([part.flatten(1).double() for part in experts], dim=1)
     rows = rows_of(model, 0).double()
-    groups, weights = baselines.group_experts(facts, "stun", 3)
+    groups, weights = baselines.MERGING["stun"](facts, 3)
     clusters = baselines.cluster(torch.cdist(rows, rows), 3, complete=True)
     assert sorted(map(sorted, groups)) == sorted(clusters)
     for group in groups:

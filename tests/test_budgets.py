@@ -576,15 +576,27 @@ def test_on_another_device(search, small, tmp_path, quick):
     (["evo", "--keep", 4, "--eval", "nowhere"], "nowhere: cannot be read"),
     (["rco", "--keep", 4, "--out", "SMALL/out"], "lies in the checkpoint"),
     (["evo", "--keep", 4, "--out", "TEXT"], "exists and is not an empty folder"),
+    (["evo", "--keep", 4, "--out", "EMPTY"], "a folder; the plan is a file"),
+    (["rco", "--keep", 4, "--ragged", "--out", "EMPTY"], "a folder; the plan is a file"),
     (["rco", "--keep", 4, "--seed", -1], "--seed -1: must be")])
 def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkeypatch, options, says):
     monkeypatch.setattr(Model, "layer", refuse)
-    before, paths = contents(tmp_path), {"SMALL": small, "TEXT": tmp_path / "text.txt"}
+    (tmp_path / "empty").mkdir()
+    before, paths = contents(tmp_path), {"SMALL": small, "TEXT": tmp_path / "text.txt", "EMPTY": tmp_path / "empty"}
     options = [str(option) for option in options]
     for name, path in paths.items():
         options = [option.replace(name, str(path)) for option in options]
     assert_refused(capsys, run(budgets, small, "--out", tmp_path / "out", *options), says)
     assert contents(tmp_path) == before
+
+
+def test_a_model_that_cannot_be_run_leaves_no_folder(small, tmp_path, capsys):
+    norm = "model.norm.weight"
+    checkpoint = Model(small).checkpoint
+    checkpoint.overwrite(norm, checkpoint.load(norm) * torch.nan)
+    before = contents(tmp_path)
+    assert_refused(capsys, run(budgets, *work(small, tmp_path, *EVO), "--out", tmp_path / "plan.json"), "NaN")
+    assert contents(tmp_path) == before and not (tmp_path / "plan.json-budgets").exists()
 
 
 def test_the_docstrings_examples_hold():

@@ -104,7 +104,7 @@ def test_the_other_ways_find_what_is_planted():
     x = torch.eye(4).double().repeat(10, 1) + 0.1 * normal(40, 4).abs()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dot_moe, "ACTIVE", 0.25)
-        patch.setattr(dot_moe, "STREAM_PIECE", 7)
+        patch.setattr(distil, "PIECE", 7)
         counts = dot_moe.count_together(x, layer)
     for found in (dot_moe.kmeans_split(rows, 4, 0), dot_moe.coactivation_split(counts, 4)):
         groups = {frozenset((found == e).nonzero().flatten().tolist()) for e in range(4)}

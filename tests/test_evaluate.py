@@ -138,6 +138,7 @@ def test_a_fold_is_run_if_asked_for(small, capsys):
         kl = plain_numbers(Model(small, torch.float64), output, ids)[2]
         assert f" {kl:.4f}  nats a token" in said.out
         assert ("without --fold it is run" in said.err) == (not fold)
+    assert_refused(capsys, run(evaluate, out, small, "--text", small.parent / "text.txt"), "has the router fold")
 
 
 def test_progress_is_shown_for_each_layer(small):

@@ -158,7 +158,7 @@ def fold(change):
         {next(iter(layers_of(found)[1]["redirect"])): next(iter(layers_of(found)[1]["redirect"]))})), "to a survivor"),
     (set_layer("redirect", {"x": 1}), "not a plan that hodgecover.py wrote (ValueError"),
     (set_entry("source", "fingerprint", "0"), "of other weights or another config.json than"),
-    (lambda found: found.update(schema_version=1), "schema_version 1; must be 2"),
+    (lambda found: found.update(schema_version=1), "not a record of schema_version 2"),
     (lambda found: found.update(history=[]), "not a plan that hodgecover.py wrote (IndexError"),
     (lambda found: layers_of(found)[0].pop("order"), "not a plan that hodgecover.py wrote (KeyError: 'order')"),
     (set_entry("command", "refit.py"), "its last step is refit.py, which a plan cannot repeat; give the record of"),

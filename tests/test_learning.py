@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The scripts to learn from: the audit, the three-cycle lecture, and what the plots show."""
+import argparse
 import doctest
 import itertools
 import json
@@ -149,6 +150,18 @@ def test_the_audit_refuses_wrong_choices_before_the_work(small, tmp_path, monkey
     monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
     text = ["--calib", tmp_path / "text.txt", "--tokens", 64, "--seq-len", 32]
     assert_refused(capsys, run(audit, small, *text, *options), says)
+
+
+def test_the_audit_refuses_a_fold_that_it_would_not_apply(small, capsys):
+    (small / hodgecover.FOLD).touch()
+    assert_refused(capsys, run(audit, small, "--keep", 4), "has the router fold")
+
+
+def test_barriers_lie_beside_a_checkpoint_named_by_dots(small):
+    (small / "folder").mkdir()
+    for name in ("barriers", "samples"):
+        found = common.barrier_cache(Model(small / "folder" / ".."), argparse.Namespace(cache=None), name)
+        assert found == small.with_name(f"small-{name}")
 
 
 # -------------------------------------------------------------------------------------------------- the three-cycle
@@ -314,11 +327,23 @@ def test_critical_edges_are_marked_at_their_places(planned, tmp_path):
     assert marked == critical | {pair[::-1] for pair in critical} and critical
 
 
+def test_a_plan_is_named_after_what_made_it():
+    said = [{"search": "rco", "keep": 4}, {"method": "reap", "keep": 5}, {"keep": 6}]
+    assert [plot_diagnostics.label({"settings": each}) for each in said] == ["rco, K = 4", "reap, K = 5",
+                                                                            "hodgecover, K = 6"]
+
+
 def test_plots_without_matplotlib_get_one_line(planned, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     capsys.readouterr()
     status = run(plot_diagnostics, tmp_path / "reap" / RECORD, "--out", tmp_path / "a.png")
     assert_refused(capsys, status, "matplotlib is missing; pip install matplotlib")
+
+
+@pytest.mark.parametrize("name", ["small", "nowhere/a.png"])
+def test_a_picture_that_cannot_be_made_is_refused_before_the_work(small, name):
+    with pytest.raises(InputError, match="must name a file in an existing folder"):
+        common.import_pyplot(small.parent / name)
 
 
 class Pyplot:
@@ -365,13 +390,14 @@ def test_plots_refuse_wrong_choices(planned, tmp_path, monkeypatch, capsys, opti
 
 
 @pytest.mark.parametrize("record, says", [
-    ({}, "its last step is no plan"), ({"history": []}, "its last step is no plan"),
-    ({"history": [{"layers": [{"groups": [[0]]}], "settings": {"keep": 1}}]}, "its last step is no plan"),
-    ({"history": [{"layers": [{"survivors": [0]}], "settings": {"keep": 1}}]}, "did not write (KeyError"),
+    ({"schema_version": 1, "history": []}, "not a record of schema_version 2"), ({}, "its last step is no plan"),
+    ({"layers": [{"groups": [[0]]}], "settings": {"keep": 1}}, "its last step is no plan"),
+    ({"layers": [{"survivors": [0]}], "settings": {"keep": 1}}, "did not write (KeyError"),
 ])
 def test_plots_of_something_else(tmp_path, monkeypatch, capsys, record, says):
     monkeypatch.setattr(common, "import_pyplot", lambda path: Pyplot(False))
-    (tmp_path / "a.json").write_text(json.dumps(record))
+    whole = {"schema_version": 2, "history": [record]} | record
+    (tmp_path / "a.json").write_text(json.dumps(whole))
     assert_refused(capsys, run(plot_diagnostics, tmp_path / "a.json", "--out", tmp_path / "a.png"), says)
 
 

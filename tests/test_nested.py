@@ -195,14 +195,15 @@ def test_a_third_of_the_steps_train_the_whole_model():
     assert distil.prefixes_of(3, plan._replace(prefixes=())) == [None] * 3
 
 
-def test_each_step_trains_its_own_prefix(monkeypatch):
-    sizes, weight = [], torch.ones(2, 2, requires_grad=True)
+def test_each_step_trains_its_own_prefix(in_order, monkeypatch):
+    sizes, weight, real = [], torch.ones(2, 2, requires_grad=True), distil.train
 
     def loss_of(which, prefix=None):
         sizes.append(prefix)
         return weight.square().sum()
     plan = distil.Plan(4, 0.01, 1.0, [*distil.PARTS], 0, 10**9, prefixes=[(4, 16), (3, 8)])
-    distil.train({"w": weight}, loss_of, 24, 1, 8, plan, "", lambda *_: None)
+    monkeypatch.setattr(distil, "train", lambda weights, _, *given: real({"w": weight}, loss_of, *given))
+    distil.distil(*in_order[:2], in_order[2].new_zeros(24, 4), 0, plan, torch.empty, lambda *_: None)
     assert sizes == distil.prefixes_of(12, plan) and len({*sizes}) == 3
 
 

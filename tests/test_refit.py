@@ -7,6 +7,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import common
 import hodgecover
 import model_io
 import pytest
@@ -262,7 +263,7 @@ def test_what_is_stored_is_what_goes_on(tmp_path, dtype):
 
 
 def test_scratch_tensors_are_files_that_go_with_them(tmp_path):
-    empty, before = refit.scratch(tmp_path), set(os.listdir("/dev/fd"))
+    empty, before = common.scratch(tmp_path), set(os.listdir("/dev/fd"))
     made = empty(3, 5, dtype=torch.bfloat16, device=torch.device("cpu"))
     made.fill_(2)
     assert made.shape == (3, 5) and made.sum() == 30 and not list(tmp_path.iterdir())
@@ -371,8 +372,8 @@ def test_layers_of_another_problem_are_not_taken(work, tmp_path, monkeypatch):
 
 
 def test_activations_beyond_the_memory_lie_on_disk_and_change_nothing(work, tmp_path, monkeypatch):
-    made, real = [], refit.scratch
-    monkeypatch.setattr(refit, "scratch", lambda folder: made.append(folder) or real(folder))
+    made, real = [], common.scratch
+    monkeypatch.setattr(common, "scratch", lambda folder: made.append(folder) or real(folder))
     assert run(refit, *work, "--out", tmp_path / "all") == 0 and not made
     monkeypatch.setattr(hodgecover, "MEMORY", 1)
     assert run(refit, *work, "--out", tmp_path / "none") == 0

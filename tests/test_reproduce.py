@@ -613,10 +613,12 @@ def test_budget_tables_are_filled(small, capsys, monkeypatch):
     (frontier, ["--only", "drop"], "--only drop: must be one of drop, reap; drop, hope"),
     (distil_study, ["--variants", "--only", "reap"], "--only reap: must be one of 16,384 tokens"),
     (budgets_study, ["--steps", "0"], "--steps 0: must be from 1"),
+    (budgets_study, ["--nested", "--generations", "3"], "--generations: --nested does not use it"),
+    (budgets_study, ["--nested", "--steps", "3"], "--steps: --nested does not use it"),
     (budgets_study, ["--nested", "--only", "rco"], "--only rco: must be one of together"),
     (budgets_study, ["--first"], "--columns: if the first layer keeps all its experts, the others would lose 8 of the"),
     (frontier, ["--columns", "33%"], "--columns 33%: must be one of 25%; 50%; 66%"),
-    (refit_study, ["--where", "--columns", "50%"], "--columns: does not go with --where"),
+    (refit_study, ["--where", "--columns", "50%"], "--columns: --where does not use it"),
     (refit_study, ["--where", "--curves"], "not allowed with argument"),
     (refit_study, ["--curves", "--columns", "25%"], "--columns 25%: must be one of 50%; 66%")])
 def test_bad_input_is_refused_before_the_work(command, arguments, says, small, capsys, monkeypatch):
