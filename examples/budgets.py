@@ -356,11 +356,13 @@ def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
     return rco.rank(alpha, list(orders), limits)
 
 
-def write(model: Model, plans: dict[str, LayerPlan], text: dict, args: argparse.Namespace) -> None:
-    """Write the checkpoint of plans by layer name, or the plans alone if they are ragged; `text` is their record's."""
+def write(model: Model, plans: dict[str, LayerPlan], ids: torch.Tensor | None, args: argparse.Namespace) -> None:
+    """Write the checkpoint of plans by layer name, or the plans alone if they are ragged. Without ids (B, L) the record
+    leaves what text there was to that of --plan."""
     used = {name: getattr(args, name) for name in ("generations", "steps", "ragged") if name not in UNUSED[args.search]}
     if args.plan:
         used["plan_sha256"] = hodgecover.read_history(args.plan)[-1].get("sha256")
+    text = {} if ids is None else hodgecover.describe_text(ids, args.calib)
     entry = hodgecover.plan_entry(model, plans, args.keep, Settings(seed=args.seed), text, Path(__file__).name,
                                   search=args.search, **used)
     if writes_plan(args):
@@ -382,11 +384,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"out {args.out}: a folder; the plan is a file, name another")
     held_out = common.read_eval(model, args) if args.eval else None
     base = export_plan.read_orders(model, args.plan) if args.plan else None
-    if args.search == "barriers":
-        ids, text = None, hodgecover.read_history(args.plan)[-1]["text"]
-    else:
-        ids = common.calibration_ids(model, args)
-        text = hodgecover.describe_text(ids, args.calib)
+    ids = common.calibration_ids(model, args) if args.search != "barriers" else None
     bar = hodgecover.progress_bar()
     with common.made(cache):
         base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
@@ -407,7 +405,7 @@ def run(args: argparse.Namespace) -> None:
             bar(None)
             print(f"{what}: perplexity {found.source_perplexity:.2f} -> {found.output_perplexity:.2f}, KL(source || "
                   f"output) {found.kl:.4f} nats a token")
-    write(model, plans, text, args)
+    write(model, plans, ids, args)
     common.clear(cache, ["budgets-*.safetensors"])
 
 

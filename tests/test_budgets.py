@@ -486,6 +486,35 @@ def test_a_ragged_plan_is_refused_by_the_export(tmp_path, capsys, quick, monkeyp
                        "all layers must keep the same number of experts; they keep 3, 4, 5")
 
 
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=4), st.integers(2, 9))
+def test_the_budget_of_barriers_is_near_the_best_for_its_loss(means, keep):
+    """Among all budgets, of the sum of barriers over experts that stay: 9 experts a layer, 2 at least."""
+    def loss(kept) -> float:
+        return sum(mean / count for mean, count in zip(means, kept))
+    kept = [9 - gone for gone in budgets.barrier_budget(means, 9, 2, keep)]
+    assert sum(kept) == keep * len(means) and all(2 <= count <= 9 for count in kept)
+    every = itertools.product(range(2, 10), repeat=len(means))
+    assert loss(kept) <= 1.1 * min(loss(budget) for budget in every if sum(budget) == sum(kept)) + 1e-12
+
+
+def test_a_budget_by_barriers(small, tmp_path, capsys):
+    """Of a plan of hodgecover.py: its order, and as many experts as its mean barriers say."""
+    text, plan, out = ["--calib", tmp_path / "text.txt", *QUICK], tmp_path / "plan.json", tmp_path / "ragged.json"
+    assert run(hodgecover, small, "--keep", 5, "--plan-only", *text, "--out", plan) == 0
+    assert run(budgets, small, "barriers", "--keep", 4, "--plan", plan, "--out", out) == 0
+    given, found = (json.loads(path.read_text())["history"][-1] for path in (plan, out))
+    gone = budgets.barrier_budget([layer["diagnostics"]["mean_barrier"] for layer in given["layers"]], 8, 3, 4)
+    for layer, ranked, count in zip(found["layers"], given["layers"], gone):
+        assert layer["order"] == ranked["order"] and layer["survivors"] == sorted(layer["order"][:8 - count])
+    assert (found["settings"]["plan_sha256"], found["settings"]["search"]) == (given["sha256"], "barriers")
+    assert f"experts kept in each layer: {8 - gone[0]} {8 - gone[1]}\n" in capsys.readouterr().out
+
+    assert run(baselines, small, "--keep", 4, "--method", "reap", *text, "--out", tmp_path / "few") == 0
+    capsys.readouterr()
+    assert_refused(capsys, run(budgets, small, "barriers", "--keep", 4, "--plan", tmp_path / "few" / "hodgecover.json",
+                               "--out", tmp_path / "other"), "has no mean barriers; give a plan of hodgecover.py")
+
+
 def test_the_order_of_a_plan(small, tmp_path, quick, capsys):
     """The first experts of each layer's order stay."""
     text = ["--calib", tmp_path / "text.txt", *QUICK]
@@ -572,6 +601,8 @@ def test_on_another_device(search, small, tmp_path, quick):
     (["evo", "--keep", 4, "--generations", 0], "--generations 0: must be"),
     (["rco", "--keep", 4, "--steps", 0], "--steps 0: must be"),
     (["rco", "--keep", 4, "--tokens", 1], "--tokens 1: must be"),
+    (["barriers", "--keep", 4], "--plan: missing; barriers are read from a plan"),
+    (["barriers", "--keep", 4, "--plan", "x", "--tokens", 64], "--tokens: barriers does not use it"),
     (["evo", "--keep", 4, "--plan", "nowhere"], "nowhere: cannot be read"),
     (["evo", "--keep", 4, "--eval", "nowhere"], "nowhere: cannot be read"),
     (["rco", "--keep", 4, "--out", "SMALL/out"], "lies in the checkpoint"),

@@ -551,6 +551,15 @@ def test_cell_of_evo_is_the_plan_that_its_command_finds(sample, tmp_path, monkey
     assert [8 - gone for gone in again] == [len(layer["survivors"]) for layer in layers]
 
 
+def test_cell_of_a_budget_by_barriers_is_the_plan_that_two_commands_give(sample, tmp_path):
+    path, plan = sample.source.checkpoint.path, tmp_path / "plan.json"
+    assert run(hodgecover, path, "--keep", 4, "--plan-only", "--out", plan, *USERS) == 0
+    assert run(budgets, path, "barriers", "--keep", 4, "--plan", plan, "--out", tmp_path / "ragged.json") == 0
+    found = budgets_study.budget_tables(2, 2)[0].lines["hodgecover, barriers, ragged"](sample, 0.5, tmp_path / "made")
+    layers = json.loads((tmp_path / "ragged.json").read_text())["history"][-1]["layers"]
+    assert found.survivors == {layer["name"]: layer["survivors"] for layer in layers}
+
+
 def test_methods_that_spare_the_first_layer(sample, tmp_path):
     source, (first, second) = sample.source, sample.source.layer_names
     lines = budgets_study.first_tables()[0].lines
@@ -584,11 +593,11 @@ def test_cell_of_a_joint_training_is_a_slice_of_what_the_commands_give(sample, t
 def test_budget_tables_are_filled(small, capsys, monkeypatch):
     monkeypatch.setattr(rco, "NOISES", 1)
     monkeypatch.setattr(budgets_study, "RCO_LENGTH", 16)
-    labels = ["reap", "evo, ragged", "rco, ragged", "rco ragged, its order"]
+    labels = ["reap", "barriers, ragged", "evo, ragged", "rco, ragged", "rco ragged, its order"]
     table = shown(capsys, budgets_study, small, "--columns", "50%", "--only", *labels, "--generations", 1, "--steps", 1)
     assert [line[0] for line in table if re.fullmatch(CELL, line[1])] == labels * 2
-    kept = {line[0]: line[1] for line in table[-2:]}
-    assert kept.keys() == {"evo, ragged", "rco, ragged"}
+    kept = {line[0]: line[1] for line in table[-3:]}
+    assert kept.keys() == {"barriers, ragged", "evo, ragged", "rco, ragged"}
     for cell in kept.values():
         assert all(sum(map(int, one.split())) == 8 for one in cell.split("; "))
     table = shown(capsys, budgets_study, small, "--columns", "25%", "--first", "--only", "drop, reap", "drop, hope")
