@@ -1075,15 +1075,17 @@ def refuse_fold(model: Model) -> None:
         raise InputError(f"{path}: has the router fold, which this command does not know; use one with the router drop")
 
 
-def check_out(model: Model, out: Path, cache: Path | None = None) -> None:
-    """Raise InputError if an output folder lies in the checkpoint or around the cache, or cannot be made, and if the
-    checkpoint has a fold, or a record that cannot be continued."""
+def check_out(model: Model, out: Path, cache: Path | None = None, plan: bool = False) -> None:
+    """Raise InputError if an output folder, or a plan's file, lies in the checkpoint or around the cache, or cannot be
+    made, and if the checkpoint has a fold, or a record that cannot be continued."""
     refuse_fold(model)
     history_of(model.checkpoint)
     refuse_inside(model, out, "out")
     if cache and out.resolve() in (cache.resolve(), *cache.resolve().parents):
         raise InputError(f"out {out}: would hold the cache {cache}; name another")
     model_io.check_new(out)
+    if plan and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise InputError(f"out {out}: a plan is a file in a folder that is there; name another")
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -1322,7 +1324,7 @@ def run(args: argparse.Namespace) -> None:
     check_keep(model, args.keep)
     name = f"{source.name}-keep{args.keep}" + (".json" if args.plan_only else "")
     out = Path(os.path.abspath(args.out)) if args.out else source.with_name(name)
-    check_out(model, out, cache)
+    check_out(model, out, cache, args.plan_only)
     held_out = None
     if args.eval:
         held_out = model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)

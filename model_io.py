@@ -1341,6 +1341,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises InputError if `out` exists and is not an empty folder, or cannot be made.
     """
     check_new(out)
+    out = Path(os.path.abspath(out))
     above = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

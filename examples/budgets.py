@@ -378,9 +378,7 @@ def run(args: argparse.Namespace) -> None:
     model = common.open_model(args.checkpoint, args)
     check_budget(model, args.keep)
     cache = common.folder_beside(args.out, "budgets", model)
-    hodgecover.check_out(model, args.out, cache)
-    if writes_plan(args) and args.out.is_dir():
-        raise InputError(f"out {args.out}: a folder; the plan is a file, name another")
+    hodgecover.check_out(model, args.out, cache, writes_plan(args))
     held_out = common.read_eval(model, args) if args.eval else None
     base = export_plan.read_orders(model, args.plan) if args.plan else None
     ids = common.calibration_ids(model, args) if args.search != "barriers" else None

@@ -276,6 +276,7 @@ OPTIONS = {
     "an output that is a file": (["--out", "text.txt"], "exists and is not an empty folder"),
     "an output below a file": (["--out", "text.txt/out"], "cannot be made"),
     "a plan that is there": (["--plan-only", "--out", "text.txt"], "text.txt: exists"),
+    "a plan in no folder": (["--plan-only", "--out", "a/b.json"], "a plan is a file in a folder that is there"),
 }
 
 

@@ -608,8 +608,8 @@ def test_on_another_device(search, small, tmp_path, quick):
     (["evo", "--keep", 4, "--eval", "nowhere"], "nowhere: cannot be read"),
     (["rco", "--keep", 4, "--out", "SMALL/out"], "lies in the checkpoint"),
     (["evo", "--keep", 4, "--out", "TEXT"], "exists and is not an empty folder"),
-    (["evo", "--keep", 4, "--out", "EMPTY"], "a folder; the plan is a file"),
-    (["rco", "--keep", 4, "--ragged", "--out", "EMPTY"], "a folder; the plan is a file"),
+    (["evo", "--keep", 4, "--out", "EMPTY"], "a plan is a file in a folder that is there"),
+    (["rco", "--keep", 4, "--ragged", "--out", "EMPTY/a/b"], "a plan is a file in a folder that is there"),
     (["rco", "--keep", 4, "--seed", -1], "--seed -1: must be")])
 def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkeypatch, options, says):
     monkeypatch.setattr(Model, "layer", refuse)

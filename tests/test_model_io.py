@@ -551,6 +551,14 @@ def test_the_folder_above_the_output_is_made_and_goes_if_the_work_fails(tmp_path
     assert (tmp_path / "a" / "b" / "x").exists() and len(list((tmp_path / "a").iterdir())) == 1
 
 
+def test_the_folder_that_one_stands_in_can_be_the_output(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with model_io.new_folder(Path(".")) as folder:
+        (folder / "x").touch()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("empty"), Path("empty/x")]
+
+
 def test_headers_are_padded_and_large_tensors_whole(tmp_path, monkeypatch):
     """The data starts at a multiple of 8 bytes; a tensor of more than one copied block comes through."""
     monkeypatch.setattr(model_io, "BLOCK_BYTES", 1 << 12)
