@@ -771,8 +771,9 @@ class Checkpoint:
         self.sharded = not (self.path / WEIGHTS).is_file()
         self.tensors, self.metadata = {}, {}
         self._fingerprint = None
-        for file in self._shards() if self.sharded else [WEIGHTS]:
-            infos, self.metadata[file] = read_header(self.path / file)
+        self._paths = {file: self.path / file for file in (self._shards() if self.sharded else [WEIGHTS])}
+        for file, path in self._paths.items():
+            infos, self.metadata[file] = read_header(path)
             for name in infos.keys() & self.tensors.keys():
                 raise InputError(f"{self.path}: {name} is in {self.tensors[name].file} and in {file}")
             self.tensors |= infos
@@ -801,8 +802,7 @@ class Checkpoint:
         if name not in self.tensors:
             raise InputError(f"{self.path}: the weights have no tensor {name!r}")
         info = self.tensors[name]
-        path = self.path / info.file
-        shape = info.shape
+        path, shape = self._paths[info.file], info.shape
         if info.dtype not in DTYPES:
             raise InputError(f"{path}: {name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}")
         if row is not None and (not shape or row not in range(shape[0])):
