@@ -317,7 +317,8 @@ def draw_sample(layer: MoELayer, vocab_sample: int, offsets: torch.Tensor, memor
     """A sample of the vocabulary for each token, placed by offsets (T,); None if it would be all of it."""
     if not 0 < vocab_sample < len(layer.unembedding):
         return None
-    sizes = torch.full((len(layer.x),), 12 * len(layer.unembedding))  # bytes: three copies in float32
+    copies = 3 * model_io.widened(layer.x.dtype).itemsize * len(layer.unembedding)  # bytes of a token
+    sizes = torch.full((len(layer.x),), copies)
     drawn = []
     for chunk in token_chunks(sizes, memory * 3 // 4):  # the rest is for the eight tokens at work
         parts = log_readout(layer.tokens(chunk), memory).split(8), offsets[chunk].split(8)
