@@ -11,7 +11,7 @@ checkpoint and cannot become one: it is searched, evaluated in memory (--eval) a
 
 evo (EvoESAP, arXiv 2603.06003). The experts of a layer go in a fixed order, the least REAP saliency first, or from the
 end of a --plan's `order`; a candidate says how many. It is worth ESAP = mean_t sum_v min(p, q) = 1 - TV, p the source's
-next-token distribution and q its own. 32 candidates, of twelve shapes and at random; in each generation the best 4 stay
+next-token distribution and q its own. 32 candidates, of eleven shapes and at random; in each generation the best 4 stay
 and the others become mutants of them, in which up to 3 times up to 4 experts move from one layer to another.
 
 barriers (ours; the paper's allocator is not at hand). No search: each layer keeps experts in proportion to the square
@@ -108,9 +108,9 @@ def barrier_budget(means: Sequence[float], n: int, top_k: int, keep: int) -> Bud
 def mean_barriers(path: Path, names: Iterable[str]) -> list[float]:
     """The mean barrier of layers, in nats, by a plan that `export_plan.read_orders` takes. Raises InputError if it has
     none."""
-    found = {layer["name"]: layer.get("diagnostics") or {} for layer in hodgecover.read_history(path)[-1]["layers"]}
-    means = [found[name].get("mean_barrier") for name in names]
-    if not all(isinstance(each, (int, float)) for each in means):
+    found = {layer["name"]: layer.get("diagnostics") for layer in hodgecover.read_history(path)[-1]["layers"]}
+    means = [found[name].get("mean_barrier") if isinstance(found[name], dict) else None for name in names]
+    if not all(type(each) in (int, float) and 0 <= each <= 1e9 for each in means):
         raise InputError(f"{path}: has no mean barriers; give a plan of hodgecover.py")
     return means
 
@@ -135,7 +135,7 @@ def largest_remainder(weights: Sequence[float], capacity: int, total: int) -> Bu
 
 
 def first_weights(layers: int, rng: random.Random) -> list[list[float]]:
-    """The first generation's shares of each layer: twelve shapes, then random ones."""
+    """The first generation's shares of each layer: eleven shapes, then random ones."""
     middle, quarter = (layers - 1) / 2, max(1, layers // 4)
     shapes: list[Callable[[int], float]] = [
         lambda i: 1.0, lambda i: i + 1, lambda i: layers - i,  # uniform, up, down
@@ -283,7 +283,7 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep: by rco in every "
                         "layer, else and by --ragged on average")
     parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, barriers: a plan whose order the experts "
-                        "go in [REAP's]")
+                        "go in; evo without one: REAP's")
     parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="of evo [%(default)s]")
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="of rco's optimiser [%(default)s]")
     parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers, and a plan file")
@@ -301,6 +301,8 @@ def check_options(args: argparse.Namespace) -> None:
     common.refuse_given(command_line(), args, UNUSED[args.search], args.search)
     if args.search == "barriers" and not args.plan:
         raise InputError("plan: missing; barriers are read from a plan of hodgecover.py")
+    if args.search == "barriers" and not args.eval:
+        common.refuse_given(command_line(), args, ("seq_len",), "barriers without --eval")
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
 

@@ -512,8 +512,14 @@ def test_a_budget_by_barriers(small, tmp_path, capsys):
 
     assert run(baselines, small, "--keep", 4, "--method", "reap", *text, "--out", tmp_path / "few") == 0
     capsys.readouterr()
-    assert_refused(capsys, run(budgets, small, "barriers", "--keep", 4, "--plan", tmp_path / "few" / "hodgecover.json",
-                               "--out", tmp_path / "other"), "has no mean barriers; give a plan of hodgecover.py")
+    whole, damaged = plan.read_text(), tmp_path / "damaged.json"
+    for value in ([1], "abc", None, *({"mean_barrier": each} for each in (True, -3, 10**400, "1", None))):
+        found = json.loads(whole)
+        found["history"][-1]["layers"][1]["diagnostics"] = value
+        damaged.write_text(json.dumps(found))
+        for path in (damaged, tmp_path / "few" / "hodgecover.json"):
+            assert_refused(capsys, run(budgets, small, "barriers", "--keep", 4, "--plan", path, "--out", tmp_path / "a"),
+                           "has no mean barriers; give a plan of hodgecover.py")
 
 
 def test_the_order_of_a_plan(small, tmp_path, quick, capsys):
@@ -604,6 +610,7 @@ def test_on_another_device(search, small, tmp_path, quick):
     (["rco", "--keep", 4, "--tokens", 1], "--tokens 1: must be"),
     (["barriers", "--keep", 4], "--plan: missing; barriers are read from a plan"),
     (["barriers", "--keep", 4, "--plan", "x", "--tokens", 64], "--tokens: barriers does not use it"),
+    (["barriers", "--keep", 4, "--plan", "x", "--seq-len", 7], "--seq-len: barriers without --eval does not use it"),
     (["evo", "--keep", 4, "--plan", "nowhere"], "nowhere: cannot be read"),
     (["evo", "--keep", 4, "--eval", "nowhere"], "nowhere: cannot be read"),
     (["rco", "--keep", 4, "--out", "SMALL/out"], "lies in the checkpoint"),
