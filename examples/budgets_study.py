@@ -89,6 +89,12 @@ def in_memory(sample: Sample, plans: dict[str, LayerPlan], out: Path) -> Model:
                           {name: plan.survivors for name, plan in plans.items()})
 
 
+def with_budget(sample: Sample, dropped: float, out: Path, method: str, kept: dict[str, int]) -> Model:
+    """The survivors of one method, so many in each layer that `kept` names, in memory."""
+    uniform = dict.fromkeys(sample.source.layer_names, reproduce.survivors(sample.source, dropped))
+    return in_memory(sample, reproduce.plans(sample, method, uniform | kept), out)
+
+
 def barrier_budget(sample: Sample, keep: int) -> budgets.Budget:
     """The budget of HodgeCover's barriers: how many experts of each layer go."""
     cfg, measured = sample.source.config, sample.signals(sample.settings())
@@ -98,11 +104,10 @@ def barrier_budget(sample: Sample, keep: int) -> budgets.Budget:
 
 def barrier_way(sample: Sample, dropped: float, out: Path, method: str) -> Model:
     """That budget, of the survivors of one method, in memory."""
-    source, keep = sample.source, reproduce.survivors(sample.source, dropped)
-    names = budgets.decoder_orders(source, ranked(sample))
-    own = {name: source.config.num_experts - gone for name, gone in zip(names, barrier_budget(sample, keep))}
-    plans = reproduce.plans(sample, method, dict.fromkeys(source.layer_names, keep) | own)
-    return in_memory(sample, plans, out)
+    names = budgets.decoder_orders(sample.source, ranked(sample))
+    budget = barrier_budget(sample, reproduce.survivors(sample.source, dropped))
+    kept = {name: sample.source.config.num_experts - gone for name, gone in zip(names, budget)}
+    return with_budget(sample, dropped, out, method, kept)
 
 
 def evo_way(sample: Sample, dropped: float, out: Path, generations: int) -> Model:
@@ -129,9 +134,7 @@ def spared(source: Model, dropped: float) -> dict[str, int]:
 
 def first_whole(sample: Sample, dropped: float, out: Path, method: str = "reap") -> Model:
     """The survivors of one method, with all experts of the first layer, in memory."""
-    source = sample.source
-    kept = dict.fromkeys(source.layer_names, reproduce.survivors(source, dropped)) | spared(source, dropped)
-    return in_memory(sample, reproduce.plans(sample, method, kept), out)
+    return with_budget(sample, dropped, out, method, spared(sample.source, dropped))
 
 
 def first_wide(sample: Sample, rate: float, out: Path) -> Model:
