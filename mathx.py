@@ -1,34 +1,185 @@
 # SPDX-License-Identifier: MIT
-"""The mathematics of HodgeCover (arXiv 2605.13997) as pure functions on tensors, in the order of the paper; then
-samples of the vocabulary and the audit, which are ours. Nothing here knows of models or files.
+"""The numerics behind `hodgecover.py`: barriers of all pairs and triples at once, fast and in bounded memory; KL from a
+change of logits; samples of the vocabulary; Betti numbers of a filtration; the audit. Knows nothing of models or files.
 
-Symbols
-    n experts = vertices of the complex      E = n (n - 1) / 2 edges          F triangles (the paper's |T|)
-    M simplices of one size                  T tokens                         V vocabulary
-    R rows of (token, simplex) pairs         K survivors (`keep`)             b edge signal: pairwise barriers
-    d1, d2 boundary matrices                 i < j vertices of an edge        h < i < j vertices of a triangle
-    phi potential of the vertices            p, q distributions               delta change of logits
-    tau threshold                            eta share of energy              beta_1 first Betti number
+    n experts of a layer     T tokens              V vocabulary       d hidden size, f width of an expert
+    M simplices of one size  R touched (token, simplex) pairs         E edges, F triangles
 
-Conventions
-    Vertices are 0..n-1, in the total order that orients the complex (section 3.2).
-    Edges are all pairs, lexicographic: a signal on edges is a vector (E,).
-    Triangles are an (F, 3) int64 tensor, each row increasing, the rows lexicographic.
-    Numbers are float64, except that KL divergences and samples of the vocabulary keep the dtype that they are given.
-    Sections, equations (eq.), theorems and propositions are the paper's.
+A `layer` is anything with the fields of `hodgecover.MoELayer`. Sections are the paper's (arXiv 2605.13997).
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 __version__ = "0.2.0"
 
+CACHE_BYTES = 1 << 21  # a block of logits that stays in a processor's cache
+ROW_STEP = 32  # rows of a product are a multiple of this: torch keeps some 0.3 MB for every new shape
+Sample = tuple[torch.Tensor, torch.Tensor]  # outcomes that each token is read out on, and their log-weights, (T, count)
 
-# -------------------------------------------------------------------------- KL divergence of barriers (section 3.1)
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """float32, or dtype itself if it is wider: the dtype of norms, softmaxes and sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------- the sweep: barriers of many simplices (3.1)
+
+
+def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | None = None, memory: int = 10**9,
+          tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
+    """Barriers of many simplices: `hodgecover.plain_barrier` of each, fast.
+
+    A merge changes only the tokens routed to a member (`touching`), its pre-activations are weighted sums of its
+    members' (`merge_change`), and KL needs no more than the change of the logits (`kl_of_logit_change`).
+
+    Parameters
+    ----------
+    members, weights : (M, 2 or 3), the simplices and `hodgecover.merge_weights` of them
+    sample : what `sample_vocabulary` drew; None: all of the vocabulary, exactly
+    memory : bytes that the sweep may take beside the layer
+    tick : is told the share of the work that is done
+
+    Returns (M,) float64 on the CPU, nats.
+    """
+    touched = touching(members, layer.gates)
+    total = torch.zeros(len(members), dtype=torch.float64)
+    step = tokens_at_once(layer, touched, members.shape[1], sample, memory)
+    for start in range(0, len(layer.x), step):
+        chunk = slice(start, start + step)
+        few = layer.tokens(chunk), members, weights, touched[chunk], sample and tuple(part[chunk] for part in sample)
+        kl = kl_of_merges(*few, memory).cpu()
+        if not kl.isfinite().all():  # exponentials overflow
+            kl = kl_of_merges(*few, memory, careful=True).cpu()
+        total.index_add_(0, touched[chunk].nonzero()[:, 1], kl.double())
+        tick(min(chunk.stop / len(layer.x), 1))
+    return total / len(layer.x)
+
+
+def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Which tokens are routed to a member of each simplex (M, 2 or 3): (T, M) bool on the CPU. A merge changes no
+    others."""
+    routed = gates.cpu() > 0
+    return reduce(torch.logical_or, (routed[:, column] for column in members.T))
+
+
+def tokens_at_once(layer, touched: torch.Tensor, size: int, sample: Sample | None, memory: int) -> int:
+    """How many tokens a step of the sweep takes: of each one's pairs, the hidden activation and the products of the
+    members; the pre-activations of all experts; the distribution in three copies."""
+    (n, f, d), narrow, wide = layer.experts.gate.shape, layer.x.itemsize, widened(layer.x.dtype).itemsize
+    of_pair = narrow * (3 * f + size * d) + 128 * size
+    of_token = narrow * n * (2 * f + d) + (0 if sample else 3 * wide * len(layer.unembedding))
+    most = int(touched.sum(1).max()) if len(touched) else 0
+    return max(1, memory * 3 // 4 // (most * of_pair + of_token))  # the rest is for one token's work
+
+
+def merge_change(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, memory: int
+                 ) -> Iterator[torch.Tensor]:
+    """Change of the layer's output at each token, by the simplices that touch it, in order, (R_t, d):
+
+        (sum_S g_e) E_S(x) - sum_S g_e E_e(x) = sum_{e in S} ( (sum_S g) w_e down_e h_S - g_e down_e h_e )
+
+    Each product is one row of a table, ordered by expert; a change is a weighted sum of such rows.
+    """
+    x, gates, size = layer.x, layer.gates.cpu(), members.shape[1]
+    t, s = touched.nonzero().unbind(1)
+    members, weights = members[s], weights[s]  # (R, 2 or 3)
+    own_t, own_e = gates.nonzero().unbind(1)  # an expert by itself is a merge of weight 1
+    alone = own_e[:, None].expand(-1, size), torch.eye(1, size, dtype=weights.dtype).expand(len(own_t), size)
+    hidden = merged_hidden(layer, torch.cat((t, own_t)), torch.cat((members, alone[0])),
+                           torch.cat((weights, alone[1])), memory)
+
+    expert = torch.cat((members.flatten(), own_e))  # of each product
+    row = torch.cat((torch.arange(len(t)).repeat_interleave(size), len(t) + torch.arange(len(own_t))))  # of hidden
+    by_expert = expert.argsort(stable=True)
+    rows = row[by_expert].split(expert.bincount(minlength=gates.shape[1]).tolist())
+    table, start = x.new_empty(len(expert) + ROW_STEP, x.shape[1]), 0
+    for down, used in zip(layer.experts.down, rows):
+        padded = functional.pad(used, (0, -len(used) % ROW_STEP)).to(x.device)
+        torch.mm(hidden.index_select(0, padded), down.to(x).T, out=table[start:start + len(padded)])
+        start += len(used)  # the next expert's rows cover the padding
+    del hidden
+
+    place = by_expert.argsort()  # row of the table of each product
+    merged, own = place[:members.numel()].view_as(members), place[members.numel():]
+    own = place.new_zeros(gates.shape).index_put((own_t, own_e), own)
+    mass = gates[t[:, None], members].to(weights)
+    index = torch.cat((merged, own[t[:, None], members]), 1).to(x.device)
+    weights = torch.cat((mass.sum(1, keepdim=True) * weights, -mass), 1).to(x)
+    per_token = touched.sum(1).tolist()
+    for rows, shares in zip(index.split(per_token), weights.split(per_token)):
+        yield functional.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
+
+
+def merged_hidden(layer, t: torch.Tensor, members: torch.Tensor, weights: torch.Tensor, memory: int) -> torch.Tensor:
+    """Hidden activations of merged experts, (R, f): of token t (R,), members and weights (R, 2 or 3).
+
+        h_S = silu(sum_S w_e gate_e x) * (sum_S w_e up_e x)
+
+    The projections are linear in the weights: the sums are of the members' pre-activations, each computed once per
+    token, and no merged matrix is formed.
+    """
+    x, (n, f, _) = layer.x, layer.experts.gate.shape
+    pre_gate, pre_up = x.new_empty(2, n, len(x), f)
+    for out, projections in ((pre_gate, layer.experts.gate), (pre_up, layer.experts.up)):
+        for e, projection in enumerate(projections):
+            torch.mm(x, projection.to(x).T, out=out[e])
+    index, hidden = (members * len(x) + t[:, None]).to(x.device), x.new_empty(len(t), f)
+    step = max(1, block_numbers(x, memory) // f)
+    for rows, shares, out in zip(index.split(step), weights.to(x).split(step), hidden.split(step)):
+        gate, up = (functional.embedding_bag(rows, table.flatten(0, 1), per_sample_weights=shares, mode="sum")
+                    for table in (pre_gate, pre_up))
+        torch.mul(functional.silu(gate, inplace=True), up, out=out)
+    return hidden
+
+
+def block_numbers(x: torch.Tensor, memory: int) -> int:
+    """How many numbers to compute at a time: a share of `memory` bytes, on a CPU no more than its cache holds."""
+    share = memory // 12
+    return max(1, (min(share, CACHE_BYTES) if x.is_cpu else share) // widened(x.dtype).itemsize)
+
+
+def log_readout(layer, memory: int) -> torch.Tensor:
+    """Log-probabilities of the next token, (T, V), float32 or better; the head is widened piece by piece."""
+    features = layer.norm(layer.y.to(widened(layer.x.dtype)))
+    logits = features.new_empty(len(features), len(layer.unembedding))
+    piece = max(1, block_numbers(features, memory) // features.shape[1])
+    for out, rows in zip(logits.split(piece, dim=1), layer.unembedding.split(piece)):
+        out.copy_(features @ rows.to(features).T)
+    return logits.log_softmax(-1)
+
+
+def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, sample: Sample | None,
+                 memory: int, careful: bool = False) -> torch.Tensor:
+    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, (R,).
+
+    p is read out in float32 or better, each change of logits in the layer's dtype, a block of the vocabulary at a time.
+    KL is not finite where exponentials overflow, unless `careful`.
+    """
+    which, log_p = sample or (None, log_readout(layer, memory))
+    numbers = block_numbers(layer.x, memory)
+    stream = layer.y.to(widened(layer.x.dtype))
+    features = layer.norm(stream)
+    kl = []
+    for t, change in enumerate(merge_change(layer, members, weights, touched, memory)):
+        moved = layer.norm(change.to(stream).add_(stream[t])).sub_(features[t]).to(layer.x.dtype)
+        head = layer.unembedding if which is None else layer.unembedding.index_select(0, which[t])
+        if careful:
+            kl += [kl_of_logit_change(log_p[t], (few @ head.T).to(log_p))
+                   for few in moved.split(max(1, numbers // len(head)))]
+        else:
+            width = max(numbers // max(1, len(moved)) // 256, 1) * 256  # products of odd widths are slow
+            blocks = zip(log_p[t].split(width), head.split(width))
+            kl.append(kl_of_blocks(kl_block(p, (moved @ rows.T).to(p)) for p, rows in blocks))
+    return torch.cat(kl)
+
+
+# ------------------------------------------------------------------------------ KL from a change of the logits (3.1)
 
 
 def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -86,198 +237,118 @@ def kl_of_blocks(blocks: Iterable[KLBlock]) -> torch.Tensor:
     return terms.sum(-1).clamp(min=0).log1p()
 
 
-# --------------------------------------------------------------------------------------- the complex (section 3.2)
+# ----------------------------------------------------------------------------------- samples of the vocabulary (ours)
 
 
-def edges(n: int) -> torch.Tensor:
-    """All edges of the complete graph on n vertices, (E, 2), lexicographic (section 3.2).
+def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> Sample | None:
+    """A sample of the vocabulary for each token, as `sample_outcomes` draws it; None if it would be all of it (count 0
+    says all). One sample serves pairs and triangles."""
+    if not 0 < count < len(layer.unembedding):
+        return None
+    offsets = torch.rand(len(layer.x), generator=torch.Generator().manual_seed(seed)).to(layer.x.device)
+    step = max(1, memory * 3 // 4 // (3 * widened(layer.x.dtype).itemsize * len(layer.unembedding)))
+    drawn = []
+    for start in range(0, len(offsets), step):
+        log_p = log_readout(layer.tokens(slice(start, start + step)), memory)
+        drawn += [sample_outcomes(few, count, offset)
+                  for few, offset in zip(log_p.split(8), offsets[start:start + step].split(8))]
+    return tuple(map(torch.cat, zip(*drawn)))
 
-    >>> edges(3).tolist()
-    [[0, 1], [0, 2], [1, 2]]
+
+def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sample:
+    """Weighted samples of distributions, to estimate expectations from `count` outcomes each.
+
+    An outcome is in with probability min(1, p / tau), and then weighs max(p, tau); tau is such that `count` are in. So
+    likely outcomes are certain to be in, and E_p[v] is estimated without bias for every v. By Jensen's inequality,
+    KL = log E_p[exp delta] - E_p[delta] is then underestimated on average. The draw is systematic: lay the
+    probabilities of being in end to end, and read off at offset, 1 + offset, 2 + offset, ...
+
+    Parameters
+    ----------
+    log_p : (T, V) log-probabilities
+    count : from 1 to V
+    offset : (T,), uniform in [0, 1)
+
+    Returns (outcomes (T, count), ascending, log-weights (T, count)).
+
+    >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
+    >>> outcomes, log_weights = sample_outcomes(p.log(), 3, torch.tensor([0.5]))
+    >>> outcomes, log_weights.exp()
+    (tensor([[1, 2, 4]]), tensor([[0.2000, 0.6000, 0.2000]]))
     """
-    return torch.triu_indices(n, n, offset=1).T.contiguous()
+    p = log_p.double().exp()
+    largest, likely = p.topk(count)
+    tau = threshold(largest, p.scatter(1, likely, 0.0).sum(1, keepdim=True))
+    ends = (p / tau).clamp_(max=1).cumsum(1)  # (T, V): where each outcome's stretch ends
+    at = torch.arange(count, device=p.device) + offset.double()[:, None]
+    outcomes = torch.searchsorted(ends, at, right=True).clamp_(max=p.shape[1] - 1)
+    weights = p.gather(1, outcomes).clamp(min=tau)
+    return outcomes, weights.log().to(log_p.dtype)
 
 
-def edge_index(n: int, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """Positions of the edges (i, j), i < j, in `edges(n)`; i and j of one shape.
+def threshold(largest: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """tau of samples of `count` outcomes each, (T, 1), from the largest probabilities (T, count), descending, and the
+    sum of all others (T, 1).
 
-    >>> edge_index(4, torch.tensor([0, 1, 2]), torch.tensor([3, 2, 3])).tolist()
-    [2, 3, 5]
+    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it; tau is
+    the share of the first slot that is not certain. Of probabilities 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first
+    outcome is certain: 0.6 >= 1 / 3. The second is not: 0.1 < 0.4 / 2, which is tau.
     """
-    return i * (2 * n - i - 1) // 2 + j - i - 1
+    slots = torch.arange(largest.shape[1], 0, -1, device=largest.device)  # this one and those after it
+    share = (largest.flip(1).cumsum(1).flip(1) + others) / slots
+    certain = (largest >= share * (1 - 1e-12)).cumprod(1).sum(1, keepdim=True)
+    return share.gather(1, certain.clamp(max=len(slots) - 1)).clamp(min=torch.finfo(share.dtype).tiny)
 
 
-def relabel_edges(signal: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """An unsigned edge signal (E,) after relabelling: vertex r is the old vertex order[r], order (n,) a permutation.
-
-    Entry (r, s) of the result (E,) is the signal on the edge {order[r], order[s]}. No sign changes.
-
-    >>> relabel_edges(torch.tensor([1, 2, 12]), torch.tensor([2, 0, 1])).tolist()  # {0, 1}: 1, {0, 2}: 2, {1, 2}: 12
-    [2, 12, 1]
-    """
-    n = len(order)
-    old_edges = order[edges(n).to(order.device)].sort(1).values
-    return signal[edge_index(n, *old_edges.unbind(1))]
-
-
-def triangle_edges(n: int, triangles: torch.Tensor) -> torch.Tensor:
-    """Positions in `edges(n)`, (F, 3), of the faces (i, j), (h, j), (h, i) of each triangle (h, i, j)."""
-    h, i, j = triangles.unbind(1)
-    return torch.stack((edge_index(n, i, j), edge_index(n, h, j), edge_index(n, h, i)), dim=1)
+def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample, seed: int = 0,
+                 memory: int = 10**9, size: int = 128) -> torch.Tensor:
+    """KL of up to `size` (token, simplex) pairs, (R, 2) float64, nats: from a sample of the vocabulary, and exactly.
+    The tokens are random, each with one random simplex of those that touch it. members, weights: as for `sweep`."""
+    touched, generator = touching(members, layer.gates), torch.Generator().manual_seed(seed)
+    changed = touched.any(1).nonzero().squeeze(1)
+    t = changed[torch.randperm(len(changed), generator=generator)[:size]]
+    if not len(t):
+        return torch.empty(0, 2, dtype=torch.float64)
+    one = torch.zeros_like(touched[t]).scatter(1, torch.multinomial(touched[t].double(), 1, generator=generator), True)
+    few, both = layer.tokens(t), []
+    for own in (tuple(part[t] for part in sample), None):
+        both.append(kl_of_merges(few, members, weights, one, own, memory, careful=True))
+    return torch.stack(both, 1).double().cpu()
 
 
-def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boundary operators d1 and d2 of the complete graph on n vertices with these triangles (F, 3) (section 3.2).
-
-    d1 : (n, E), column (i, j) is +1 at vertex j, -1 at vertex i
-    d2 : (E, F), column (h, i, j) is +1 at edge (i, j), -1 at edge (h, j), +1 at edge (h, i)
-
-    >>> d1, d2 = boundary_matrices(3, torch.tensor([[0, 1, 2]]))
-    >>> d2.T.tolist(), (d1 @ d2).abs().max().item()
-    ([[1.0, -1.0, 1.0]], 0.0)
-    """
-    pairs = edges(n).to(triangles.device)
-    edge = torch.arange(len(pairs), device=pairs.device)
-    d1 = torch.zeros(n, len(pairs), dtype=torch.float64, device=pairs.device)
-    d1[pairs[:, 0], edge] = -1
-    d1[pairs[:, 1], edge] = 1
-    triangle = torch.arange(len(triangles), device=pairs.device)
-    d2 = torch.zeros(len(pairs), len(triangles), dtype=torch.float64, device=pairs.device)
-    for face, sign in zip(triangle_edges(n, triangles).unbind(1), (1, -1, 1)):
-        d2[face, triangle] = sign
-    return d1, d2
-
-
-def hodge_laplacian(d1: torch.Tensor, d2: torch.Tensor) -> torch.Tensor:
-    """L1 = d1' d1 + d2 d2', (E, E), symmetric positive semi-definite (section 3.2).
-
-    For teaching and small complexes only: the method never forms it.
-    """
-    return d1.T @ d1 + d2 @ d2.T
-
-
-# ------------------------------------------------------------------------------ the Hodge decomposition (section 3.3)
+# ------------------------------------------------------------------------------ Betti numbers of a filtration (A.9)
 
 
 def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
-    """First Betti number E - rank d1 - rank d2 = dim ker L1 (section 3.3), by ranks of Gram matrices."""
-    ranks = [int(torch.linalg.matrix_rank(gram, hermitian=True)) for gram in (d1 @ d1.T, d2.T @ d2)]
-    return d1.shape[1] - sum(ranks)
+    """First Betti number E - rank d1 - rank d2 = dim ker (d1' d1 + d2 d2'), by ranks of Gram matrices (3.3)."""
+    return d1.shape[1] - sum(int(torch.linalg.matrix_rank(gram, hermitian=True)) for gram in (d1 @ d1.T, d2.T @ d2))
 
 
-class HodgeParts(NamedTuple):
-    """The three parts of an edge signal, (E,) each: mutually orthogonal, and they sum to the signal."""
-
-    gradient: torch.Tensor
-    curl: torch.Tensor
-    harmonic: torch.Tensor
-
-
-def hodge_decompose(signal: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> HodgeParts:
-    """Hodge decomposition of an edge signal (E,) float64 (section 3.3: theorem 1, and the projections of A.5).
-
-    gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl: what neither a vertex
-    potential nor a triangle boundary explains, by least squares (proposition 1). Only n x n and F x F pseudo-inverses
-    are formed.
-
-    The vertices' order gives each edge its sign. A signal without signs, such as barriers, has other parts in another
-    order.
-
-    >>> d1, d2 = boundary_matrices(3, torch.empty(0, 3, dtype=torch.int64))  # an unfilled 3-cycle
-    >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
-    [1.0, -1.0, 1.0]
-    """
-    gradient = d1.T @ (torch.linalg.pinv(d1 @ d1.T, hermitian=True) @ (d1 @ signal))
-    curl = d2 @ (torch.linalg.pinv(d2.T @ d2, hermitian=True) @ (d2.T @ signal))
-    return HodgeParts(gradient, curl, signal - gradient - curl)
-
-
-# ---------------------------------------------------------------------------- the diagnostics of a layer (section 3.4)
-
-
-class EnergyFractions(NamedTuple):
-    """eta of each part: its share of |b|^2."""
-
-    gradient: float
-    curl: float
-    harmonic: float
-
-
-def energy_fractions(parts: HodgeParts) -> EnergyFractions:
-    """Shares of the signal's energy |b|^2 (section 3.4, eq. 8 and its companions); all 0 if b = 0."""
-    energy = sum(parts).square().sum()
-    return EnergyFractions(*((part.square().sum() / energy).item() if energy > 0 else 0.0 for part in parts))
-
-
-class Discordance(NamedTuple):
-    """Share of triangles whose barrier exceeds (1 + margin) times that of each of its edges, and the quantiles
-    (0, 1/4, 1/2, 3/4, 1) of barrier / largest edge barrier, over the triangles for which that is defined."""
-
-    fraction: float
-    ratio_quantiles: list[float]
-
-
-def discordance(n: int, barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor, margin: float
-                ) -> Discordance:
-    """The discordance fraction (section 3.4) of triangles (F, 3) with barriers `triplets` (F,), edge barriers (E,)."""
-    if not len(triangles):
-        return Discordance(0.0, [])
-    worst = barriers[triangle_edges(n, triangles)].amax(1)
-    ratio = (triplets / worst)[worst > 0]
-    quarters = torch.linspace(0, 1, 5, dtype=ratio.dtype, device=ratio.device)
-    quantiles = ratio.quantile(quarters).tolist() if len(ratio) else []
-    return Discordance((triplets > (1 + margin) * worst).double().mean().item(), quantiles)
-
-
-# ------------------------------------------------------------------------------ curated triangles (section 3.2, A.9)
-
-
-def candidate_triangles(n: int, barriers: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
-    """Stage 1 (A.9): the 3-cliques of the graph of edges with barrier <= median, at most `limit` of them.
-
-    The median of barriers (E,) is the lower of two. More cliques than `limit` are sampled without replacement, by a
-    generator with this seed. Returns (F, 3) int64, lexicographic.
-    """
-    pairs = edges(n).to(barriers.device)
-    cheap = pairs[barriers <= barriers.median()]
-    adjacent = torch.zeros(n, n, dtype=torch.bool, device=barriers.device)
-    adjacent[cheap[:, 0], cheap[:, 1]] = True  # only from lower to higher: each clique is found once, by its first edge
-    edge, third = (adjacent[cheap[:, 0]] & adjacent[cheap[:, 1]]).nonzero().unbind(1)
-    triangles = torch.cat((cheap[edge], third[:, None]), dim=1)
-    if len(triangles) > limit:
-        keep = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:limit]
-        triangles = triangles[keep.sort().values]
-    return triangles
-
-
-def betti_curve(n: int, barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor,
+def betti_curve(pairs: torch.Tensor, d2: torch.Tensor, barriers: torch.Tensor, triplets: torch.Tensor,
                 thresholds: torch.Tensor) -> torch.Tensor:
-    """Stage 2 (A.9): beta_1 of the complex K_tau for each threshold tau, int64 of the shape of `thresholds`.
+    """beta_1 of the complex K_tau for each threshold tau, int64 of the shape of `thresholds`.
 
-    K_tau has the edges with barrier <= tau, and the triangles with barrier <= tau whose three edges are in; barriers
-    (E,) of all edges, triangles (F, 3) with barriers `triplets` (F,).
-
-    As tau grows, simplices only enter, and beta_1 = edges - rank d1 - rank d2. An edge raises rank d1 if it joins two
-    components; a triangle raises rank d2 if its column is independent of the earlier ones. So one pass finds the
-    thresholds at which the number of edges and each rank grow, and the curve counts them.
+    K_tau has the edges, of all `pairs` (E, 2), with barrier <= tau, and the triangles, columns of d2 (E, F), with
+    barrier <= tau whose three edges are in. As tau grows, simplices only enter, and beta_1 = edges - rank d1 - rank d2.
+    An edge raises rank d1 if it joins two components; a triangle raises rank d2 if its column is independent of the
+    earlier ones. So one pass finds where the number of edges and each rank grow, and the curve counts them.
     """
-    enters = torch.maximum(triplets, barriers[triangle_edges(n, triangles)].amax(1))  # (F,): after its edges
+    enters = torch.maximum(triplets, (d2.abs() * barriers[:, None]).amax(0))  # (F,): after its edges
     order = enters.sort(stable=True).indices
-    _, d2 = boundary_matrices(n, triangles[order])
-    raise_rank_d2 = enters[order[independent_columns(d2)]]
-    raise_rank_d1 = spanning_tree(n, barriers)
+    raise_rank_d2 = enters[order[independent_columns(d2[:, order])]]
+    raise_rank_d1 = spanning_tree(pairs, barriers)
 
     def entered(values: torch.Tensor) -> torch.Tensor:
         return torch.searchsorted(values.sort().values, thresholds, right=True)
     return entered(barriers) - entered(raise_rank_d1) - entered(raise_rank_d2)
 
 
-def spanning_tree(n: int, barriers: torch.Tensor) -> torch.Tensor:
+def spanning_tree(pairs: torch.Tensor, barriers: torch.Tensor) -> torch.Tensor:
     """Barriers (n - 1,) of a minimum spanning tree of the complete graph with barriers (E,), ascending (Kruskal)."""
     order = barriers.sort(stable=True).indices
-    component = list(range(n))  # a label for each vertex
+    component = list(range(int(pairs.max()) + 1))  # a label for each vertex
     tree = []
-    for edge, (i, j) in zip(order.tolist(), edges(n)[order.cpu()].tolist()):
+    for edge, (i, j) in zip(order.tolist(), pairs[order].tolist()):
         joined, kept = component[j], component[i]
         if joined != kept:
             tree.append(edge)
@@ -308,178 +379,30 @@ def independent_columns(matrix: torch.Tensor) -> list[int]:
     return kept
 
 
-# ------------------------------------------------------------------------------------------- HodgeCover (section 4.1)
-
-
-def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
-    """Positions of the top `percent` % of values (M,), ascending (section 4.1: critical simplices).
-
-    Their number is rounded up, and ties go to the first. Values up to `floor` are never critical: rounding must not
-    elect the edges of a signal that has no harmonic part.
-    """
-    count = math.ceil(len(values) * percent / 100 - 1e-9)
-    top = values.sort(descending=True, stable=True).indices[:count]
-    return top[values[top] > floor].sort().values
-
-
-def incidence(n: int, simplices: torch.Tensor) -> torch.Tensor:
-    """(n, M) float64: 1 if the vertex belongs to the simplex; simplices (M, 2) or (M, 3)."""
-    member = torch.zeros(n, len(simplices), dtype=torch.float64, device=simplices.device)
-    return member.scatter_(0, simplices.T, 1.0)
-
-
-def coverage(chosen: list[int], saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]]) -> float:
-    """The coverage objective (section 4.1, eq. 10) of the chosen vertices, with saliency (n,).
-
-    It is the sum of their saliencies plus, for each family of critical simplices (M, 2 or 3), its weight times the
-    share of the family with a chosen vertex (0 for an empty family).
-    """
-    total = saliency[chosen].sum().item()
-    for simplices, weight in families:
-        if len(simplices):
-            covered = incidence(len(saliency), simplices)[chosen].any(0)
-            total += weight * covered.double().mean().item()
-    return total
-
-
-def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], keep: int) -> list[int]:
-    """`keep` times the vertex of largest marginal gain in `coverage`, ties to the lowest (section 4.1, eq. 11).
-
-    Reaches at least 1 - 1/e of the best set of that size (proposition 2). The prefixes of the result are the choices
-    for smaller sets.
-
-    Parameters
-    ----------
-    saliency : (n,), non-negative
-    families : (simplices (M, 2 or 3), weight) pairs, as for `coverage`
-    keep : at most n
-
-    >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
-    >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # {0, 1} ties by incidence count but covers only 3 edges
-    [0, 2]
-    """
-    members = [incidence(len(saliency), simplices) for simplices, _ in families]  # (n, M) each
-    weights = [weight for _, weight in families]
-    uncovered = [torch.ones_like(member[0]) for member in members]  # (M,) each
-    picks: list[int] = []
-    while len(picks) < keep:
-        gain = saliency.double().clone()
-        for member, left, weight in zip(members, uncovered, weights):
-            gain += weight * (member @ left) / max(len(left), 1)  # whole counts: ties stay ties
-        gain[picks] = -math.inf
-        best = int(gain.argmax())
-        picks.append(best)
-        uncovered = [left * (1 - member[best]) for member, left in zip(members, uncovered)]
-    return picks
-
-
-def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:
-    """Where each dropped vertex goes: argmin over survivors j of b_ij (1 + alpha |b_harm,ij| / |b|) (section 4.1).
-
-    Ties go to the lowest survivor; the factor is 1 if |b| < 1e-12. barriers and harmonic: (E,). |b| is the norm over
-    all E edges, so that the factor is near 1 unless alpha is of the size of sqrt(E).
-    """
-    norm = barriers.norm()
-    cost = barriers * (1 + alpha * harmonic.abs() / norm) if norm >= 1e-12 else barriers
-    n = (1 + math.isqrt(1 + 8 * len(barriers))) // 2  # from E = n (n - 1) / 2
-    i, j = edges(n).to(cost.device).unbind(1)
-    table = torch.zeros(n, n, dtype=cost.dtype, device=cost.device)
-    table[i, j] = cost
-    table[j, i] = cost
-    kept = sorted(survivors)
-    dropped = sorted(set(range(n)) - set(kept))
-    return {vertex: kept[int(table[vertex, kept].argmin())] for vertex in dropped}
-
-
-# ------------------------------------------------------------------------------- samples of the vocabulary (ours)
-
-
-def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted samples of distributions, to estimate expectations from `count` outcomes each (ours).
-
-    Likely outcomes, those with p >= tau, are certain to be in, with their own weight. Any other is in with
-    probability p / tau, and then weighs tau; tau is such that `count` outcomes are in. The weights sum to 1, and
-    E_p[v] is estimated without bias for every v. By Jensen's inequality, KL = log E_p[exp delta] - E_p[delta] is
-    then underestimated on average.
-
-    Parameters
-    ----------
-    log_p : (T, V) log-probabilities
-    count : from 1 to V
-    offset : (T,), uniform in [0, 1): where the systematic draw starts
-
-    Returns (outcomes (T, count), log-weights (T, count)).
-
-    >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
-    >>> sample_outcomes(p.log(), 3, torch.tensor([0.5]))[1].exp()
-    tensor([[0.6000, 0.2000, 0.2000]])
-    """
-    p = log_p.double().exp()
-    largest, likely = p.topk(count)  # (T, count), descending
-    unlikely = p.scatter(1, likely, 0.0)  # (T, V), all but those
-    certain = certain_slots(largest, unlikely.sum(1, keepdim=True))
-    uncertain = unlikely.scatter(1, likely, largest.masked_fill(certain, 0))  # (T, V), all that may be drawn
-    drawn, tau = systematic_draw(uncertain, certain, offset.double())
-    outcomes = torch.where(certain, likely, drawn)
-    weights = torch.where(certain, largest, tau)
-    return outcomes, weights.log().to(log_p.dtype)
-
-
-def certain_slots(largest: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """Which of a sample's slots hold an outcome that is certain to be in it: (T, count) bool, a run from the first.
-
-    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it. Of
-    probabilities 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first is: 0.6 >= 1 / 3. The second is not: 0.1 < 0.4 / 2.
-    largest (T, count): the largest probabilities, descending; remainder (T, 1): the mass of all others.
-    """
-    count = largest.shape[1]
-    slots_left = count - torch.arange(count, device=largest.device)
-    mass_left = largest.flip(1).cumsum(1).flip(1) + remainder
-    at_least_its_share = largest * slots_left >= mass_left * (1 - 1e-12)
-    return at_least_its_share.cumprod(1).bool()
-
-
-def systematic_draw(mass: torch.Tensor, certain: torch.Tensor, offset: torch.Tensor
-                    ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill the slots that are not certain: lay the outcomes' mass (T, V) end to end, read it off at steps of tau.
-
-    tau (T, 1) is the mass per drawn slot; the first reading is at offset (T,) times tau. Returns (outcomes (T, count),
-    tau); the outcomes at certain slots mean nothing.
-    """
-    count = certain.shape[1]
-    draws = (~certain).sum(1, keepdim=True)
-    ends = mass.cumsum(1)  # (T, V): where each outcome's stretch ends
-    total = ends[:, -1:]
-    tau = total / draws.clamp(min=1)
-    step = torch.arange(count, device=mass.device) - (count - draws)  # 0 at the first slot that is drawn
-    at = (step + offset[:, None]) * tau
-    at = torch.minimum(at, total * (1 - 1e-12))  # rounding must not lead past the last outcome
-    return torch.searchsorted(ends, at, right=True), tau
-
-
 # -------------------------------------------------------------------------------------------------- the audit (ours)
 
 
-class AdditiveModel(NamedTuple):
-    """Least-squares fit b_ij ~ phi_i + phi_j: residual (E,), and the shares of the signal's energy and of its
-    variance about the mean that the fit explains (1 if there is none to explain)."""
-
-    residual: torch.Tensor
-    energy: float
-    variance: float
-
-
-def additive_model(signal: torch.Tensor, d1: torch.Tensor) -> AdditiveModel:
-    """The unsigned vertex model of a signal (E,), which no relabelling of the vertices changes; d1 (n, E)."""
+def additive_residual(signal: torch.Tensor, d1: torch.Tensor) -> torch.Tensor:
+    """What the least-squares fit b_ij ~ phi_i + phi_j leaves of a signal (E,), which no order of the vertices changes;
+    d1 (n, E)."""
     ends = d1.abs()
-    phi = torch.linalg.pinv(ends @ ends.T, hermitian=True) @ (ends @ signal)
-    residual = signal - ends.T @ phi
-    unexplained = residual.square().sum()
+    return signal - ends.T @ (torch.linalg.pinv(ends @ ends.T, hermitian=True) @ (ends @ signal))
+
+
+def additive_shares(signal: torch.Tensor, d1: torch.Tensor) -> dict[str, float]:
+    """Shares of a signal's energy, and of its variance about the mean, that b_ij ~ phi_i + phi_j explains; 1 if there
+    is none to explain."""
+    unexplained = additive_residual(signal, d1).square().sum()
 
     def explained(values: torch.Tensor) -> float:
         total = values.square().sum()
         return (1 - unexplained / total).item() if total > 1e-24 * signal.square().sum() else 1.0
-    return AdditiveModel(residual, explained(signal), explained(signal - signal.mean()))
+    return {"energy": explained(signal), "variance": explained(signal - signal.mean())}
+
+
+def quartiles(values: torch.Tensor) -> list[float]:
+    """The quantiles 0, 1/4, 1/2, 3/4, 1; none if there are no values."""
+    return values.quantile(torch.linspace(0, 1, 5, dtype=values.dtype)).tolist() if len(values) else []
 
 
 def covered_at(order: list[int], simplices: torch.Tensor) -> int:
@@ -495,49 +418,30 @@ def covered_at(order: list[int], simplices: torch.Tensor) -> int:
     return max((min(pick.get(vertex, never) for vertex in simplex) for simplex in simplices.tolist()), default=0)
 
 
-class Retained(NamedTuple):
-    """Shares of a signal's energy on the simplices with some vertex, and with all vertices, among the survivors."""
-
-    some: float
-    all: float
-
-
-def retained(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]) -> Retained:
-    """What survivors retain of a signal (M,) on simplices (M, 2 or 3); 0 if it has no energy.
+def retained(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]) -> dict[str, float]:
+    """Shares of a signal's energy (M,) on the simplices (M, 2 or 3) with some vertex, and with all vertices, among the
+    survivors; 0 if it has no energy.
 
     >>> retained(torch.tensor([1.0, 2.0]).double(), torch.tensor([[0, 1], [1, 2]]), [0, 1])
-    Retained(some=1.0, all=0.2)
+    {'some': 1.0, 'all': 0.2}
     """
     energy = signal.square()
-    total = energy.sum()
-    survives = torch.isin(simplices, torch.tensor(survivors, device=simplices.device))
-
-    def share(mask: torch.Tensor) -> float:
-        return (energy[mask].sum() / total).item() if total > 0 else 0.0
-    return Retained(some=share(survives.any(1)), all=share(survives.all(1)))
+    survives = torch.isin(simplices, torch.tensor(survivors))
+    total = energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
+    return {"some": (energy[survives.any(1)].sum() / total).item(), "all": (energy[survives.all(1)].sum() / total).item()}
 
 
-class Shortfall(NamedTuple):
-    """How far estimates fall short: the number of pairs compared, 1 - sum(estimated) / sum(exact) and its standard
-    error, the largest error of one pair either way, as a share of it, Spearman's rank correlation."""
-
-    pairs: int
-    shortfall: float
-    standard_error: float
-    largest: float
-    rank_correlation: float
-
-
-def shortfall(estimated: torch.Tensor, exact: torch.Tensor) -> Shortfall:
-    """How far estimates of non-negative quantities fall short of the exact ones, both (R,).
-
-    Shortfalls are 0 and the correlation is 1 if all exact ones are 0.
-    """
+def shortfall(estimated: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """How far estimates of non-negative quantities fall short of the exact ones, both (R,): how many `pairs` were
+    compared; `shortfall` 1 - sum(estimated) / sum(exact) and its `standard_error`; the `largest` error of one pair
+    either way, as a share of it; Spearman's `rank_correlation`. Shortfalls are 0 and the correlation is 1 if all exact
+    ones are 0."""
     total = exact.sum()
     share = (estimated.sum() / total).item() if total > 0 else 1.0
     error = (estimated - share * exact).std(correction=0) * len(exact) ** 0.5 / total.clamp(min=1e-300)
     largest = torch.where(exact > 0, 1 - estimated / exact, 0).abs().max()
-    return Shortfall(len(exact), 1 - share, error.item(), largest.item(), spearman(estimated, exact))
+    return {"pairs": len(exact), "shortfall": 1 - share, "standard_error": error.item(), "largest": largest.item(),
+            "rank_correlation": spearman(estimated, exact)}
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Sparse Mixture-of-Experts checkpoints, and dense ones: run, read, check and rewrite them one layer at a time.
+"""Sparse Mixture-of-Experts checkpoints, and dense ones: run, read, check and write them, one layer at a time.
 
 A checkpoint is a folder with `config.json`, safetensors weights (one file, or shards with an index) and
 `tokenizer.json`. `Model` runs it and never holds more than one decoder layer, the embedding or the head, and the
-activations. `write_checkpoint` copies the weights of the surviving experts byte for byte. For callers that change
-weights there are `Model.rerun`, `Model.store`, `Model.store_down`, `Checkpoint.overwrite`, and the edits and shapes of
-`write_checkpoint`.
+activations. `write_checkpoint` copies the weights of the surviving experts byte for byte.
 
 Symbols
     n  experts of a layer       k  experts per token (top-k)      K  survivors of a layer
@@ -26,7 +24,6 @@ import os
 import re
 import shutil
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn import functional
 
 __version__ = "0.2.0"
@@ -46,6 +44,8 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PASS_TOKENS = 4096  # tokens that go through a layer at a time
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
+NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model described below; the "
+          "scores below are that model's.\n\n")
 
 
 class InputError(ValueError):
@@ -110,23 +110,17 @@ def gated_units(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.
 @dataclass(eq=False)
 class Layer:
     """Weights of one decoder layer: its experts and its router (n, d), both None if the layer is dense, and all other
-    weights by their name in the layer.
-
-    `fold` is None, or the router rows of experts that were dropped (n - K, d) and the slots among the survivors
-    (n - K,) that their gate mass goes to.
-    """
+    weights by their name in the layer."""
 
     experts: Experts | None
     router: torch.Tensor | None
     weights: dict[str, torch.Tensor]
-    fold: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def unload(self) -> None:
         """Drop all weights, whoever still holds the layer."""
         self.experts = None
         self.router = None
         self.weights = {}
-        self.fold = None
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -173,11 +167,6 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cfg: Con
     return out.transpose(1, 2).flatten(2)
 
 
-def heads(x: torch.Tensor, w: dict[str, torch.Tensor], name: str, width: int) -> torch.Tensor:
-    """Project x (B, L, d) by `name` (q, k or v) and split it into heads, (B, L, H, width)."""
-    return linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (-1, width))
-
-
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """OLMoE: q/k norms over the full width, then an optional clip. x (B, L, d), normed -> (B, L, d)."""
     query = rms_norm(linear(x, w, "self_attn.q_proj"), w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
@@ -189,32 +178,22 @@ def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     return linear(attend(query, key, value, cfg), w, "self_attn.o_proj")
 
 
-def qwen2_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen2-MoE: biases on q, k, v. x (B, L, d), normed -> (B, L, d)."""
-    query, key, value = (heads(x, w, name, cfg.head_dim) for name in "qkv")
-    return linear(attend(query, key, value, cfg), w, "self_attn.o_proj")
-
-
-def qwen3_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen3-MoE: q/k norms per head. x (B, L, d), normed -> (B, L, d)."""
-    query = rms_norm(heads(x, w, "q", cfg.head_dim), w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
-    key = rms_norm(heads(x, w, "k", cfg.head_dim), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
-    value = heads(x, w, "v", cfg.head_dim)
-    return linear(attend(query, key, value, cfg), w, "self_attn.o_proj")
-
-
-def qwen3_5_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen3.5-MoE: Gated DeltaNet in most layers, gated full attention in the others. x (B, L, d), normed -> (B, L, d).
-
-    In the latter each head's query comes with a gate of its size, whose sigmoid multiplies the head's output.
-    """
+def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
+    """Qwen: biases on q, k, v in Qwen2; q/k norms per head since Qwen3; in Qwen3.5 Gated DeltaNet in most layers, and
+    in the others a gate beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed ->
+    (B, L, d)."""
     if "linear_attn.A_log" in w:
         return gated_delta_net(x, w, cfg)
-    query, gate = heads(x, w, "q", 2 * cfg.head_dim).chunk(2, dim=-1)
-    query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
-    key = rms_norm(heads(x, w, "k", cfg.head_dim), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
-    value = heads(x, w, "v", cfg.head_dim)
-    return linear(attend(query, key, value, cfg) * gate.flatten(2).sigmoid(), w, "self_attn.o_proj")
+    query, key, value = (linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (count, -1))
+                         for name, count in zip("qkv", (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)))
+    query, *gate = query.split(cfg.head_dim, dim=-1)
+    if "self_attn.q_norm.weight" in w:
+        query, key = (rms_norm(part, w[f"self_attn.{name}_norm.weight"], cfg.rms_norm_eps)
+                      for name, part in (("q", query), ("k", key)))
+    out = attend(query, key, value, cfg)
+    if gate:
+        out = out * gate[0].flatten(2).sigmoid()
+    return linear(out, w, "self_attn.o_proj")
 
 
 def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
@@ -242,27 +221,13 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     return linear(out.to(x.dtype).flatten(2), w, "linear_attn.out_proj")
 
 
-def gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
-                     beta: torch.Tensor) -> torch.Tensor:
-    """Run the gated delta rule token by token: the plain form, to read and to test `chunked_gated_delta_rule` against.
-
-    state_t = decay_t state_{t-1} + key_t (beta_t (value_t - (decay_t state_{t-1})' key_t))', out_t = state_t' query_t.
-    query, key (B, L, H, D of keys); value (B, L, H, D of values); log_decay, beta (B, L, H) -> the shape of value.
-    """
-    state = value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, D of values)
-    out = torch.empty_like(value)
-    for t in range(value.shape[1]):
-        state = state * log_decay[:, t, :, None, None].exp()
-        error = value[:, t] - torch.einsum("bhk,bhkv->bhv", key[:, t], state)
-        correction = beta[:, t, :, None] * error
-        state = state + key[:, t, :, :, None] * correction[:, :, None, :]
-        out[:, t] = torch.einsum("bhk,bhkv->bhv", query[:, t], state)
-    return out
-
-
 def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
                              beta: torch.Tensor, size: int = 64) -> torch.Tensor:
-    """Run `gated_delta_rule` on chunks of `size` tokens by matrix products: the same result, ten times as fast.
+    """Run the gated delta rule on chunks of `size` tokens by matrix products; query, key (B, L, H, D of keys), value
+    (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
+
+        state_t = decay_t state_{t-1} + key_t (beta_t (value_t - (decay_t state_{t-1})' key_t))'
+        out_t = state_t' query_t
 
     With `decay` the log decay cumulated since the start of the chunk and `state` the state there, the corrections
     beta_i (value_i - exp(decay_i) state' key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j)
@@ -296,15 +261,8 @@ def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
     """Return the gate weights (T, n) of tokens x (T, d) exactly as the model applies them: zero off the top-k,
-    renormalised if `norm_topk_prob`. The softmax is taken in float32 or better.
-
-    A `fold` adds the probability of each dropped expert to its slot before the top-k.
-    """
-    router = layer.router if layer.fold is None else torch.cat((layer.router, layer.fold[0]))
-    p = (x @ router.T).softmax(-1, dtype=widened(x.dtype))
-    if layer.fold is not None:
-        kept, dropped = p.tensor_split((len(layer.router),), dim=1)
-        p = kept.index_add(1, layer.fold[1], dropped)
+    renormalised if `norm_topk_prob`. The softmax is taken in float32 or better."""
+    p = (x @ layer.router.T).softmax(-1, dtype=widened(x.dtype))
     top_p, top_i = p.topk(cfg.top_k)
     if cfg.norm_topk_prob:
         top_p = top_p / top_p.sum(-1, keepdim=True)
@@ -312,10 +270,8 @@ def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
 
 
 def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it.
-
-    The experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once.
-    """
+    """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it. The
+    experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once."""
     out = torch.zeros_like(x)
     for own, gate, up, down in zip(gates.T, *experts):
         t = own.nonzero().squeeze(1)
@@ -334,11 +290,9 @@ def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple
 
 def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
               ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Run one pre-norm decoder layer on the residual stream h (B, L, d).
-
-    Return the feed-forward input x (T, d), the gates (T, n) or None for a dense layer, and the stream after the
-    layer y (T, d). A shared expert's output, times its sigmoid gate, is in y.
-    """
+    """Run one pre-norm decoder layer on the residual stream h (B, L, d). Return the feed-forward input x (T, d), the
+    gates (T, n) or None for a dense layer, and the stream after the layer y (T, d). A shared expert's output, times its
+    sigmoid gate, is in y."""
     w = layer.weights
     h, x = run_mixer(h, w, cfg)
     if layer.router is None:
@@ -358,15 +312,17 @@ class Family(NamedTuple):
     partial_rotary_factor: float | None = None  # likewise; None: the whole head rotates, whatever config.json says
     always_renormalised: bool = False  # the gates, whatever norm_topk_prob says
     norms_less_1: bool = False  # norm weights are stored less 1
+    head_norms: bool = True  # of Qwen's queries and keys
+    gated_query: bool = False  # in full attention
     shared_expert: bool = False  # in every sparse layer
     dense: bool = False  # no layer has experts
 
 
-QWEN3_5 = Family(qwen3_5_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
-                 shared_expert=True)
+QWEN3_5 = Family(qwen_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
+                 gated_query=True, shared_expert=True)
 FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
-            "qwen2_moe": Family(qwen2_attention, shared_expert=True),
-            "qwen3": Family(qwen3_attention, dense=True), "qwen3_moe": Family(qwen3_attention),
+            "qwen2_moe": Family(qwen_attention, head_norms=False, shared_expert=True),
+            "qwen3": Family(qwen_attention, dense=True), "qwen3_moe": Family(qwen_attention),
             "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
 
 
@@ -374,21 +330,16 @@ FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
 
 
 class LayerPass(NamedTuple):
-    """One layer, its input and its output.
-
-    `name` is the layer's prefix among the tensors; h (B, L, d) the residual stream before the layer; x (T, d) the
-    feed-forward input; gates (T, n), None in a dense layer; y (T, d) the residual stream after the layer; norm the
-    norm between that stream and the head.
-    """
+    """One layer, its input and its output."""
 
     index: int
-    name: str
+    name: str  # prefix of its tensors' names
     layer: Layer
-    h: torch.Tensor
-    x: torch.Tensor
-    gates: torch.Tensor | None
-    y: torch.Tensor
-    norm: Callable[[torch.Tensor], torch.Tensor]
+    h: torch.Tensor  # residual stream before the layer (B, L, d)
+    x: torch.Tensor  # feed-forward input (T, d)
+    gates: torch.Tensor | None  # (T, n), None in a dense layer
+    y: torch.Tensor  # residual stream after the layer (T, d)
+    norm: Callable[[torch.Tensor], torch.Tensor]  # between that stream and the head
 
 
 class Model:
@@ -403,22 +354,18 @@ class Model:
     path : the checkpoint folder
     dtype : of activations and products (norms and the router's softmax stay in float32 or better)
     device : holds weights and activations while they are in use
-    folds : layer name -> (router rows of dropped experts (n - K, d), the slots among the survivors (n - K,) that
-        their gate mass goes to before the top-k); layers that are not named have none
 
-    Attributes: `checkpoint`, `config`, `dtype`, `device`, `folds`, and `layer_names`, the prefix of each layer's
-    tensors: first the decoder layers, then those of a multi-token prediction head.
+    Attributes: `checkpoint`, `config`, `dtype`, `device`, and `layer_names`, the prefix of each layer's tensors: first
+    the decoder layers, then those of a multi-token prediction head.
 
     Raises InputError if the checkpoint is missing, malformed or of an unsupported type.
     """
 
-    def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                 folds: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None):
+    def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         self.checkpoint = Checkpoint(path)
         self.config = read_config(self.checkpoint.raw_config)
         self.dtype = dtype
         self.device = torch.device(device)
-        self.folds = folds or {}
         names = self.checkpoint.tensors
         self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
         self.layer_names = find_layers(self.checkpoint.path, names, self.prefix, self.config)
@@ -447,18 +394,12 @@ class Model:
         experts = self._experts(layer) if f"{layer}.mlp.gate.weight" in names else None
         weights = {name.removeprefix(f"{layer}."): self.tensor(name) for name in names
                    if not name.startswith(f"{layer}.mlp.experts.")}
-        fold = None
-        if layer in self.folds:
-            rows, slots = self.folds[layer]
-            fold = rows.to(self.device, self.dtype), slots.to(self.device)
-        return Layer(experts, weights.pop("mlp.gate.weight", None), weights, fold)
+        return Layer(experts, weights.pop("mlp.gate.weight", None), weights)
 
     def _experts(self, layer: str) -> Experts:
         """Read a layer's experts, stored fused or one by one. bfloat16 ones stay so: half a float32 run's memory."""
         n, d, f = self.config.num_experts, self.config.hidden_size, self.config.expert_width
-        prefix = f"{layer}.mlp.experts."
-        load = self.checkpoint.load
-        tensors = self.checkpoint.tensors
+        prefix, load, tensors = f"{layer}.mlp.experts.", self.checkpoint.load, self.checkpoint.tensors
         stored = {info.dtype for name, info in tensors.items() if name.startswith(prefix)}
         dtype = torch.bfloat16 if stored == {"BF16"} else self.dtype
         experts = Experts(*(torch.empty(n, *shape, dtype=dtype, device=self.device)
@@ -471,43 +412,6 @@ class Model:
             for weight, part in zip(own, parts):
                 weight.copy_(part)
         return experts
-
-    def store_down(self, layer: str, down: torch.Tensor) -> torch.Tensor:
-        """Write the down projections (n, d, f) of a layer, by its name, over those in the checkpoint's files. Return
-        them as stored. Raises InputError if they overflow that type."""
-        fused = f"{layer}.mlp.experts.down_proj"
-        if fused in self.checkpoint.tensors:
-            return self._store(fused, down)
-        return torch.stack([self._store(f"{layer}.mlp.experts.{e}.down_proj.weight", each)
-                            for e, each in enumerate(down)])
-
-    def store(self, layer: str, weights: dict[str, torch.Tensor]) -> None:
-        """Write weights of a layer, by their name in `Layer.weights`, over those in the checkpoint's files: the router
-        as `mlp.gate.weight`, the experts' as `mlp.experts.gate`, `.up` (these two together) and `.down`, stacked.
-
-        Raises InputError if one overflows the type that it is stored in.
-        """
-        weights = dict(weights)
-        stacks = {part: weights.pop(f"mlp.experts.{part}") for part in Experts._fields
-                  if f"mlp.experts.{part}" in weights}
-        if f"{layer}.mlp.experts.gate_up_proj" in self.checkpoint.tensors:
-            if "gate" in stacks:
-                weights["mlp.experts.gate_up_proj"] = torch.cat((stacks["gate"], stacks["up"]), 1)
-            if "down" in stacks:
-                weights["mlp.experts.down_proj"] = stacks["down"]
-        else:
-            weights |= {f"mlp.experts.{e}.{part}_proj.weight": each for part, stack in stacks.items()
-                        for e, each in enumerate(stack)}
-        for name, weight in weights.items():
-            self._store(f"{layer}.{name}", weight)
-
-    def _store(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Write a tensor, by its name, over that in the checkpoint's files. Return it as stored."""
-        stored = (weight - int(self._less_1(name))).to(DTYPES[self.checkpoint.tensors[name].dtype])
-        if not stored.isfinite().all():
-            raise InputError(f"{name}: its new weights overflow {stored.dtype}")
-        self.checkpoint.overwrite(name, stored)
-        return stored
 
     def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
         """Return the embeddings (B, L, d) of ids (B, L), the residual stream before the first layer, in a tensor that
@@ -535,11 +439,9 @@ class Model:
 
     def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Run ids (B, L) through the decoder layers, then through those of a multi-token prediction head if there is
-        one, and yield each one's LayerPass.
-
-        A layer is unloaded before the next one is read, so that at most one layer's weights are in memory however
-        many passes the caller holds. A change of y in place goes on into the next layer. `empty` makes h, x and y.
-        """
+        one, and yield each one's LayerPass. A layer is unloaded before the next one is read, so that at most one
+        layer's weights are in memory however many passes the caller holds. A change of y in place goes on into the
+        next layer. `empty` makes h, x and y."""
         h = self.embed(ids, empty)
         norm = self.norm(f"{self.prefix}norm.weight")
         for index, name in enumerate(self.layer_names):
@@ -550,21 +452,12 @@ class Model:
                 norm = self.norm("mtp.norm.weight")
                 ids = ids[:, 1:]
             layer = self.layer(index)
-            step = self._run(index, layer, h, norm, empty)
+            step = self.run(index, layer, h, norm, empty)
             h = step.y.view_as(h)
             yield step
 
-    def rerun(self, step: LayerPass, empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
-        """Read the layer of a pass again from the files and run it on step.h; `empty` makes x and y.
-
-        `step.layer` holds the new weights, too: both passes share it, and the stream unloads it.
-        """
-        step.layer.unload()
-        vars(step.layer).update(vars(self.layer(step.index)))
-        return self._run(step.index, step.layer, step.h, step.norm, empty)
-
-    def _run(self, index: int, layer: Layer, h: torch.Tensor, norm: Callable, empty: Callable[..., torch.Tensor]
-             ) -> LayerPass:
+    def run(self, index: int, layer: Layer, h: torch.Tensor, norm: Callable,
+            empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
         """Run a layer on h (B, L, d), about PASS_TOKENS tokens at a time, so that the memory of what lies between h
         and y is bounded. Raises InputError if y is not finite."""
         name = self.layer_names[index]
@@ -602,25 +495,18 @@ class Model:
         logits = self.hidden(ids) @ self.unembedding().T
         return logits.to(widened(logits.dtype))
 
-    def perplexity(self, ids_or_text: torch.Tensor | str, seq_len: int = 512) -> float:
-        """Return exp of the mean next-token loss in nats over ids (B, L), or over a text cut into sequences; infinity
-        if that is beyond the range of a float."""
-        ids = ids_or_text
-        if isinstance(ids_or_text, str):
-            ids = sequences(self.encode([ids_or_text]), seq_len)
-        head = self.unembedding()
-        loss = 0.0
+    def perplexity(self, ids: torch.Tensor) -> float:
+        """Return exp of the mean next-token loss in nats over ids (B, L); infinity if that is beyond a float."""
+        head, loss = self.unembedding(), 0.0
         for hidden, tokens in zip(self.hidden(ids), ids.to(self.device)):
-            loss += next_token_loss(log_probabilities(hidden, head), tokens)
+            log_p = (hidden @ head.T).double().log_softmax(-1)
+            loss -= log_p[:-1].gather(1, tokens[1:, None]).sum().item()
         return torch.tensor(loss / ids[:, 1:].numel(), dtype=torch.float64).exp().item()  # math.exp would overflow
 
     def encode(self, documents: Iterable[str]) -> torch.Tensor:
         """Return the token ids (T,) of the documents, one after the other, each ended by the end-of-text token if any.
-
-        Raises InputError if the tokenizer is missing, unreadable or has ids beyond the vocabulary.
-        """
-        encodings = self._use_tokenizer(
-            lambda tokenizer: tokenizer.encode_batch(list(documents), add_special_tokens=False))
+        Raises InputError if the tokenizer is missing, unreadable or has ids beyond the vocabulary."""
+        encodings = self.use_tokenizer(lambda tokenizer: tokenizer.encode_batch([*documents], add_special_tokens=False))
         end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
         ids = [token for encoding in encodings for token in encoding.ids + end]
         if ids and max(ids) >= self.config.vocab_size:
@@ -628,11 +514,7 @@ class Model:
                              f"of {self.config.vocab_size}")
         return torch.tensor(ids, dtype=torch.int64)
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids without special tokens. Raises InputError if the tokenizer cannot be read."""
-        return self._use_tokenizer(lambda tokenizer: tokenizer.decode(ids))
-
-    def _use_tokenizer(self, use: Callable):
+    def use_tokenizer(self, use: Callable):
         """Return use(tokenizer) of the checkpoint's tokenizer, without padding or truncation."""
         from tokenizers import Tokenizer
 
@@ -646,48 +528,6 @@ class Model:
             raise
         except BaseException as err:  # the library raises plain Exception, and panics that are none
             raise InputError(f"{path}: not a tokenizer that works ({err})") from None
-
-
-class Comparison(NamedTuple):
-    """How far a model is from its source: perplexities of both, the mean KL(source || output) in nats a position, and
-    the share of positions whose most likely next token is the same."""
-
-    source_perplexity: float
-    output_perplexity: float
-    kl: float
-    top_1: float
-
-
-def compare(source: Model, output: Model, ids: torch.Tensor, tick: Callable[[float], None] = lambda share: None
-            ) -> Comparison:
-    """Compare next-token distributions over ids (B, L). `tick` is told the share of the layers that are done. Raises
-    InputError if the vocabularies differ in size."""
-    if output.config.vocab_size != source.config.vocab_size:
-        raise InputError(f"output: its vocabulary has {output.config.vocab_size} tokens; it must have the source's "
-                         f"{source.config.vocab_size}")
-    source_head, output_head = source.unembedding(), output.unembedding()
-    source_loss = output_loss = kl = agreements = 0.0
-    hidden = (source.hidden(ids, lambda share: tick(share / 2)),
-              output.hidden(ids, lambda share: tick((1 + share) / 2)))
-    for source_hidden, output_hidden, tokens in zip(*hidden, ids.to(source.device)):
-        log_p = log_probabilities(source_hidden, source_head)
-        log_q = log_probabilities(output_hidden, output_head)
-        source_loss += next_token_loss(log_p, tokens)
-        output_loss += next_token_loss(log_q, tokens)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        agreements += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    loss = torch.tensor([source_loss, output_loss], dtype=torch.float64) / ids[:, 1:].numel()
-    return Comparison(*loss.exp().tolist(), kl / ids.numel(), agreements / ids.numel())
-
-
-def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Return log softmax(head hidden) of one sequence (L, d), in float64, (L, V)."""
-    return (hidden @ head.T).double().log_softmax(-1)
-
-
-def next_token_loss(log_p: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Return the sum of -log p of the next token, nats, over a sequence: log_p (L, V), tokens (L,)."""
-    return -log_p[:-1].gather(1, tokens[1:, None]).sum().item()
 
 
 # ----------------------------------------------------------------------------------------------------- loading
@@ -740,20 +580,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return dict(sorted(infos.items(), key=lambda item: item[1].start)), metadata
 
 
-def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    """Return the bytes of a tensor in a dtype, as a file stores them."""
-    return tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class Checkpoint:
     """The tensors of a checkpoint folder by name, read lazily.
 
@@ -794,19 +620,16 @@ class Checkpoint:
         return files
 
     def load(self, name: str, row: int | None = None) -> torch.Tensor:
-        """Return the named tensor as it is stored, or one row of its first dimension.
-
-        It is read rather than mapped, so that no page of a file stays in this process's memory. Raises InputError for
-        a tensor that is missing, of no floating-point type, or cut off.
-        """
+        """Return the named tensor as it is stored, or one row of its first dimension: read rather than mapped, so that
+        no page of a file stays in this process's memory. Raises InputError for a tensor that is missing, of no
+        floating-point type, or cut off."""
         if name not in self.tensors:
             raise InputError(f"{self.path}: the weights have no tensor {name!r}")
         info = self.tensors[name]
         path, shape = self._paths[info.file], info.shape
-        if info.dtype not in DTYPES:
-            raise InputError(f"{path}: {name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}")
-        if row is not None and (not shape or row not in range(shape[0])):
-            raise InputError(f"{path}: {name} of shape {shape} has no row {row}")
+        if info.dtype not in DTYPES or row is not None and row not in range((shape or [0])[0]):
+            raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
+                             f"{', '.join(DTYPES)}, and a row from 0")
         tensor = torch.empty(shape if row is None else shape[1:], dtype=DTYPES[info.dtype])
         start, end = info.range(row)
         with open(path, "rb") as file:
@@ -815,22 +638,19 @@ class Checkpoint:
                 raise InputError(f"{path}: ends within {name}")
         return tensor
 
-    def overwrite(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
-        """Write other values over a stored tensor, or over one row of its first dimension, in its file."""
-        info = self.tensors[name]
-        self._fingerprint = None
-        with open(self.path / info.file, "r+b") as file:
-            file.seek(info.range(row)[0])
-            file.write(as_bytes(tensor, DTYPES[info.dtype]))
+    def nbytes(self) -> int:
+        """Return the size of the weight files."""
+        return sum((self.path / file).stat().st_size for file in self.metadata)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the name and all bytes of each weight file, and config.json. It is computed once."""
+        def digest(file: str) -> str:
+            with open(self.path / file, "rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
         if self._fingerprint is None:
             with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter's lock
-                digests = list(threads.map(file_digest, [self.path / file for file in self.metadata]))
-            listed = json.dumps(list(zip(self.metadata, digests))).encode()
-            config = (self.path / "config.json").read_bytes()
-            self._fingerprint = hashlib.sha256(listed + config).hexdigest()
+                listed = json.dumps(list(zip(self.metadata, threads.map(digest, self.metadata)))).encode()
+            self._fingerprint = hashlib.sha256(listed + (self.path / "config.json").read_bytes()).hexdigest()
         return self._fingerprint
 
 
@@ -853,9 +673,7 @@ def value_of(text: dict, key: str, kind: type, default: float | None = None):
 
 def read_config(raw: dict) -> Config:
     """Return the Config of the object in `config.json` (the key names of transformers 4 and 5; a nested `text_config`).
-
-    Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind.
-    """
+    Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind."""
     family = FAMILIES.get(str(raw.get("model_type")))
     if not family:
         raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported; "
@@ -865,64 +683,55 @@ def read_config(raw: dict) -> Config:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError("config.json: text_config and rope_parameters must be JSON objects, the latter a flat one")
     refuse_unsupported(raw, text, rope)
+    whole, number = partial(value_of, text, kind=int), partial(value_of, text | rope, kind=float)
 
     def optional(key: str, kind: type):
         return None if text.get(key) is None else value_of(text, key, kind)
 
     def of_experts(key: str) -> int:
-        return 0 if family.dense else value_of(text, key, int)
-    num_heads = value_of(text, "num_attention_heads", int)
-    head_dim = value_of(text, "head_dim", int, value_of(text, "hidden_size", int) // num_heads)
+        return 0 if family.dense else whole(key)
+    num_heads = whole("num_attention_heads")
+    head_dim = whole("head_dim", default=whole("hidden_size") // num_heads)
     rotary_dim = head_dim
     if family.partial_rotary_factor:  # other families rotate the whole head, whatever the configuration says
-        rotary_dim = int(head_dim * value_of(text | rope, "partial_rotary_factor", float, family.partial_rotary_factor))
+        rotary_dim = int(head_dim * number("partial_rotary_factor", default=family.partial_rotary_factor))
     eos = text.get("eos_token_id", raw.get("eos_token_id"))
-    if isinstance(eos, list):
-        eos = eos[0] if eos else None
     config = Config(
-        model_type=raw["model_type"],
-        vocab_size=value_of(text, "vocab_size", int),
-        hidden_size=value_of(text, "hidden_size", int),
-        num_layers=value_of(text, "num_hidden_layers", int),
-        num_heads=num_heads,
-        num_kv_heads=value_of(text, "num_key_value_heads", int, num_heads),
-        head_dim=head_dim,
-        rotary_dim=rotary_dim,
-        rope_theta=value_of(text | rope, "rope_theta", float, 10000.0),
-        rms_norm_eps=value_of(text, "rms_norm_eps", float, family.rms_norm_eps),
-        num_experts=of_experts(expert_count_keys(text)[0]),
-        expert_width=of_experts(expert_width_key(raw)),
+        model_type=raw["model_type"], vocab_size=whole("vocab_size"), hidden_size=whole("hidden_size"),
+        num_layers=whole("num_hidden_layers"), num_heads=num_heads, head_dim=head_dim, rotary_dim=rotary_dim,
+        num_kv_heads=whole("num_key_value_heads", default=num_heads), rope_theta=number("rope_theta", default=10000.0),
+        rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps), clip_qkv=optional("clip_qkv", float),
+        num_experts=of_experts(expert_count_keys(text)[0]), expert_width=of_experts(expert_width_key(raw)),
+        top_k=of_experts("num_experts_per_tok"), dense_width=optional("intermediate_size", int),
         shared_width=optional("shared_expert_intermediate_size", int),
-        dense_width=optional("intermediate_size", int),
-        top_k=of_experts("num_experts_per_tok"),
         norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, False),
         tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False),
-        eos_token_id=eos,
-        clip_qkv=optional("clip_qkv", float),
-        linear_key_heads=value_of(text, "linear_num_key_heads", int, 16),
-        linear_key_head_dim=value_of(text, "linear_key_head_dim", int, 128),
-        linear_value_heads=value_of(text, "linear_num_value_heads", int, 32),
-        linear_value_head_dim=value_of(text, "linear_value_head_dim", int, 128),
-        linear_conv_width=value_of(text, "linear_conv_kernel_dim", int, 4),
-    )
+        eos_token_id=(eos or [None])[0] if isinstance(eos, list) else eos,
+        linear_key_heads=whole("linear_num_key_heads", default=16),
+        linear_key_head_dim=whole("linear_key_head_dim", default=128),
+        linear_value_heads=whole("linear_num_value_heads", default=32),
+        linear_value_head_dim=whole("linear_value_head_dim", default=128),
+        linear_conv_width=whole("linear_conv_kernel_dim", default=4))
     check_config(config)
     return config
 
 
 def check_config(config: Config) -> None:
     """Raise InputError if two values of the configuration do not fit together."""
-    if config.eos_token_id is not None and config.eos_token_id not in range(config.vocab_size):
-        raise InputError(f"config.json: eos_token_id is {config.eos_token_id!r}; it must be a token id below "
-                         f"{config.vocab_size}")
-    if config.rotary_dim % 2 or config.rotary_dim > config.head_dim:
-        raise InputError(f"config.json: {config.rotary_dim} of the {config.head_dim} dimensions of a head rotate; it "
-                         "must be an even number of them")
-    if config.top_k > config.num_experts:
-        raise InputError(f"config.json: num_experts_per_tok {config.top_k} is above {config.num_experts} experts")
-    for key, whole, part in (("num_key_value_heads", config.num_heads, config.num_kv_heads),
-                             ("linear_num_key_heads", config.linear_value_heads, config.linear_key_heads)):
-        if whole % part:
-            raise InputError(f"config.json: {key} is {part}; it must divide {whole}")
+    eos, rotary = config.eos_token_id, config.rotary_dim
+    for fits, says in (
+            (eos is None or eos in range(config.vocab_size),
+             f"eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}"),
+            (rotary % 2 == 0 and rotary <= config.head_dim, f"{rotary} of the {config.head_dim} dimensions of a head "
+             "rotate; it must be an even number of them"),
+            (config.top_k <= config.num_experts,
+             f"num_experts_per_tok {config.top_k} is above {config.num_experts} experts"),
+            (config.num_heads % config.num_kv_heads == 0,
+             f"num_key_value_heads is {config.num_kv_heads}; it must divide {config.num_heads}"),
+            (config.linear_value_heads % config.linear_key_heads == 0,
+             f"linear_num_key_heads is {config.linear_key_heads}; it must divide {config.linear_value_heads}")):
+        if not fits:
+            raise InputError(f"config.json: {says}")
 
 
 def expert_count_keys(text: dict) -> list[str]:
@@ -943,34 +752,34 @@ def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
     """Raise InputError for what would otherwise give a wrong number: quantised weights, another rope type, a sliding
     window in use, another activation."""
     quantised = raw.get("quantization_config") or text.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise InputError(f"config.json: quantised weights ({method}) are not supported; use the checkpoint in "
-                         "bfloat16, float16 or float32")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise InputError(f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
     window = text.get("use_sliding_window") and text.get("sliding_window", "by default") is not None
-    if window or "sliding_attention" in str(text.get("layer_types")):
-        raise InputError("config.json: a sliding window is in use; only full attention is supported")
-    if text.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InputError(f"config.json: hidden_act {text['hidden_act']!r} is not supported; only 'silu' is")
+    act = text.get("hidden_act", "silu")
+    for found, says in (
+            (quantised, f"quantised weights ({method}) are not supported; use bfloat16, float16 or float32 ones"),
+            (rope_type != "default", f"rope type {rope_type!r} is not supported; only 'default' is"),
+            (window or "sliding_attention" in str(text.get("layer_types")),
+             "a sliding window is in use; only full attention is supported"),
+            (act not in ("silu", "swish"), f"hidden_act {act!r} is not supported; only 'silu' is")):
+        if found:
+            raise InputError(f"config.json: {says}")
 
 
 def find_layers(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Config) -> list[str]:
     """Return the names of the decoder layers, then of those of a multi-token prediction head. Raises InputError if the
     weights have another number of decoder layers than config.json says."""
-    def stored(pattern: str) -> set[str]:
-        return {match[0] for match in map(re.compile(pattern).match, tensors) if match}
-    decoder = stored(rf"{prefix}layers\.\d+\.")
-    if len(decoder) != cfg.num_layers:
-        raise InputError(f"{path}: config.json says {cfg.num_layers} layers; the weights have {len(decoder)}")
-    return [f"{prefix}layers.{i}" for i in range(cfg.num_layers)] + sorted(stored(r"mtp\.layers\.\d+"))
+    stored = {match[1] for match in map(re.compile(r"(.*?layers\.\d+)\.").match, tensors) if match}
+    names = [f"{prefix}layers.{i}" for i in range(cfg.num_layers)]
+    if {name for name in stored if name.startswith(f"{prefix}layers.")} != {*names}:
+        raise InputError(f"{path}: config.json says {cfg.num_layers} layers; the weights have "
+                         f"{', '.join(sorted(stored))}")
+    return names + sorted(name for name in stored if name.startswith("mtp."))
 
 
 def mixer_shapes(cfg: Config, recurrent: bool) -> dict[str, list[int]]:
     """Return the shapes of the weights of a token mixer, by name in the layer without `.weight`."""
-    d = cfg.hidden_size
+    d, family = cfg.hidden_size, FAMILIES[cfg.model_type]
     if recurrent:
         value_heads = cfg.linear_value_heads
         key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, value_heads * cfg.linear_value_head_dim
@@ -979,15 +788,10 @@ def mixer_shapes(cfg: Config, recurrent: bool) -> dict[str, list[int]]:
                 "linear_attn.conv1d": [2 * key + value, 1, cfg.linear_conv_width],
                 "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, value]}
     query, key = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    attention = FAMILIES[cfg.model_type].attention
-    gated_query = query * (2 if attention is qwen3_5_attention else 1)
-    shapes = {"self_attn.q_proj": [gated_query, d], "self_attn.k_proj": [key, d], "self_attn.v_proj": [key, d],
-              "self_attn.o_proj": [d, query]}
-    if attention is olmoe_attention:
-        return shapes | {"self_attn.q_norm": [query], "self_attn.k_norm": [key]}
-    if attention is qwen2_attention:
-        return shapes
-    return shapes | {"self_attn.q_norm": [cfg.head_dim], "self_attn.k_norm": [cfg.head_dim]}
+    norms = [cfg.head_dim] * 2 if family.attention is qwen_attention else [query, key]
+    return {"self_attn.q_proj": [query * (1 + family.gated_query), d], "self_attn.k_proj": [key, d],
+            "self_attn.v_proj": [key, d], "self_attn.o_proj": [d, query]} \
+        | {f"self_attn.{name}_norm": [size] for name, size in zip("qk", norms) if family.head_norms}
 
 
 def layer_shapes(cfg: Config, stored: set[str]) -> dict[str, list[int | None]]:
@@ -1019,6 +823,17 @@ def layer_shapes(cfg: Config, stored: set[str]) -> dict[str, list[int | None]]:
 def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Config, layers: list[str]) -> None:
     """Raise InputError if a tensor that the model reads is missing, of no floating-point type, or of a shape that
     does not follow from config.json, and if there are more experts than it says. Reads no weight."""
+    def check(name: str, shape: list[int | None]) -> None:
+        info = tensors.get(name)
+        for wrong, says in (
+                (info is None, f"the weights have no tensor {name!r}"),
+                (None in shape, f"config.json does not say how wide {name} is"),
+                (info and info.shape != shape,
+                 f"{name} has shape {info and info.shape}; by config.json it must be {shape}"),
+                (info and info.dtype not in DTYPES,
+                 f"{name} is stored as {info and info.dtype}; supported: {', '.join(DTYPES)}")):
+            if wrong:
+                raise InputError(f"{path}: {says}")
     d = cfg.hidden_size
     expected = {f"{prefix}embed_tokens.weight": [cfg.vocab_size, d], f"{prefix}norm.weight": [d]}
     if not cfg.tie_word_embeddings:
@@ -1032,31 +847,18 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: 
         if layer and layer[1] in stored:
             stored[layer[1]].add(layer[2])
     for layer, names in stored.items():
-        router = tensors.get(f"{layer}.mlp.gate.weight")
-        if router:  # before a stranger's number of experts is counted up to
-            check_tensor(path, f"{layer}.mlp.gate.weight", router, [cfg.num_experts, d])
+        if "mlp.gate.weight" in names:  # before a stranger's number of experts is counted up to
+            check(f"{layer}.mlp.gate.weight", [cfg.num_experts, d])
         shapes = layer_shapes(cfg, names)
         biases = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()
                   if not name.startswith("mlp.")}
         shapes |= {name: shape for name, shape in biases.items() if name in names}
         expected |= {f"{layer}.{name}": shape for name, shape in shapes.items()}
     for name, shape in expected.items():
-        check_tensor(path, name, tensors.get(name), shape)
+        check(name, shape)
     more = {f"{layer}.{name}" for layer, names in stored.items() for name in names if name.startswith("mlp.")}
     for name in sorted(more - expected.keys()):
         raise InputError(f"{path}: {name} is none of the tensors that config.json asks for")
-
-
-def check_tensor(path: Path, name: str, info: TensorInfo | None, shape: list[int | None]) -> None:
-    """Raise InputError unless a tensor is there with a shape and in a floating-point type."""
-    if info is None:
-        raise InputError(f"{path}: the weights have no tensor {name!r}")
-    if None in shape:
-        raise InputError(f"{path}: config.json does not say how wide {name} is")
-    if info.shape != shape:
-        raise InputError(f"{path}: {name} has shape {info.shape}; by config.json it must be {shape}")
-    if info.dtype not in DTYPES:
-        raise InputError(f"{path}: {name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}")
 
 
 # -------------------------------------------------------------------------------------------------------- text
@@ -1069,36 +871,27 @@ def read_documents(paths: Iterable[str | os.PathLike]) -> list[str]:
     for path in map(Path, paths):
         try:
             text = path.read_text(encoding="utf-8-sig")
-        except OSError as err:
-            raise InputError(f"{path}: cannot be read ({err.strerror})") from None
-        except ValueError:
-            raise InputError(f"{path}: not UTF-8 text") from None
+        except (OSError, ValueError) as err:
+            raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(err, 'strerror', err)})") from None
         if not text.strip():
             raise InputError(f"{path}: no text in it")
-        if path.suffix.lower() in (".jsonl", ".json"):
-            lines = enumerate(text.split("\n"), 1)
-            documents += [json_text(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-        else:
+        if path.suffix.lower() not in (".jsonl", ".json"):
             documents.append(text)
+            continue
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                documents += [json.loads(line)["text"]] if line.strip() else []
+                documents[-1:] and documents[-1].encode()  # neither a number nor a lone surrogate is text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise InputError(f'{path}, line {number}: expected a JSON object with a "text" field that is a string'
+                                 ) from None
     return documents
-
-
-def json_text(line: str, where: str) -> str:
-    """Return the `text` field of a JSON object. Raises InputError, which says `where`, if there is none."""
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # a lone surrogate is no text
-        return text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f'{where}: expected a JSON object with a "text" field that is a string') from None
 
 
 @cache
 def python_documentation(part: str) -> tuple[str, ...]:
-    """Return English that every Python carries: the language reference in pydoc and the standard library's docstrings.
-
-    A document is one reference topic or one module; `in_part` says which belong to the `part`.
-    """
+    """Return English that every Python carries: the language reference in pydoc and the standard library's docstrings,
+    a topic or a module a document; `in_part` says which belong to the `part`."""
     from pydoc_data.topics import topics
 
     sources = {f"topic {name}": text for name, text in topics.items()} | python_modules()
@@ -1156,164 +949,124 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
 # ----------------------------------------------------------------------------------------------------- writing
 
 
-Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as stored, the row's number) -> changed
+class Piece(NamedTuple):
+    """A tensor of the output: its name in the source, and the rows of its first dimension that stay, in their new order
+    (None: the whole tensor); its shard, dtype name and shape in the output, and what gives its bytes."""
 
-
-class Copy(NamedTuple):
-    """A tensor of the output: its name in the source, its source, the rows of the first dimension to keep in their new
-    order ([None]: the whole tensor), its shape in the output if an edit changes it, and the edit."""
-
-    name: str
-    source: TensorInfo
-    rows: list[int] | list[None] = [None]
-    edited_shape: list[int] | None = None
-    edit: Edit | None = None
-
-    def shape(self) -> list[int]:
-        """Return the shape in the output."""
-        if self.edited_shape is not None:
-            return self.edited_shape
-        return self.source.shape if self.rows == [None] else [len(self.rows), *self.source.shape[1:]]
+    source: str
+    rows: list[int] | None
+    file: str
+    dtype: str
+    shape: list[int]
+    read: Callable[[], Iterable[bytes | memoryview]]
 
     def nbytes(self) -> int:
-        """Return the size in the output."""
-        if self.edited_shape is not None:
-            return math.prod(self.edited_shape) * DTYPES[self.source.dtype].itemsize
-        return sum(end - start for start, end in map(self.source.range, self.rows))
+        """Return its size in the output."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def read(self, checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
-        """Yield the bytes of the output, straight from the source's file or through the edit."""
-        if self.edit is not None:
-            for row in self.rows:
-                yield as_bytes(self.edit(checkpoint.load(self.name, row), row or 0), DTYPES[self.source.dtype])
-            return
-        with open(checkpoint.path / self.source.file, "rb") as file:
-            for start, end in map(self.source.range, self.rows):
+
+def copied(checkpoint: Checkpoint, name: str, rows: list[int] | None = None) -> Piece:
+    """Return a stored tensor, or some of its rows, to be copied byte for byte."""
+    info = checkpoint.tensors[name]
+
+    def read() -> Iterator[bytes]:
+        with open(checkpoint.path / info.file, "rb") as file:
+            for start, end in map(info.range, [None] if rows is None else rows):
                 file.seek(start)
                 for at in range(start, end, BLOCK_BYTES):
                     yield file.read(min(BLOCK_BYTES, end - at))
+    return Piece(name, rows, info.file, info.dtype, info.shape if rows is None else [len(rows), *info.shape[1:]], read)
 
 
-def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -> dict[str, Copy]:
+def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -> dict[str, Piece]:
     """Return the tensors of the compressed checkpoint by name: expert survivors[layer][i] becomes expert i of that
-    layer.
-
-    Router rows and fused experts keep the survivors' rows; experts stored one by one are renumbered; all else,
-    layers that are not in `survivors` among it, stays as it is.
-    """
+    layer. Router rows and fused experts keep the survivors' rows; experts stored one by one are renumbered; all else,
+    layers that are not in `survivors` among it, stays as it is."""
     kept = {}
-    for name, info in checkpoint.tensors.items():
+    for name in checkpoint.tensors:
         match = re.fullmatch(r"(.+)\.mlp\.(?:gate\.weight|experts\.(?:gate_up_proj|down_proj|(\d+)\.(.+)))", name)
         rows = match and survivors.get(match[1])
         if not rows:
-            kept[name] = Copy(name, info)
+            kept[name] = copied(checkpoint, name)
         elif match[2] is None:
-            kept[name] = Copy(name, info, rows)
+            kept[name] = copied(checkpoint, name, rows)
         elif int(match[2]) in rows:
-            kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = Copy(name, info)
+            kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = copied(checkpoint, name)
     return kept
 
 
-def with_num_experts(config: dict, count: int) -> dict:
-    """Return the object of config.json with another number of experts, at the top or in `text_config`."""
-    text = config.get("text_config") or config
-    return with_text_keys(config, dict.fromkeys(expert_count_keys(text), count))
-
-
-def with_expert_width(config: dict, width: int) -> dict:
-    """Return the object of config.json with another width of the experts, at the top or in `text_config`."""
-    return with_text_keys(config, {expert_width_key(config): width})
-
-
-def with_text_keys(config: dict, changes: dict[str, int]) -> dict:
+def with_keys(config: dict, changes: dict[str, int]) -> dict:
     """Return the object of config.json with other values of some keys, at the top or in `text_config`."""
     if config.get("text_config"):
         return config | {"text_config": config["text_config"] | changes}
     return config | changes
 
 
-def write_safetensors(path: Path, tensors: dict[str, Copy], metadata: dict[str, str], checkpoint: Checkpoint) -> None:
-    """Write a safetensors file of tensors copied from a checkpoint, by their new names."""
-    header = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for name, copy in tensors.items():
-        size = copy.nbytes()
-        header[name] = {"dtype": copy.source.dtype, "shape": copy.shape(), "data_offsets": [offset, offset + size]}
-        offset += size
+def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, a piece at a time."""
+    header, offset = {"__metadata__": metadata} if metadata else {}, 0
+    for name, piece in tensors.items():
+        end = offset + piece.nbytes()
+        header[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [offset, end]}
+        offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
-        for copy in tensors.values():
-            out.writelines(copy.read(checkpoint))
+        for piece in tensors.values():
+            out.writelines(piece.read())
 
 
-def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes],
-                     edits: dict[str, Edit] = {}, notice: str = "", shapes: dict[str, list[int]] = {}) -> None:
-    """Write the checkpoint that keeps `survivors` to the folder `out`, which appears whole or not at all.
-
-    Names, dtypes and shards are the source's. `num_experts` becomes K.
-
-    Parameters
-    ----------
-    survivors : layer name -> expert indices, K of each layer. Expert survivors[layer][i] becomes expert i, so that
-        unsorted indices permute the experts. Empty: a plain copy, with config.json as it is
-    files : name -> content, written besides; the source's tokenizer and other small files are copied if no file of
-        their name is there yet
-    edits : name of a tensor in the source -> function that changes it, or each of its rows if `survivors` lists rows
-    notice : text put at the head of the model card (README.md), after its front matter
-    shapes : name of a tensor in the source -> its shape in the output, if its edit changes that
-
-    Raises InputError if the layers do not keep the same number of experts, and as `write_tensors` does.
-    """
+def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes]
+                     ) -> None:
+    """Write the checkpoint that keeps `survivors`, and files by their names, to the folder `out`, which appears whole
+    or not at all. Names, dtypes and shards are the source's; `num_experts` becomes K. survivors : layer name -> expert
+    indices, K of each layer; unsorted ones permute the experts. Empty: a plain copy. Raises InputError if the layers do
+    not keep the same number of experts, and as `new_folder` does."""
     counts = {len(kept) for kept in survivors.values()}
     if len(counts) > 1:
         raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
-    kept = {name: copy._replace(edited_shape=shapes.get(copy.name), edit=edits.get(copy.name))
-            for name, copy in surviving_tensors(checkpoint, survivors).items()}
-    if counts:
-        config = with_num_experts(checkpoint.raw_config, counts.pop())
-        files = {"config.json": (json.dumps(config, indent=2) + "\n").encode()} | files
-    write_tensors(checkpoint, out, kept, files, notice)
+    raw = checkpoint.raw_config
+    keys = expert_count_keys(raw.get("text_config") or raw)
+    config = {"config.json": json_bytes(with_keys(raw, dict.fromkeys(keys, count))) for count in counts}
+    write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), config | files)
 
 
-def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Copy], files: dict[str, bytes], notice: str = ""
-                  ) -> None:
-    """Write tensors that are made from a checkpoint's, by their new names, each to the shard of its source, to the
-    folder `out`, which appears whole or not at all; files and notice as in `write_checkpoint`.
+def json_bytes(value: dict) -> bytes:
+    """Return a JSON object as the content of a file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
-    Raises InputError if `out` cannot become a new folder.
-    """
+
+def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], files: dict[str, bytes]) -> None:
+    """Write pieces and files by their names, and the checkpoint's tokenizer and other small files, to the folder `out`,
+    which appears whole or not at all. Raises InputError as `new_folder` does."""
     with new_folder(out) as staging:
         for file, metadata in checkpoint.metadata.items():
-            shard = {name: copy for name, copy in kept.items() if copy.source.file == file}
-            write_safetensors(staging / file, shard, metadata, checkpoint)
+            shard = {name: piece for name, piece in kept.items() if piece.file == file}
+            write_safetensors(staging / file, shard, metadata)
         if checkpoint.sharded:
             index = read_json(checkpoint.path / INDEX)
-            size = sum(copy.nbytes() for copy in kept.values())
+            size = sum(piece.nbytes() for piece in kept.values())
             index["metadata"] = (index.get("metadata") or {}) | {"total_size": size}
-            index["weight_map"] = {name: copy.source.file for name, copy in sorted(kept.items())}
-            (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            index["weight_map"] = {name: piece.file for name, piece in sorted(kept.items())}
+            files = files | {INDEX: json_bytes(index)}
         for name, content in files.items():
             (staging / name).write_bytes(content)
-        copy_small_files(checkpoint.path, staging, notice)
+        copy_small_files(checkpoint.path, staging)
 
 
-def copy_small_files(source: Path, out: Path, notice: str = "") -> None:
-    """Copy tokenizer, generation config, chat template, licence, ... from one folder to another: all but weights,
-    hidden files and what `out` has. A notice goes to the head of the model card (README.md), after its front matter."""
+def copy_small_files(source: Path, out: Path) -> None:
+    """Copy tokenizer, generation config, licence, ...: all but weights, hidden files and what `out` has. NOTICE goes to
+    the head of the model card (README.md), after its front matter."""
     weights = {".safetensors", ".st", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
     for file in sorted(source.iterdir()):
         if not file.is_file() or file.name.startswith(".") or file.suffix in weights or file.name == INDEX \
                 or file.name.endswith(".bin.index.json") or (out / file.name).exists():
             continue
         shutil.copyfile(file, out / file.name)
-        if notice and file.name == "README.md":
-            card = file.read_text(encoding="utf-8", errors="surrogateescape")
-            front = re.match(r"---\n.*?\n---\n", card, re.DOTALL)
-            cut = front.end() if front else 0
-            card = card[:cut] + notice.strip("\n") + "\n\n" + card[cut:]
-            (out / file.name).write_text(card, encoding="utf-8", errors="surrogateescape")
+        if file.name == "README.md":
+            front, card = re.fullmatch(rb"(---\n.*?\n---\n|)(.*)", file.read_bytes(), re.DOTALL).groups()
+            (out / file.name).write_bytes(front + NOTICE.encode() * (not card.startswith(NOTICE.encode())) + card)
 
 
 @contextlib.contextmanager
@@ -1336,27 +1089,16 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Context manager: a hidden folder beside `out` that becomes `out` on success and vanishes on failure.
-
-    Raises InputError if `out` exists and is not an empty folder, or cannot be made.
-    """
+    """Context manager: a hidden folder beside `out` that becomes `out` on success and vanishes on failure. Raises
+    InputError as `check_new` does."""
     check_new(out)
     out = Path(os.path.abspath(out))
     above = [folder for folder in out.parents if not folder.exists()]
+    staging = out.with_name(f".{out.name}.{os.urandom(8).hex()}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as err:
-        raise InputError(f"{out}: cannot be made ({err.strerror})") from None
-    try:
+        staging.mkdir(parents=True)
         yield staging
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)  # mkdtemp's is private
-        try:
-            staging.replace(out)
-        except OSError as err:  # another run was first
-            raise InputError(f"{out}: cannot be made ({err.strerror}); name another") from None
+        staging.replace(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in above:
@@ -1377,3 +1119,38 @@ def check_new(path: Path) -> None:
             raise InputError(f"{path}: cannot be made; {above} is not a folder that can be written to")
     except OSError as err:
         raise InputError(f"{path}: cannot be made ({err.strerror})") from None
+
+
+# --------------------------------------------------------------------------------------------- tensors in a cache
+
+
+def make_cache(folder: Path) -> None:
+    """Make the folder of a cache. Raises InputError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise InputError(f"cache {folder}: cannot be made ({err.strerror}); name another folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cache {folder}: cannot be written to; name another folder")
+
+
+def cache_file(folder: Path, name: str, key: dict[str, str]) -> Path:
+    """Return the file of an entry: another key has another file, so that a quick run never overwrites a long one's."""
+    return folder / f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+
+
+def read_cached(folder: Path, name: str, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of a cache entry; None if it is missing, damaged or of another key."""
+    file = cache_file(folder, name, key)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {field: opened.get_tensor(field).clone() for field in opened.keys()}
+            return tensors if opened.metadata() == key else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def write_cached(folder: Path, name: str, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    """Write a cache entry, whole or not at all."""
+    with new_file(cache_file(folder, name, key)) as beside:
+        save_file({field: tensor.cpu().contiguous() for field, tensor in tensors.items()}, beside, key)

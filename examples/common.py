@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the commands in this folder share: the three files on the path, one parser, one way to write a checkpoint.
+"""What the commands in this folder share: the three files on the path, one parser, one way to change a checkpoint.
 
 A command reads one or two checkpoint folders and writes one. It imports this first, and nothing of another command but
 the functions whose docstrings say what they return.
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +25,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import hodgecover  # noqa: E402
 import model_io  # noqa: E402
-from hodgecover import RECORD, Parser  # noqa: E402
-from model_io import Experts, InputError, Layer, Model  # noqa: E402
+from hodgecover import MEMORY, RECORD, SEQ_LEN, TOKENS, Parser, Settings, Signals, Tick  # noqa: E402
+from model_io import (DTYPES, Checkpoint, Experts, InputError, Layer, LayerPass, Model, Piece,  # noqa: E402
+                      surviving_tensors, widened)
 
 Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
 
@@ -35,7 +37,7 @@ def parser_of(file: str, description: str) -> Parser:
     return Parser(prog=Path(file).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def command_line(file: str, description: str, out: bool = True, text: int = hodgecover.TOKENS, source: bool = False,
+def command_line(file: str, description: str, out: bool = True, text: int = TOKENS, source: bool = False,
                  seed: bool = True, memory: bool = True, use: str = "calibration") -> Parser:
     """The parser of the command in `file`, described by its docstring: a checkpoint, after its source, if it compares
     the two; `--out`, if it writes one; text of so many tokens for calibration or another use, if it reads any; where
@@ -46,10 +48,15 @@ def command_line(file: str, description: str, out: bool = True, text: int = hodg
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder")
     if out:
         parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="output folder")
-    if text:
-        hodgecover.add_text_options(parser, text, use)
-    hodgecover.add_resource_options(parser, seed, memory)
+    hodgecover.add_common_options(parser, text, use, memory)
+    if seed:
+        hodgecover.add_settings(parser, "seed")
     return parser
+
+
+def settings_of(args: argparse.Namespace, **more: object) -> Settings:
+    """The Settings that the options say; the others as by default."""
+    return Settings(**{name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}, **more)
 
 
 def refuse_given(parser: Parser, args: argparse.Namespace, names: Iterable[str], what: str) -> None:
@@ -100,36 +107,24 @@ def python_code(part: str) -> tuple[str, ...]:
 TEXTS = {"documentation": model_io.python_documentation, "code": python_code}  # part -> documents
 
 
-def entry(command: str, settings: dict, **read: Model) -> dict:
-    """An entry of a record's history: the command, its settings, and the checkpoints that it read, by their role."""
-    described = {role: hodgecover.describe(model) for role, model in read.items()}
-    return {"command": command, "settings": settings} | described
+def entry(command: str, settings: dict, ids: torch.Tensor | None = None, files: list[Path] | None = None, **read: Model
+          ) -> dict:
+    """An entry of a record's history: the command, its settings with the text ids (B, L) of these files, if it read
+    any, and the checkpoints that it read, by their role."""
+    return hodgecover.record_entry(command, settings, ids, files, **read)
 
 
-def add_barrier_options(parser: Parser, cache: bool = True) -> None:
-    """The options of commands that measure barriers, or read those that hodgecover.py measured; without a cache in one
-    that does neither."""
-    default = hodgecover.Settings()
-    if cache:
-        parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of each layer's barriers, shared with "
-                            "hodgecover.py [CKPT-barriers beside CKPT]")
-    parser.add_argument("--vocab-sample", metavar="N", type=int, default=default.vocab_sample, help="outcomes of the "
-                        "vocabulary to read a token out on; 0: all [%(default)s]")
-    parser.add_argument("--max-triangles", metavar="N", type=int, default=default.max_triangles,
-                        help=hodgecover.HELP["max_triangles"])
-
-
-def barrier_cache(model: Model, args: argparse.Namespace, name: str = "barriers") -> Path:
-    """The folder of the barriers: --cache, or CKPT-name beside CKPT. Raises InputError if it lies in the checkpoint."""
+def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
+    """The folder of the barriers: --cache, or CKPT-barriers beside CKPT. Raises InputError if it lies in the checkpoint."""
     source = Path(os.path.abspath(model.checkpoint.path))
-    cache = args.cache or source.with_name(f"{source.name}-{name}")
+    cache = args.cache or source.with_name(f"{source.name}-barriers")
     hodgecover.refuse_inside(model, cache, "cache")
     return cache
 
 
 def show_output(model: Model, out: Path) -> None:
     """Print the size of the weights before and after, and where the output lies."""
-    before, after = hodgecover.weight_bytes(model), hodgecover.weight_bytes(Model(out))
+    before, after = model.checkpoint.nbytes(), Checkpoint(out).nbytes()
     print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})")
     print(f"output: {out}")
 
@@ -148,8 +143,8 @@ ALIGNED = 8  # numbers of 2 bytes that make 16 bytes
 def warn_of_width(width: int) -> None:
     """Warn if the experts' width is none that transformers' grouped products take."""
     if width % ALIGNED:
-        hodgecover.log.warning("width %d: no multiple of %d; transformers runs it with "
-                               'experts_implementation="eager" alone', width, ALIGNED)
+        hodgecover.warn(f'width {width}: no multiple of {ALIGNED}; transformers runs it with '
+                        'experts_implementation="eager" alone')
 
 
 SPLIT = {"qwen3": "qwen3_moe"}  # the family that dot_moe.py makes of a dense one
@@ -241,11 +236,141 @@ def folder_beside(out: Path, command: str, *inputs: Model) -> Path:
 def made(cache: Path) -> Iterator[None]:
     """Context manager: a folder of what is done, made; it goes again if nothing lies in it at the end. Raises
     InputError if it cannot be made."""
-    hodgecover.make_cache(cache)
+    model_io.make_cache(cache)
     try:
         yield
     finally:
         clear(cache, [])
+
+
+# -------------------------------------------------------------------------------- the tensors of a checkpoint, changed
+
+
+Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as stored, the row's number) -> changed
+
+
+def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
+    """The bytes of a tensor in a dtype, as a file stores them."""
+    return tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def edited(checkpoint: Checkpoint, piece: Piece, edit: Edit, shape: list[int] | None = None) -> Piece:
+    """A piece of an output, changed by an edit of the stored tensor, or of each row that stays; `shape` is that of the
+    piece then, if it is another."""
+    def read() -> Iterator[memoryview]:
+        for row in [None] if piece.rows is None else piece.rows:
+            yield as_bytes(edit(checkpoint.load(piece.source, row), row or 0), DTYPES[piece.dtype])
+    return piece._replace(shape=shape or piece.shape, read=read)
+
+
+def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes],
+                 edits: dict[str, Edit], shapes: dict[str, list[int]] = {}, config: dict[str, int] = {}) -> None:
+    """Write a checkpoint as `model_io.write_checkpoint` does, some of whose tensors are changed.
+
+    edits : name of a tensor in the source -> its edit
+    shapes : name of a tensor in the source -> its shape in the output, if its edit changes that
+    config : keys of config.json whose values change besides the number of experts
+    """
+    raw, kept = checkpoint.raw_config, surviving_tensors(checkpoint, survivors)
+    counts = {len(experts) for experts in survivors.values()}
+    if len(counts) > 1:
+        raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
+    keys = model_io.expert_count_keys(raw.get("text_config") or raw)
+    changes = {key: count for key in keys for count in counts} | config
+    kept = {name: edited(checkpoint, piece, edits[piece.source], shapes.get(piece.source))
+            if piece.source in edits else piece for name, piece in kept.items()}
+    files = {"config.json": model_io.json_bytes(model_io.with_keys(raw, changes))} | files
+    model_io.write_tensors(checkpoint, out, kept, files)
+
+
+def overwrite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
+    """Write other values over a stored tensor, or over one row of its first dimension, in its file."""
+    info = checkpoint.tensors[name]
+    checkpoint._fingerprint = None
+    with open(checkpoint.path / info.file, "r+b") as file:
+        file.seek(info.range(row)[0])
+        file.write(as_bytes(tensor, DTYPES[info.dtype]))
+
+
+def store(model: Model, layer: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write weights of a layer, by their name in `Layer.weights`, over those in the checkpoint's files: the router as
+    `mlp.gate.weight`, the experts' as `mlp.experts.gate`, `.up` (these two together) and `.down`, stacked. Return what
+    is stored, by the tensors' names. Raises InputError if one overflows the type that it is stored in."""
+    weights, checkpoint = dict(weights), model.checkpoint
+    stacks = {part: weights.pop(f"mlp.experts.{part}") for part in Experts._fields if f"mlp.experts.{part}" in weights}
+    if f"{layer}.mlp.experts.gate_up_proj" in checkpoint.tensors:
+        if "gate" in stacks:
+            weights["mlp.experts.gate_up_proj"] = torch.cat((stacks["gate"], stacks["up"]), 1)
+        if "down" in stacks:
+            weights["mlp.experts.down_proj"] = stacks["down"]
+    else:
+        weights |= {f"mlp.experts.{e}.{part}_proj.weight": each for part, stack in stacks.items()
+                    for e, each in enumerate(stack)}
+    stored = {}
+    for name, weight in weights.items():
+        name = f"{layer}.{name}"
+        stored[name] = (weight - int(model._less_1(name))).to(DTYPES[checkpoint.tensors[name].dtype])
+        if not stored[name].isfinite().all():
+            raise InputError(f"{name}: its new weights overflow {stored[name].dtype}")
+        overwrite(checkpoint, name, stored[name])
+    return stored
+
+
+def store_down(model: Model, layer: str, down: torch.Tensor) -> torch.Tensor:
+    """Write the down projections (n, d, f) of a layer over those in the checkpoint's files; return them as stored.
+    Raises InputError if they overflow that type."""
+    stored = [*store(model, layer, {"mlp.experts.down": down}).values()]
+    return stored[0] if stored[0].dim() == 3 else torch.stack(stored)
+
+
+def rerun(model: Model, step: LayerPass, empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
+    """Read the layer of a pass again from the files and run it on step.h; `empty` makes x and y. `step.layer` holds the
+    new weights, too: both passes share it, and the stream unloads it."""
+    step.layer.unload()
+    vars(step.layer).update(vars(model.layer(step.index)))
+    return model.run(step.index, step.layer, step.h, step.norm, empty)
+
+
+class Comparison(NamedTuple):
+    """How far a model is from its source: perplexities of both, the mean KL(source || output) in nats a position, and
+    the share of positions whose most likely next token is the same."""
+
+    source_perplexity: float
+    output_perplexity: float
+    kl: float
+    top_1: float
+
+
+def compare(source: Model, output: Model, ids: torch.Tensor, tick: Callable[[float], None] = lambda share: None
+            ) -> Comparison:
+    """Compare next-token distributions over ids (B, L). `tick` is told the share of the layers that are done. Raises
+    InputError if the vocabularies differ in size."""
+    if output.config.vocab_size != source.config.vocab_size:
+        raise InputError(f"output: its vocabulary has {output.config.vocab_size} tokens; it must have the source's "
+                         f"{source.config.vocab_size}")
+    source_head, output_head = source.unembedding(), output.unembedding()
+    source_loss = output_loss = kl = agreements = 0.0
+    hidden = (source.hidden(ids, lambda share: tick(share / 2)),
+              output.hidden(ids, lambda share: tick((1 + share) / 2)))
+    for source_hidden, output_hidden, tokens in zip(*hidden, ids.to(source.device)):
+        log_p = log_probabilities(source_hidden, source_head)
+        log_q = log_probabilities(output_hidden, output_head)
+        source_loss += next_token_loss(log_p, tokens)
+        output_loss += next_token_loss(log_q, tokens)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        agreements += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+    loss = torch.tensor([source_loss, output_loss], dtype=torch.float64) / ids[:, 1:].numel()
+    return Comparison(*loss.exp().tolist(), kl / ids.numel(), agreements / ids.numel())
+
+
+def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """log softmax(head hidden) of one sequence (L, d), in float64, (L, V)."""
+    return (hidden @ head.T).double().log_softmax(-1)
+
+
+def next_token_loss(log_p: torch.Tensor, tokens: torch.Tensor) -> float:
+    """the sum of -log p of the next token, nats, over a sequence: log_p (L, V), tokens (L,)."""
+    return -log_p[:-1].gather(1, tokens[1:, None]).sum().item()
 
 
 @contextlib.contextmanager
