@@ -11,8 +11,8 @@ numbering. `mathx.py` has the fast form of the barriers, the Betti curve and the
     T  calibration tokens         d  hidden size, f  width          V  vocabulary
     E  n (n - 1) / 2 edges        F  triangles                      M  simplices of one size
 
-Left out: the paper's allocator of a budget across layers, since `num_experts` is one number in these configurations.
-Wanda on the survivors (4.2) is a command of its own: examples/wanda.py. Sections and equations are the paper's.
+Sections and equations are the paper's. Left out: its allocator of a budget across layers, since `num_experts` is one
+number in these configurations. Wanda on the survivors (4.2) is a command of its own, examples/wanda.py.
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,15 +36,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
 import torch
-from safetensors import SafetensorError
 
 if __package__:
     from . import mathx, model_io
-    from .model_io import Experts, InputError, Model
+    from .model_io import Experts, InputError, Model, check_range
 else:
     import mathx
     import model_io
-    from model_io import Experts, InputError, Model
+    from model_io import Experts, InputError, Model, check_range
 
 __version__ = "0.2.0"
 
@@ -52,22 +51,21 @@ RECORD, SCHEMA_VERSION = "hodgecover.json", 2
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 MEMORY = 10**9  # bytes of buffers of the sweep, beside the layer's weights and the head
 TINY = torch.finfo(torch.float64).tiny
+LAYER_HEAD = "layer  eta_harmonic (constant signal's)  picks until E*, T* are covered  kept       routed to survivors"
 Tick = Callable[[float], None]  # told the share of the work that is done
 
 
 def setting(default, says: str, low: float = 0, high: float = math.inf, pattern: str = "", measured: bool = False):
     """A choice of the method: its default, help, range or pattern, and whether the barriers depend on it."""
-    return dataclasses.field(default=default, metadata=dict(says=says, low=low, high=high, pattern=pattern,
-                                                            measured=measured))
+    return dataclasses.field(default=default, metadata=locals())
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Every choice of the method, an option each. All values are ours; so are the quantities, unless a section of the
     paper is named. Raises InputError for a value out of range."""
-
-    readout: str = setting("lens", "next-token distributions at the layer, or after all later layers, which is far "
-                           "slower (3.1): lens or model", pattern="lens|model", measured=True)
+    readout: str = setting("lens", "compare next-token distributions at the layer, or after all later ones, far slower "
+                           "(3.1): lens or model", pattern="lens|model", measured=True)
     vocab_sample: int = setting(512, "outcomes to read a token out on, weighted and audited; 0: all", measured=True)
     max_triangles: int = setting(500, "candidate triangles (A.9)", measured=True)
     thresholds: int = setting(80, "thresholds of the filtration (A.9)", low=2)
@@ -90,19 +88,13 @@ class Settings:
                 raise InputError(f"{field.name} {value}: must be {limits['says'].rpartition(': ')[2]}")
 
 
-def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise InputError if a parameter is not a finite number from low to high."""
-    if not low <= value <= high or value == math.inf:
-        allowed = f"from {low} to {high}" if high < math.inf else f"a finite number, at least {low}"
-        raise InputError(f"{name} {value}: must be {allowed}")
+MEASURED = {field.name for field in dataclasses.fields(Settings) if field.metadata["measured"]}
 
 
 # ----------------------------------------------------------------------------------------------------- 1 calibrate
 
-
 class MoELayer(NamedTuple):
     """One layer on the calibration tokens: all that its barriers depend on."""
-
     experts: Experts  # gate (n, f, d), up (n, f, d), down (n, d, f)
     x: torch.Tensor  # input of the MoE block (T, d)
     gates: torch.Tensor  # gate weights as the model applies them (T, n), zero off the top-k
@@ -128,7 +120,6 @@ def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> tor
 
 # ------------------------------------------------------------------------------------- 2 barriers (section 3.1, A.10)
 
-
 def merge_weights(simplices: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
     """Weights of the experts in a merge: each one's share of the simplex's routing rate, equal shares if all rates
     are 0 (A.10). simplices (M, 2 or 3), rates (n,) in any unit -> (M, 2 or 3) float64, rows that sum to 1."""
@@ -144,24 +135,20 @@ def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
         b_S = mean_t KL( p_t || p_S,t ),   p = softmax(W_U norm(y))
         y_S = y + (sum_S g_e) E_S(x) - sum_S g_e E_e(x)
 
-    Every token's gate weight on a member of S goes to the merged expert E_S. To read, and to test `mathx.sweep`
-    against. If `norm` runs all later layers first, this is the barrier at the end of the model.
-    """
+    Every token's gate weight on a member of S goes to the merged expert E_S. To read, and to test `mathx.sweep` by. If
+    `norm` runs all later layers first, this is the barrier at the end of the model."""
     experts, x, gates = layer.experts, layer.x, layer.gates
     weights = merge_weights(torch.tensor([simplex]), (gates > 0).sum(0).cpu())[0].to(x)
     merged = Experts(*(torch.tensordot(weights, part[simplex].to(x), 1)[None] for part in experts))
-
     y_merged = layer.y + gates[:, simplex].sum(1, keepdim=True) * merged(0, x)
     for e in simplex:
         y_merged = y_merged - gates[:, e, None] * experts(e, x)
-
     log_p, log_q = ((layer.norm(y) @ layer.unembedding.T).double().log_softmax(-1) for y in (layer.y, y_merged))
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 class Signals(NamedTuple):
     """What was measured on a layer: its plan for any K, order, percentages and weights depends on nothing else."""
-
     frequency: torch.Tensor  # tokens routed to each expert (n,)
     saliency: torch.Tensor  # REAP saliency (n,)
     barriers: torch.Tensor  # of the pairs `edges(n)` (E,), nats
@@ -174,8 +161,7 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
                   tick: Tick = lambda share: None) -> Signals:
     """Saliency, the barriers of all pairs, and those of the candidate triangles. `memory` is the bytes of the sweep's
     buffers. Raises InputError for a result that is not finite."""
-    n, lens = layer.gates.shape[1], settings.readout == "lens"
-    frequency = (layer.gates > 0).sum(0).cpu()
+    lens, frequency = settings.readout == "lens", (layer.gates > 0).sum(0).cpu()
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
     sample = mathx.sample_vocabulary(layer, settings.vocab_sample, settings.seed, memory) if lens else None
 
@@ -187,7 +173,7 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
             barriers[number] = plain_barrier(layer, simplex)
             tick((number + 1) / len(simplices))
         return barriers
-    pairs = edges(n)
+    pairs = edges(len(frequency))
     share = len(pairs) / (len(pairs) + settings.max_triangles)
     barriers = barriers_of(pairs, lambda done: tick(share * done))
     candidates = candidate_triangles(barriers, saliency, settings.max_triangles, settings.seed)
@@ -202,22 +188,9 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
 
 # --------------------------------------------------------------------------------------- 3 complex (section 3.2, A.9)
 
-
 def edges(n: int) -> torch.Tensor:
     """All edges (i, j), i < j, of the complete graph on n vertices, (E, 2), lexicographic."""
     return torch.triu_indices(n, n, offset=1).T.contiguous()
-
-
-def faces(n: int, triangles: torch.Tensor) -> torch.Tensor:
-    """Positions in `edges(n)`, (F, 3), of the faces (i, j), (h, j), (h, i) of each triangle (h, i, j).
-
-    >>> faces(4, torch.tensor([[0, 1, 2], [1, 2, 3]])).tolist()  # of 01, 02, 03, 12, 13, 23
-    [[3, 1, 0], [5, 4, 3]]
-    """
-    number = torch.zeros(n, n, dtype=torch.int64)
-    number[tuple(edges(n).T)] = torch.arange(n * (n - 1) // 2)
-    h, i, j = triangles.T
-    return torch.stack((number[i, j], number[h, j], number[h, i]), dim=1)
 
 
 def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +208,7 @@ def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, to
     d1[i, torch.arange(len(i))] = -1
     d1[j, torch.arange(len(i))] = 1
     d2 = torch.zeros(d1.shape[1], len(triangles), dtype=torch.float64)
-    for face, sign in zip(faces(n, triangles).T, (1, -1, 1)):
+    for face, sign in zip(mathx.faces(n, triangles).T, (1, -1, 1)):
         d2[face, torch.arange(len(triangles))] = sign
     return d1, d2
 
@@ -246,10 +219,7 @@ def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: i
     experts does not matter."""
     n = len(saliency)
     pairs = edges(n)[barriers <= barriers.median()]
-    adjacent = torch.zeros(n, n, dtype=torch.bool)
-    adjacent[pairs[:, 0], pairs[:, 1]] = True  # only from lower to higher: each clique is found once
-    edge, third = (adjacent[pairs[:, 0]] & adjacent[pairs[:, 1]]).nonzero().unbind(1)
-    triangles = torch.cat((pairs[edge], third[:, None]), dim=1)
+    triangles = mathx.cliques(n, pairs)
     if len(triangles) > limit:
         place = saliency.sort(stable=True).indices.argsort()[triangles].sort(1).values
         by_saliency = (place @ torch.tensor([n * n, n, 1])).argsort()
@@ -259,11 +229,9 @@ def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: i
 
 
 def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
-    """The sign of each edge (i, j), i < j, (E,): +1 if expert i comes first in the total order, -1 if j does (3.2).
-
-    The paper fixes any order. It matters: barriers have no sign, so that another order gives the same edges other
-    signs, other Hodge parts and other critical edges.
-    """
+    """The sign of each edge (i, j), i < j, (E,): +1 if expert i comes first in the total order, -1 if j does (3.2). The
+    paper fixes any order. It matters: barriers have no sign, so that another order gives the same edges other signs,
+    other Hodge parts and other critical edges."""
     n = len(saliency)
     if order.startswith("random:"):
         place = torch.randperm(n, generator=torch.Generator().manual_seed(int(order[7:]))).argsort()
@@ -275,10 +243,8 @@ def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------- 4 decompose (section 3.3)
 
-
 class HodgeParts(NamedTuple):
     """The three parts of an edge signal, (E,) each: mutually orthogonal, and they sum to the signal."""
-
     gradient: torch.Tensor
     curl: torch.Tensor
     harmonic: torch.Tensor
@@ -293,8 +259,7 @@ def hodge_decompose(signal: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) ->
     """Hodge decomposition of an edge signal (E,) float64 (theorem 1, and the projections of A.5).
 
     gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl: what neither a vertex
-    potential nor a triangle boundary explains, by least squares (proposition 1). Only n x n and F x F pseudo-inverses
-    are formed.
+    potential nor a triangle boundary explains (proposition 1). Only n x n and F x F pseudo-inverses are formed.
 
     >>> d1, d2 = boundary_matrices(3, torch.empty(0, 3, dtype=torch.int64))  # an unfilled 3-cycle
     >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
@@ -307,7 +272,6 @@ def hodge_decompose(signal: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) ->
 
 class Complex(NamedTuple):
     """The mergeability complex of a layer and the Hodge parts of its signed barriers."""
-
     triangles: torch.Tensor  # the candidates up to tau* (F, 3)
     triplets: torch.Tensor  # their barriers (F,)
     tau: float  # tau*, the first of evenly spaced thresholds that maximises beta_1 of K_tau
@@ -320,13 +284,10 @@ class Complex(NamedTuple):
 
 def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
     """Build the complex (3.2): all edges, and the candidates with barrier <= tau* (stage 2 of A.9); give the barriers
-    their signs, and decompose them (3.3).
-
-    K_tau has only the edges up to tau; the complex has all. So its beta_1 is not the curve's at tau*.
-    """
+    their signs, and decompose them (3.3). K_tau has only the edges up to tau: the complex has another beta_1."""
     n, b = len(signals.saliency), signals.barriers
-    both = torch.cat((b, signals.triplets))
-    taus = torch.linspace(both.min().item(), both.max().item(), settings.thresholds, dtype=torch.float64)
+    low, high = (limit(torch.cat((b, signals.triplets))).item() for limit in (torch.min, torch.max))
+    taus = torch.linspace(low, high, settings.thresholds, dtype=torch.float64)
     d1, d2 = boundary_matrices(n, signals.candidates)
     curve = mathx.betti_curve(edges(n), d2, b, signals.triplets, taus)
     tau = taus[curve.argmax()].item()
@@ -339,7 +300,6 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
 
 # --------------------------------------------------------------------------------- 5 select, 6 redirect (section 4.1)
 
-
 def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
     """Positions of the top `percent` % of values (M,), rounded up, ascending; ties go to the first. Values up to
     `floor` are never critical: rounding must not elect the edges of a signal that has no harmonic part."""
@@ -351,9 +311,8 @@ def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.
 def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], keep: int) -> list[int]:
     """`keep` times the vertex of largest marginal gain, ties to the lowest (equation 11), in the coverage objective
     (equation 10): the sum of the saliencies (n,) plus, for each family of critical simplices (M, 2 or 3), its weight
-    times the share that has a chosen vertex.
-
-    Reaches at least 1 - 1/e of the best set of that size (proposition 2). Its prefixes are the choices for smaller K.
+    times the share that has a chosen vertex. Reaches at least 1 - 1/e of the best set of that size (proposition 2). Its
+    prefixes are the choices for smaller K.
 
     >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
     >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # {0, 1} ties by incidence count but covers only 3 edges
@@ -384,16 +343,11 @@ def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tenso
     return {e: kept[int(table[e, kept].argmin())] for e in range(n) if e not in kept}
 
 
-Selection = tuple[list[int], torch.Tensor, torch.Tensor]  # all experts as picked, E* (M, 2), T* (M, 3)
-
-
 def select(signals: Signals, found: Complex, settings: Settings = Settings(), signal: torch.Tensor | None = None
-           ) -> Selection:
-    """Cover the harmonic-critical edges E* and the triplet-critical triangles T* greedily: the first K picks survive.
-
-    Triplet barriers enter the objective here; before, they only choose the triangles of the complex. Critical are the
-    edges where |signal| (E,) is largest: that of the harmonic part, unless another one is given.
-    """
+           ) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Cover the harmonic-critical edges E* and the triplet-critical triangles T* greedily: (all experts as picked, of
+    which the first K survive; E* (M, 2); T* (M, 3)). Triplet barriers enter here; before, they only choose triangles.
+    Critical are the edges where |signal| (E,) is largest, by default that of the harmonic part."""
     n, floor = len(signals.saliency), 1e-12 * signals.barriers.norm().item()
     magnitude = (found.parts.harmonic if signal is None else signal).abs()
     pairs = edges(n)[critical(magnitude, settings.edge_percent, floor)]
@@ -404,9 +358,8 @@ def select(signals: Signals, found: Complex, settings: Settings = Settings(), si
 
 # ------------------------------------------------------------------------------------------- the plan and its report
 
-
 def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(),
-                      select: Callable[[Signals, Complex, Settings], Selection] = select) -> dict:
+                      select: Callable[[Signals, Complex, Settings], tuple] = select) -> dict:
     """The plan of a layer, as its record has it: decompose, select, redirect, diagnose (examples/README.md has the
     schema). Raises InputError if `keep` is not from 1 to n, and for fewer than two experts."""
     n = len(signals.saliency)
@@ -428,11 +381,10 @@ def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: tor
             "frequency": frequency.tolist(), "saliency": saliency.tolist(), "diagnostics": None}
 
 
-def diagnose(signals: Signals, found: Complex, selection: Selection, targets: dict[int, int], keep: int, margin: float
-             ) -> dict:
+def diagnose(signals: Signals, found: Complex, selection: tuple, targets: dict, keep: int, margin: float) -> dict:
     """What the barriers of a layer say (3.4), and what the decomposition cannot say (the audit, ours)."""
     n, b, (picks, pairs, triangles) = len(signals.saliency), signals.barriers, selection
-    worst = b[faces(n, signals.candidates)].amax(1)  # of the edges of each candidate
+    worst = b[mathx.faces(n, signals.candidates)].amax(1)  # of the edges of each candidate
     taken = [list(targets.values()).count(target) for target in set(targets.values())]
     energies = {name: (part, edges(n)) for name, part in found.parts._asdict().items()}
     energies["triplet"] = found.triplets, found.triangles
@@ -452,19 +404,16 @@ def diagnose(signals: Signals, found: Complex, selection: Selection, targets: di
 
 
 def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> dict:
-    """Plan one MoE layer from tensors in memory: which `keep` experts stay, and the redirect target of each other one.
-    Raises InputError as `measure_layer` and `plan_from_signals` do."""
+    """Plan one MoE layer from tensors in memory: measure it, and do what `plan_from_signals` does."""
     return plan_from_signals(measure_layer(layer, settings), keep, settings)
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
 
-
 def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS, seq_len: int = SEQ_LEN,
                     seed: int = 0, parts: Sequence[str] = ("calibration",)) -> torch.Tensor:
     """Sequences (tokens // seq_len, seq_len) sampled from text files, or from parts of Python's documentation if there
-    are none; fewer, with a warning, if the text is short. Raises InputError for a number out of range, and for a text
-    that cannot be read or has not one whole sequence."""
+    are none; fewer, with a warning, if the text is short. Raises InputError for a number out of range or no text."""
     check_range("tokens", tokens, 2, 10**9)
     check_range("seq_len", seq_len, 2, tokens)
     check_range("seed", seed, 0, 2**63 - 1)
@@ -485,35 +434,17 @@ def sparse_layers(model: Model) -> list[int]:
 
 def check_keep(model: Model, keep: int) -> None:
     """Raise InputError for a dense model, and if not every layer can keep `keep` experts."""
-    cfg = model.config
-    if sparse_layers(model) and not cfg.top_k <= keep <= cfg.num_experts:
-        raise InputError(f"keep {keep}: the model has {cfg.num_experts} experts and routes each token to {cfg.top_k}; "
-                         f"must be from {cfg.top_k} to {cfg.num_experts}")
+    n, k = model.config.num_experts, model.config.top_k
+    if sparse_layers(model) and not k <= keep <= n:
+        raise InputError(f"keep {keep}: must be from {k} to {n}: the model has {n} experts, and routes a token to {k}")
 
 
 def end_of_model(model: Model, ids: torch.Tensor, index: int, norm: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the head reads of the stream (T, d) after layer `index`: all later layers, which it holds, and the norm.
-    Raises InputError if they do not fit in memory, and in bfloat16, which loses the small difference of two streams."""
-    needed = sum(math.prod(info.shape) for info in model.checkpoint.tensors.values()) * model.dtype.itemsize
-    if model.dtype == torch.bfloat16:
-        raise InputError("readout model: compares streams that bfloat16 cannot tell apart; use the dtype float32")
-    if model.device.type == "cpu" and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise InputError(f"readout model: needs {needed / 1e9:.1f} GB of memory for all layers; use the readout lens")
+    """What the head reads of the stream (T, d) after layer `index`: all later layers, held in memory, then the norm."""
+    def run_layer(y: torch.Tensor, layer: model_io.Layer) -> torch.Tensor:
+        return model_io.run_layer(y.view(*ids.shape, -1), layer, model.config)[2]
     layers = [model.layer(later) for later in range(index + 1, model.config.num_layers)]
-
-    def read(y: torch.Tensor) -> torch.Tensor:
-        for layer in layers:
-            y = model_io.run_layer(y.view(*ids.shape, -1), layer, model.config)[2]
-        return norm(y)
-    return read
-
-
-def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
-    """All that a layer's signals depend on: content alone, so that copies of a checkpoint share a cache."""
-    measured = {field.name: str(getattr(settings, field.name)) for field in dataclasses.fields(settings)
-                if field.metadata["measured"]}
-    return measured | {"format": "4", "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype),
-                       "text": f"{[*ids.shape]} {text_hash(ids)}"}
+    return lru_cache(maxsize=2)(lambda y: norm(reduce(run_layer, layers, y)))  # y itself is asked for each barrier
 
 
 def text_hash(ids: torch.Tensor) -> str:
@@ -521,10 +452,19 @@ def text_hash(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
+def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
+    """All that a layer's signals depend on: content alone, so that copies of a checkpoint share a cache."""
+    said = {name: str(value) for name, value in dataclasses.asdict(settings).items() if name in MEASURED}
+    return said | {"format": "4", "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype),
+                   "text": f"{[*ids.shape]} {text_hash(ids)}"}
+
+
 def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int], cache: Path | None = None,
                   memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[int, Signals]]:
-    """Signals of the given layers (ascending indices), from the cache or from one forward pass over ids (B, L), which
-    stops at the last layer that needs it. What is measured goes into the cache at once."""
+    """Signals of layers (ascending indices), from the cache or from one forward pass over ids (B, L), which stops at the
+    last one that needs it. What is measured goes into the cache at once."""
+    if cache:
+        model_io.make_cache(cache)
     key = cache_key(model, ids, settings) if cache else {}
     stream, head = model.stream(ids), None
     for number, index in enumerate(layers):
@@ -536,7 +476,7 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
             norm = step.norm if settings.readout == "lens" else end_of_model(model, ids, index, step.norm)
             layer = MoELayer(step.layer.experts, step.x, step.gates, step.y, norm, head)
             tensors = measure_layer(layer, settings, memory, lambda done: tick((number + done) / len(layers)))._asdict()
-            del step, layer
+            del step, layer, norm
             if cache:
                 model_io.write_cached(cache, name, key, tensors)
         yield index, Signals(**tensors)
@@ -552,23 +492,19 @@ def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings = 
 
 # ------------------------------------------------------------------------------------------ the record and the export
 
-
-def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: Sequence[Path] | None, **read: Model
-                 ) -> dict:
-    """An entry of a record's history: a command, its settings, its text ids (B, L) of these files (none: Python's
-    documentation; None: of unknown origin), and the checkpoints that it read, by their role."""
-    if ids is not None:
-        names = "token ids" if files is None else [Path(file).name for file in files] or "python documentation"
-        settings = settings | {"tokens": ids.numel(), "seq_len": ids.shape[1], "text": names,
-                               "text_sha256": text_hash(ids)}
-    return {"version": __version__, "command": command, "settings": settings} | {
+def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: Sequence[Path], **read: Model) -> dict:
+    """An entry of a record's history: a command, its settings, its text ids (B, L), if it read any, of these files
+    (none: Python's documentation), and the checkpoints that it read, by their role."""
+    text = {} if ids is None else {"tokens": ids.numel(), "seq_len": ids.shape[1], "text_sha256": text_hash(ids),
+                                   "text": [Path(file).name for file in files] or "python documentation"}
+    return {"version": __version__, "command": command, "settings": settings | text} | {
         role: {"name": Path(os.path.abspath(model.checkpoint.path)).name, "model_type": model.config.model_type,
                "num_experts": model.config.num_experts, "top_k": model.config.top_k,
                "fingerprint": model.checkpoint.fingerprint()} for role, model in read.items()}
 
 
 def plan_entry(model: Model, plans: dict[str, dict], keep: int, settings: Settings, ids: torch.Tensor | None,
-               files: Sequence[Path] | None, command: str = "hodgecover.py", **more: object) -> dict:
+               files: Sequence[Path] = (), command: str = "hodgecover.py", **more: object) -> dict:
     """The entry of a record's history that holds plans by layer name."""
     said = {"keep": keep, **more} | dataclasses.asdict(settings) | {"dtype": str(model.dtype).removeprefix("torch.")}
     layers = [{"layer": model.layer_names.index(name), "name": name} | plan for name, plan in plans.items()]
@@ -589,7 +525,7 @@ def record_bytes(checkpoint: model_io.Checkpoint, entry: dict) -> bytes:
     path = checkpoint.path / RECORD
     record = {"schema_version": SCHEMA_VERSION, "history": [*(read_history(path) if path.exists() else []), entry]}
     text = json.dumps(record, indent=1, allow_nan=False)
-    return (re.sub(r"\[[^{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n").encode()
+    return (re.sub(r'\[\n[^{}"]*\]', lambda numbers: json.dumps(json.loads(numbers[0])), text) + "\n").encode()
 
 
 def export(model: Model, plans: dict[str, dict], out: Path, entry: dict) -> None:
@@ -618,22 +554,16 @@ def check_out(model: Model, out: Path, cache: Path | None = None, plan: bool = F
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-
-LAYER_HEAD = "layer  eta_harmonic (constant signal's)  picks until E*, T* are covered  kept       routed to survivors"
-
-
-def show_plans(model: Model, plans: Iterator[tuple[str, dict]], bar: Callable[[float | None], None]
-               ) -> dict[str, dict]:
+def show_plans(model: Model, plans: Iterator[tuple[str, dict]], bar: Callable) -> dict[str, dict]:
     """Print a line for each layer as its plan is made, and one on its sample; return the plans by layer name."""
     shown = {}
     for name, plan in plans:
         bar(None)
-        found = plan["diagnostics"]
+        found, kept = plan["diagnostics"], f"{len(plan['survivors'])} of {len(plan['order'])}"
         eta = f"{found['eta']['harmonic']:.3f} ({found['eta_constant']['harmonic']:.3f})"
         covered = "{edges}, {triangles}".format(**found["covered_at"])
-        kept = f"{len(plan['survivors'])} of {len(plan['order'])}"
-        print("" if shown else f"{LAYER_HEAD}\n", f"{model.layer_names.index(name):5d}  {eta:<34}  {covered:<31}  "
-              f"{kept:<9}  {plan['routed_share']:.1%}", sep="", flush=True)
+        line = f"{model.layer_names.index(name):5d}  {eta:<34}  {covered:<31}  {kept:<9}  {plan['routed_share']:.1%}"
+        print(line if shown else f"{LAYER_HEAD}\n{line}", flush=True)
         if found["audit"]:
             print("       barriers by sample: {shortfall:.2%} below the exact ones on average, one {largest:.1%} off, "
                   "rank correlation {rank_correlation:.4f}".format(**found["audit"]), flush=True)
@@ -644,15 +574,15 @@ def show_plans(model: Model, plans: Iterator[tuple[str, dict]], bar: Callable[[f
 def progress_bar() -> Callable[[float | None], None]:
     """A function that shows the share of the work done and the time left on stderr; None clears the line. On a terminal
     the line is redrawn twice a second; elsewhere a line is printed twice a minute."""
-    start, end, every = ("\r", "", 0.5) if sys.stderr.isatty() else ("", "\n", 30)
+    start, end, every = ("\r", "\x1b[K", 0.5) if sys.stderr.isatty() else ("", "\n", 30)
     shown, first = time.monotonic(), None  # first: time and share at the first call; earlier work was in the cache
 
     def bar(done: float | None) -> None:
         nonlocal shown, first
         now = time.monotonic()
-        first = first or (done is not None and (now, done))
+        first = first or done is not None and (now, done)
         if done is None:
-            print(start and "\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(start and start + end, end="", file=sys.stderr, flush=True)
         elif done > first[1] and now - shown >= every:
             left = timedelta(seconds=round((now - first[0]) * (1 - done) / (done - first[1])))
             print(f"{start}{done:4.0%} done, {left} left", end=end, file=sys.stderr, flush=True)
@@ -668,7 +598,6 @@ def warn(message: str, kind: str = "warning") -> None:
 
 class Parser(argparse.ArgumentParser):
     """Raises InputError instead of printing its usage, so that every error takes the same path."""
-
     def error(self, message: str):
         raise InputError(f"{message} (--help lists the options)")
 
@@ -683,8 +612,7 @@ def add_common_options(parser: argparse._ActionsContainer, tokens: int = TOKENS,
         parser.add_argument("--tokens", metavar="T", type=int, default=tokens, help=f"{use} tokens [%(default)s]")
         parser.add_argument("--seq-len", metavar="L", type=int, default=SEQ_LEN, help="of a sequence [%(default)s]")
     if memory:
-        parser.add_argument("--memory", metavar="SIZE", type=byte_count, default=MEMORY, help="buffers, beside one "
-                            "layer's weights and the head [1GB]")
+        parser.add_argument("--memory", metavar="SIZE", type=byte_count, default=MEMORY, help="of the buffers [1GB]")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
                         help="of the products; auto: bfloat16 if the processor multiplies it, else float32")
     parser.add_argument("--device", default="cpu", help="any device of torch; only cpu is tested [cpu]")
@@ -729,33 +657,31 @@ def choose_dtype(name: str, device: str, readout: str = "lens") -> torch.dtype:
 
 def command_line() -> Parser:
     """The parser of this command."""
-    parser = Parser(prog="hodgecover.py", description="Compress a sparse MoE checkpoint to K experts a layer, without "
-                    "training. Defaults in brackets.")
+    parser = Parser(prog="hodgecover.py", description="Compress a sparse MoE checkpoint without training.")
     parser.add_argument("--version", action="version", version=f"hodgecover {__version__}")
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder with config.json, safetensors weights "
-                        "and tokenizer.json")
-    basic, method = map(parser.add_argument_group, ("what people need", "the method's choices"))
-    basic.add_argument("--keep", metavar="K", type=int, help="experts to keep in every layer")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of config, weights and tokenizer.json")
+    basic, method = map(parser.add_argument_group, ("what people need [defaults]", "the method's choices [defaults]"))
+    what = basic.add_mutually_exclusive_group(required=True)
+    what.add_argument("--keep", metavar="K", type=int, help="experts to keep in every layer")
+    what.add_argument("--layers", metavar="A-B", type=layer_range, help="only measure these layers, into the cache")
     basic.add_argument("--out", metavar="DIR", type=Path, help="output folder [CKPT-keepK beside CKPT]; with "
                        "--plan-only the output file [CKPT-keepK.json]")
     basic.add_argument("--plan-only", action="store_true", help="write the plan alone, as a file")
     add_common_options(basic)
     add_settings(method)
     basic.add_argument("--cache", metavar="DIR", type=Path, help="folder of the layers' barriers [CKPT-barriers]")
-    basic.add_argument("--layers", metavar="A-B", type=layer_range, help="only measure these, into the cache")
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for options that do not go together: none is ignored."""
     given = {name for name, value in vars(args).items() if value != command_line().get_default(name)}
-    unused = {field.name for field in dataclasses.fields(Settings) if not field.metadata["measured"]}
-    if args.layers is None and args.keep is None:
-        raise InputError("keep: missing; give the number of experts to keep, or --layers A-B to measure barriers only")
-    for name in sorted(given & (unused | {"keep", "out", "plan_only"})) if args.layers is not None else ():
+    for name in sorted(given & {*vars(Settings()), "out", "plan_only"} - MEASURED) if args.layers is not None else ():
         raise InputError(f"{name}: does not go with --layers, which only measures barriers")
     for name in sorted(given & {"memory", "vocab_sample"}) if args.readout == "model" else ():
         raise InputError(f"{name}: does not go with --readout model, which is exact and holds every layer")
+    if args.readout == "model" and args.dtype == "bfloat16":
+        raise InputError("dtype bfloat16: loses the small difference of streams that --readout model compares")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -765,33 +691,28 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__})
     model = Model(args.checkpoint, choose_dtype(args.dtype, args.device, settings.readout), args.device)
     cache, sparse = args.cache or source.with_name(f"{source.name}-barriers"), sparse_layers(model)
-    layers = sparse if args.layers is None else [index for index in sparse if index in args.layers]
+    refuse_inside(model, cache, "cache")
     if args.layers is None:
         check_keep(model, args.keep)
         out = Path(os.path.abspath(args.out or f"{source}-keep{args.keep}{'.json' * args.plan_only}"))
         check_out(model, out, cache, args.plan_only)
-    elif args.layers[-1] >= len(model.layer_names) or not layers:
+    elif not (wanted := sorted({*sparse} & {*args.layers})) or args.layers[-1] >= len(model.layer_names):
         raise InputError(f"layers {args.layers[0]}-{args.layers[-1]}: the model has experts in layers {sparse}")
-    refuse_inside(model, cache, "cache")
     ids, bar = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed), progress_bar()
-    model_io.make_cache(cache)
-    if args.layers is None:
-        plans = show_plans(model, plan_model(model, ids, args.keep, settings, cache, args.memory, bar), bar)
-        return write(model, plans, out, plan_entry(model, plans, args.keep, settings, ids, args.calib), args.plan_only)
-    for index, _ in measure_model(model, ids, settings, layers, cache, args.memory, bar):
-        bar(None)
-        print(f"layer {index}: barriers in {cache}", flush=True)
-
-
-def write(model: Model, plans: dict[str, dict], out: Path, entry: dict, plan_only: bool = False) -> None:
-    """Write the plans alone, or their checkpoint, and say what was written."""
-    if plan_only:
+    if args.layers is not None:
+        for index, _ in measure_model(model, ids, settings, wanted, cache, args.memory, bar):
+            bar(None)
+            print(f"layer {index}: barriers in {cache}", flush=True)
+        return
+    plans = show_plans(model, plan_model(model, ids, args.keep, settings, cache, args.memory, bar), bar)
+    entry = plan_entry(model, plans, args.keep, settings, ids, args.calib)
+    if args.plan_only:
         model_io.write_whole(out, record_bytes(model.checkpoint, entry))
         return print(f"plan: {out}; examples/export_plan.py writes its checkpoint")
     export(model, plans, out, entry)
     before, after = model.checkpoint.nbytes(), model_io.Checkpoint(out).nbytes()
-    print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})\noutput: {out}")
-    print(f"compare: python examples/evaluate.py {model.checkpoint.path} {out} --text FILE")
+    print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})\noutput: {out}\n"
+          f"compare: python examples/evaluate.py {args.checkpoint} {out} --text FILE")
 
 
 def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
@@ -806,7 +727,7 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
     except InputError as err:
         options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
         says = re.sub(r"^\w+", lambda parameter: options.get(parameter[0], parameter[0]), str(err))
-    except (OSError, SafetensorError) as err:  # a disk that is full, a folder that vanished
+    except (OSError, model_io.SafetensorError) as err:  # a disk that is full, a folder that vanished
         what, why = (getattr(err, name, None) for name in ("filename", "strerror"))
         says = f"{what or 'writing'}: {why or err}; the output is whole or absent"
     except (MemoryError, RuntimeError) as err:

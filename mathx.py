@@ -30,7 +30,6 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 # ------------------------------------------------------------------------- the sweep: barriers of many simplices (3.1)
 
-
 def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | None = None, memory: int = 10**9,
           tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
     """Barriers of many simplices: `hodgecover.plain_barrier` of each, fast.
@@ -181,7 +180,6 @@ def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: t
 
 # ------------------------------------------------------------------------------ KL from a change of the logits (3.1)
 
-
 def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """KL(p || q) in nats, (R,), if q has the logits of p plus delta (section 3.1).
 
@@ -206,7 +204,6 @@ def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor
 class KLBlock(NamedTuple):
     """What KL needs of one block of the vocabulary: its mass under p, () or (R,); given the block, the mean of delta
     and that of phi(delta - mean), (R,) both."""
-
     mass: torch.Tensor
     mean: torch.Tensor
     spread: torch.Tensor
@@ -238,7 +235,6 @@ def kl_of_blocks(blocks: Iterable[KLBlock]) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------- samples of the vocabulary (ours)
-
 
 def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> Sample | None:
     """A sample of the vocabulary for each token, as `sample_outcomes` draws it; None if it would be all of it (count 0
@@ -318,6 +314,26 @@ def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sa
 
 # ------------------------------------------------------------------------------ Betti numbers of a filtration (A.9)
 
+def faces(n: int, triangles: torch.Tensor) -> torch.Tensor:
+    """Positions of the faces (i, j), (h, j), (h, i) of each triangle (h, i, j) among all edges of n vertices in
+    lexicographic order: triangles (F, 3) -> (F, 3).
+
+    >>> faces(4, torch.tensor([[0, 1, 2], [1, 2, 3]])).tolist()  # of 01, 02, 03, 12, 13, 23
+    [[3, 1, 0], [5, 4, 3]]
+    """
+    number = torch.zeros(n, n, dtype=torch.int64)
+    number[tuple(torch.triu_indices(n, n, offset=1))] = torch.arange(n * (n - 1) // 2)
+    h, i, j = triangles.T
+    return torch.stack((number[i, j], number[h, j], number[h, i]), dim=1)
+
+
+def cliques(n: int, pairs: torch.Tensor) -> torch.Tensor:
+    """All triangles (F, 3) of the graph on n vertices with edges (M, 2), rows ascending and lexicographic."""
+    adjacent = torch.zeros(n, n, dtype=torch.bool)
+    adjacent[pairs[:, 0], pairs[:, 1]] = True  # only from lower to higher: each clique is found once
+    edge, third = (adjacent[pairs[:, 0]] & adjacent[pairs[:, 1]]).nonzero().unbind(1)
+    return torch.cat((pairs[edge], third[:, None]), dim=1)
+
 
 def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
     """First Betti number E - rank d1 - rank d2 = dim ker (d1' d1 + d2 d2'), by ranks of Gram matrices (3.3)."""
@@ -381,7 +397,6 @@ def independent_columns(matrix: torch.Tensor) -> list[int]:
 
 # -------------------------------------------------------------------------------------------------- the audit (ours)
 
-
 def additive_residual(signal: torch.Tensor, d1: torch.Tensor) -> torch.Tensor:
     """What the least-squares fit b_ij ~ phi_i + phi_j leaves of a signal (E,), which no order of the vertices changes;
     d1 (n, E)."""
@@ -428,7 +443,8 @@ def retained(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]
     energy = signal.square()
     survives = torch.isin(simplices, torch.tensor(survivors))
     total = energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
-    return {"some": (energy[survives.any(1)].sum() / total).item(), "all": (energy[survives.all(1)].sum() / total).item()}
+    some, all_of_them = (energy[mask].sum() / total for mask in (survives.any(1), survives.all(1)))
+    return {"some": some.item(), "all": all_of_them.item()}
 
 
 def shortfall(estimated: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:

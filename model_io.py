@@ -52,6 +52,13 @@ class InputError(ValueError):
     """Something that the user gave is wrong. The message says what, and what would be right."""
 
 
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise InputError if a parameter is not a finite number from low to high."""
+    if not low <= value <= high or value == math.inf:
+        allowed = f"from {low} to {high}" if high < math.inf else f"a finite number, at least {low}"
+        raise InputError(f"{name} {value}: must be {allowed}")
+
+
 @dataclass(frozen=True)
 class Config:
     """What the forward pass needs of a `config.json`, under one set of names for all model families."""
@@ -84,11 +91,9 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------ forward pass
 
-
 class Experts(NamedTuple):
     """Weights of a layer's experts: gate (n, f, d), up (n, f, d), down (n, d, f). Their dtype may be narrower than that
     of the activations; an expert is widened when it is used."""
-
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
@@ -306,7 +311,6 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
 
 class Family(NamedTuple):
     """What differs between model families."""
-
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]  # token mixer of x (B, L, d)
     rms_norm_eps: float = 1e-6  # unless config.json has it
     partial_rotary_factor: float | None = None  # likewise; None: the whole head rotates, whatever config.json says
@@ -328,10 +332,8 @@ FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
 
 # -------------------------------------------------------------------------------------- the model that streams
 
-
 class LayerPass(NamedTuple):
     """One layer, its input and its output."""
-
     index: int
     name: str  # prefix of its tensors' names
     layer: Layer
@@ -532,7 +534,6 @@ class Model:
 
 # ----------------------------------------------------------------------------------------------------- loading
 
-
 def read_json(path: Path) -> dict:
     """Return the JSON object in `path`. Raises InputError if there is none."""
     try:
@@ -548,7 +549,6 @@ def read_json(path: Path) -> dict:
 
 class TensorInfo(NamedTuple):
     """Where a tensor lies: shard file name, dtype name, shape, and its byte range in the file."""
-
     file: str
     dtype: str
     shape: list[int]
@@ -595,8 +595,7 @@ class Checkpoint:
             raise InputError(f"{self.path}: not a folder; expected one with config.json and safetensors weights")
         self.raw_config = read_json(self.path / "config.json")
         self.sharded = not (self.path / WEIGHTS).is_file()
-        self.tensors, self.metadata = {}, {}
-        self._fingerprint = None
+        self.tensors, self.metadata, self._fingerprint = {}, {}, None
         self._paths = {file: self.path / file for file in (self._shards() if self.sharded else [WEIGHTS])}
         for file, path in self._paths.items():
             infos, self.metadata[file] = read_header(path)
@@ -655,7 +654,6 @@ class Checkpoint:
 
 
 # ---------------------------------------------------------------------------------------------------- checking
-
 
 def value_of(text: dict, key: str, kind: type, default: float | None = None):
     """Return text[key], or default if absent or null. Raises InputError if there is neither, if the value is not of the
@@ -863,7 +861,6 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: 
 
 # -------------------------------------------------------------------------------------------------------- text
 
-
 def read_documents(paths: Iterable[str | os.PathLike]) -> list[str]:
     """Return one document a UTF-8 text file, or one a line (its `text` field) of a `.jsonl` or `.json` file. Raises
     InputError if a file cannot be read as that."""
@@ -934,8 +931,7 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
     tensor([[0, 1, 2],
             [3, 4, 5]])
     """
-    if seq_len < 2:
-        raise InputError(f"seq_len {seq_len}: must be at least 2")
+    check_range("seq_len", seq_len, 2)
     if len(ids) < seq_len:
         raise InputError(f"the text has {len(ids)} tokens, too few for one sequence of seq_len {seq_len}; give more "
                          "text")
@@ -948,11 +944,9 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
 
 # ----------------------------------------------------------------------------------------------------- writing
 
-
 class Piece(NamedTuple):
     """A tensor of the output: its name in the source, and the rows of its first dimension that stay, in their new order
     (None: the whole tensor); its shard, dtype name and shape in the output, and what gives its bytes."""
-
     source: str
     rows: list[int] | None
     file: str
@@ -997,9 +991,8 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
 
 def with_keys(config: dict, changes: dict[str, int]) -> dict:
     """Return the object of config.json with other values of some keys, at the top or in `text_config`."""
-    if config.get("text_config"):
-        return config | {"text_config": config["text_config"] | changes}
-    return config | changes
+    text = config.get("text_config")
+    return config | ({"text_config": text | changes} if text else changes)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str, str]) -> None:
@@ -1098,6 +1091,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
+        check_new(out)  # another run may have been first
         staging.replace(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -1123,7 +1117,6 @@ def check_new(path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------- tensors in a cache
 
-
 def make_cache(folder: Path) -> None:
     """Make the folder of a cache. Raises InputError if it cannot be made or written to."""
     try:
@@ -1145,7 +1138,7 @@ def read_cached(folder: Path, name: str, key: dict[str, str]) -> dict[str, torch
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {field: opened.get_tensor(field).clone() for field in opened.keys()}
-            return tensors if opened.metadata() == key else None
+            return tensors if opened.metadata() == key | {"tensors": " ".join(sorted(tensors))} else None
     except (OSError, SafetensorError):
         return None
 
@@ -1153,4 +1146,5 @@ def read_cached(folder: Path, name: str, key: dict[str, str]) -> dict[str, torch
 def write_cached(folder: Path, name: str, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
     """Write a cache entry, whole or not at all."""
     with new_file(cache_file(folder, name, key)) as beside:
-        save_file({field: tensor.cpu().contiguous() for field, tensor in tensors.items()}, beside, key)
+        save_file({field: tensor.cpu().contiguous() for field, tensor in tensors.items()}, beside,
+                  key | {"tensors": " ".join(sorted(tensors))})

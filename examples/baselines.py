@@ -61,21 +61,18 @@ import common
 import hodgecover
 import mathx
 import model_io
-from hodgecover import Decomposition, LayerPlan, Selection, Settings, Signals, Tick
+from hodgecover import Complex, Settings, Signals, Tick
 from model_io import InputError, Model
 
 Groups = list[list[int]]  # the first of each is the one whose router row stays
-NOTICE = ("> **This is a compressed model.** Experts of the model described below were merged or removed; the scores "
-          f"below are the source model's. `{hodgecover.RECORD}` says which.\n\n")
+Selection = tuple[list[int], torch.Tensor, torch.Tensor]  # all experts as picked, E* (M, 2), T* (M, 3)
 
 
 # ----------------------------------------------------------------------------------- selectors without barriers
 
-
 class Routing(NamedTuple):
     """What a selector without barriers looks at: tokens routed to each expert (n,), REAP saliency (n,); for hope its
     matrix F (n, n)."""
-
     frequency: torch.Tensor
     saliency: torch.Tensor
     joint: torch.Tensor | None = None
@@ -159,65 +156,26 @@ def nearest_rows(rows: torch.Tensor, survivors: list[int]) -> dict[int, int]:
 
 # ---------------------------------------------------------------------------------------- selectors on barriers
 
-
-def critical_simplices(found: Decomposition, signal: torch.Tensor, settings: Settings
-                       ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The edges where a signal (E,) is largest, and the triangles of largest barrier, as `hodgecover.select` takes
-    them: (edges (M, 2), triangles (M, 3)) by vertex."""
-    floor = 1e-12 * found.signals.barriers.norm().item()
-    edges = mathx.critical(signal.abs(), settings.edge_percent, floor)
-    triangles = mathx.critical(found.triplets, settings.triangle_percent, floor)
-    return mathx.edges(len(found.expert_of))[edges], found.triangles[triangles]
-
-
-def cover(found: Decomposition, signal: torch.Tensor, settings: Settings) -> Selection:
-    """HodgeCover's greedy cover (section 4.1) of the critical edges of any signal (E,)."""
-    edges, triangles = critical_simplices(found, signal, settings)
-    families = [(edges, settings.lambda_edge), (triangles, settings.lambda_triangle)]
-    return Selection(mathx.greedy_cover(found.signals.saliency, families, len(found.expert_of)), {}, edges, triangles)
-
-
-def greedy_barrier(found: Decomposition, settings: Settings) -> Selection:
+def greedy_barrier(signals: Signals, found: Complex, settings: Settings) -> Selection:
     """Rank the experts by the sum of their pair barriers."""
-    vertex = found.expert_of.argsort()  # of each expert: ties go to the lowest expert
-    barriers = mathx.relabel_edges(found.signals.barriers, vertex)
-    total = torch.zeros(len(vertex), dtype=torch.float64)
-    for ends in mathx.edges(len(vertex)).unbind(1):
-        total.index_add_(0, ends, barriers)
-    picks = vertex[descending(total)].tolist()
-    return Selection(picks, {}, *critical_simplices(found, found.parts.harmonic, settings))
+    _, *critical = hodgecover.select(signals, found, settings)
+    return descending(found.d1.abs() @ signals.barriers), *critical
 
 
-def triplet_penalty(found: Decomposition, settings: Settings) -> Selection:
-    """Cover the edges of largest barrier, and the triangles."""
-    return cover(found, found.signals.barriers, settings)
-
-
-def triplet_hypergraph(found: Decomposition, settings: Settings) -> Selection:
+def triplet_hypergraph(signals: Signals, found: Complex, settings: Settings) -> Selection:
     """Let the critical triangles veto the loss of their last vertex."""
-    edges, triangles = critical_simplices(found, found.parts.harmonic, settings)
-    return Selection(veto_order(found.signals.saliency, triangles), {}, edges, triangles)
+    _, pairs, triangles = hodgecover.select(signals, found, settings)
+    return veto_order(signals.saliency, triangles), pairs, triangles
 
 
-def hodge_no_triangle(found: Decomposition, settings: Settings) -> Selection:
-    """Cover the harmonic-critical edges alone."""
-    return cover(found, found.parts.harmonic, replace(settings, lambda_triangle=0.0))
-
-
-def additive_residual(found: Decomposition, settings: Settings) -> Selection:
-    """Cover the edges that an additive model explains least, and the triangles (ours): no order changes these edges."""
-    return cover(found, mathx.additive_model(found.signals.barriers, found.d1).residual, settings)
-
-
-def weighted_cover(found: Decomposition, settings: Settings) -> Selection:
+def weighted_cover(signals: Signals, found: Complex, settings: Settings) -> Selection:
     """Cover every edge by its share of the sum of all barriers, and the triangles (ours)."""
-    edges, triangles = critical_simplices(found, found.parts.harmonic, settings)
-    b, n = found.signals.barriers, len(found.expert_of)
-    smallest = torch.finfo(torch.float64).tiny
-    share = settings.lambda_edge * b / b.sum().clamp(min=smallest)
-    of_each = torch.full((len(triangles),), settings.lambda_triangle / max(len(triangles), 1), dtype=torch.float64)
-    picks = greedy_weights(found.signals.saliency, [(mathx.edges(n), share), (triangles, of_each)])
-    return Selection(picks, {}, edges, triangles)
+    _, pairs, triangles = hodgecover.select(signals, found, settings)
+    b, n = signals.barriers, len(signals.saliency)
+    share = settings.lambda_edge * b / b.sum().clamp(min=hodgecover.TINY)
+    of_each = b.new_full((len(triangles),), settings.lambda_triangle / max(len(triangles), 1))
+    families = [(hodgecover.edges(n), share), (triangles, of_each)]
+    return greedy_weights(signals.saliency, families), pairs, triangles
 
 
 def greedy_weights(saliency: torch.Tensor, families: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
@@ -228,15 +186,15 @@ def greedy_weights(saliency: torch.Tensor, families: list[tuple[torch.Tensor, to
     >>> greedy_weights(torch.zeros(4), [(path, torch.tensor([1.0, 1.0, 5.0]))])
     [2, 0, 1, 3]
     """
-    members = [mathx.incidence(len(saliency), simplices) for simplices, _ in families]
-    left = [weights.double() for _, weights in families]
     picks: list[int] = []
     while len(picks) < len(saliency):
-        gain = saliency.double() + sum(member @ weights for member, weights in zip(members, left))
+        gain = saliency.double().clone()
+        for simplices, weights in families:
+            left = weights.double() * ~torch.isin(simplices, torch.tensor(picks)).any(1)
+            for vertices in simplices.T:
+                gain.index_add_(0, vertices, left)
         gain[picks] = -torch.inf
-        best = int(gain.argmax())
-        picks.append(best)
-        left = [weights * (1 - member[best]) for member, weights in zip(members, left)]
+        picks.append(int(gain.argmax()))
     return picks
 
 
@@ -248,18 +206,16 @@ def veto_order(saliency: torch.Tensor, simplices: torch.Tensor) -> list[int]:
     [2, 3, 1, 0]
     """
     kept = saliency.sort(stable=True).indices.tolist()
-    member = mathx.incidence(len(saliency), simplices)
     dropped = []
     while kept:
-        left = member[kept].sum(0)
-        free = [v for v in kept if not (member[v] * (left == 1)).any()]
-        dropped.append((free or kept)[0])
+        inside = torch.isin(simplices, torch.tensor(kept))
+        last = simplices[inside & (inside.sum(1, keepdim=True) == 1)].tolist()
+        dropped.append(next((v for v in kept if v not in last), kept[0]))
         kept.remove(dropped[-1])
     return dropped[::-1]
 
 
 # ----------------------------------------------------------------------------------------------- merging methods
-
 
 class Facts(NamedTuple):
     """What a merging method looks at.
@@ -272,7 +228,6 @@ class Facts(NamedTuple):
     products   inner products of the experts' weights, all of an expert's as one vector (n, n)
     joint      hope's matrix (n, n), so that the facts serve the selectors, too
     """
-
     frequency: torch.Tensor
     saliency: torch.Tensor
     logits: torch.Tensor
@@ -386,14 +341,19 @@ def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: i
 
 # ----------------------------------------------------------------------------------------------- the table of methods
 
-
 BY_SCORE = {  # (what was measured, seed) -> score (n,)
     "random": lambda found, seed: torch.randperm(len(found.frequency), generator=torch.Generator().manual_seed(seed)),
     "frequency": lambda found, seed: found.frequency,
     "reap": lambda found, seed: found.saliency}
-ON_BARRIERS = {"greedy-barrier": greedy_barrier, "triplet-penalty": triplet_penalty,
-               "triplet-hypergraph": triplet_hypergraph, "hodge-no-triangle": hodge_no_triangle,
-               "additive-residual": additive_residual, "weighted-cover": weighted_cover}
+ON_BARRIERS = {  # what `hodgecover.plan_from_signals` takes
+    "greedy-barrier": greedy_barrier,
+    "triplet-penalty": lambda signals, found, settings: hodgecover.select(signals, found, settings, signals.barriers),
+    "triplet-hypergraph": triplet_hypergraph,
+    "hodge-no-triangle": lambda signals, found, settings: hodgecover.select(
+        signals, found, replace(settings, lambda_triangle=0.0)),
+    "additive-residual": lambda signals, found, settings: hodgecover.select(
+        signals, found, settings, mathx.additive_residual(signals.barriers, found.d1)),
+    "weighted-cover": weighted_cover}
 # (facts, K) -> the K groups of a layer's experts, and the weight of each expert in its group's mean (n,)
 MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "slimqwen": slimqwen, "stun": stun}
 WITHOUT_BARRIERS = (*BY_SCORE, "hope")
@@ -402,7 +362,7 @@ METHODS = (*SELECTORS, *MERGING)
 
 
 def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, keep: int,
-           settings: Settings = Settings(), layer: int = 0) -> LayerPlan:
+           settings: Settings = Settings(), layer: int = 0) -> dict:
     """The plan of one layer by one of SELECTORS, from what was measured on it.
 
     signals : `Signals` for a method on barriers; for the others a `Routing` or `Facts`, for all but hope `Signals`, too
@@ -410,24 +370,19 @@ def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, 
     layer : seeds `random`, so that no two layers are alike
     """
     if method in ON_BARRIERS:
-        found = hodgecover.decompose(signals, settings)
-        chosen = ON_BARRIERS[method](found, settings)
-        redirect = mathx.redirect(chosen.picks[:keep], found.signals.barriers, found.parts.harmonic, settings.alpha)
-        return hodgecover.report(found, chosen._replace(redirect=redirect), keep, settings)
+        return hodgecover.plan_from_signals(signals, keep, settings, ON_BARRIERS[method])
     if method == "hope":
         order = hope_order(signals, keep)
     else:
         order = descending(BY_SCORE[method](signals, settings.seed + layer))
-    return hodgecover.layer_plan(order, nearest_rows(rows, order[:keep]), keep, signals.frequency, signals.saliency)
+    return hodgecover.plan_of(order, nearest_rows(rows, order[:keep]), keep, signals.frequency, signals.saliency)
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
 
-
 class Merge(NamedTuple):
     """The groups of a layer's experts, the weight of each expert in its group's mean (n,), tokens routed to each
     (n,)."""
-
     groups: Groups
     weights: torch.Tensor
     frequency: torch.Tensor
@@ -441,7 +396,7 @@ class Merge(NamedTuple):
         return (self.frequency[self.survivors(all_slots)].sum() / self.frequency.sum().clamp(min=1)).item()
 
 
-def routed_passes(model: Model, ids: torch.Tensor, tick: Tick) -> Iterator[model_io.LayerPass]:
+def routed_passes(model: Model, ids: torch.Tensor, tick: Tick = lambda share: None) -> Iterator[model_io.LayerPass]:
     """Yield the pass of each layer with a router over ids (B, L)."""
     layers = hodgecover.sparse_layers(model)
     for step in model.stream(ids):
@@ -451,8 +406,8 @@ def routed_passes(model: Model, ids: torch.Tensor, tick: Tick) -> Iterator[model
 
 
 def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settings: Settings = Settings(),
-                 cache: Path | None = None, memory: int = hodgecover.MEMORY, tick: Tick = hodgecover.no_tick
-                 ) -> Iterator[tuple[str, LayerPlan]]:
+                 cache: Path | None = None, memory: int = hodgecover.MEMORY, tick: Tick = lambda share: None
+                 ) -> Iterator[tuple[str, dict]]:
     """Yield (name, plan) of each sparse layer by one of SELECTORS, from calibration on ids (B, L).
 
     `cache` and `memory` are for methods on barriers. Raises InputError as `hodgecover.plan_model` does.
@@ -469,7 +424,7 @@ def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settin
         yield name, choose(signals, rows, method, keep, settings, index)
 
 
-def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: Tick = hodgecover.no_tick
+def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: Tick = lambda share: None
                 ) -> Iterator[tuple[str, Merge]]:
     """Yield (name, merge) of each sparse layer by one of MERGING, from calibration on ids (B, L).
 
@@ -482,10 +437,10 @@ def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: T
 
 
 def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, weights: torch.Tensor
-                ) -> dict[str, model_io.Edit]:
+                ) -> dict[str, common.Edit]:
     """What the export does to a layer's experts: each one's tensors become the weighted mean of its group's.
 
-    A group without weight has the plain mean. Returns edits for `model_io.write_checkpoint`.
+    A group without weight has the plain mean. Returns edits for `common.write_edited`.
     """
     group_of = {e: group for group in groups for e in group}
 
@@ -502,7 +457,8 @@ def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, wei
     if fused[0] in checkpoint.tensors:
         return {name: partial(mean, load=partial(checkpoint.load, name)) for name in fused}
     parts = [f"{layer}.mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")]
-    return {name.format(e): partial(mean, load=partial(single, name=name), expert=e) for name in parts for e in group_of}
+    return {name.format(e): partial(mean, load=partial(single, name=name), expert=e)
+            for name in parts for e in group_of}
 
 
 def export_merges(model: Model, merges: dict[str, Merge], out: Path, files: dict[str, bytes], all_slots: bool = False
@@ -512,22 +468,19 @@ def export_merges(model: Model, merges: dict[str, Merge], out: Path, files: dict
     for name, merge in merges.items():
         edits |= merge_edits(model.checkpoint, name, merge.groups, merge.weights)
     survivors = {name: merge.survivors(all_slots) for name, merge in merges.items()}
-    model_io.write_checkpoint(model.checkpoint, out, survivors, files, edits, NOTICE)
+    common.write_edited(model.checkpoint, out, survivors, files, edits)
 
 
 # ------------------------------------------------------------------------------------------------- the command line
 
-
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    default = Settings()
     parser = common.command_line(__file__, __doc__)
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep in every layer")
     parser.add_argument("--method", choices=METHODS, required=True, help="the rule, as above")
     parser.add_argument("--all-slots", action="store_true", help="of the methods that merge: keep the router")
-    common.add_barrier_options(parser)
-    parser.add_argument("--order", metavar="ORDER", default=default.order, help="on barriers: "
-                        + hodgecover.HELP["order"])
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="on barriers: their folder [CKPT-barriers]")
+    hodgecover.add_settings(parser, "vocab_sample", "max_triangles", "order")
     return parser
 
 
@@ -541,14 +494,14 @@ def select(model: Model, ids: torch.Tensor, args: argparse.Namespace, settings: 
     bar = hodgecover.progress_bar()
     found = select_model(model, ids, args.method, args.keep, settings, cache, args.memory, bar)
     if args.method in ON_BARRIERS:
-        plans = hodgecover.show_plans(model, found, bar, settings.vocab_sample)
+        plans = hodgecover.show_plans(model, found, bar)
     else:
         plans = {}
         for name, plan in found:
-            show_share(model, name, plan.routed_share, bar)
+            show_share(model, name, plan["routed_share"], bar)
             plans[name] = plan
-    text = hodgecover.describe_text(ids, args.calib)
-    entry = hodgecover.plan_entry(model, plans, args.keep, settings, text, "baselines.py", method=args.method)
+    entry = hodgecover.plan_entry(model, plans, args.keep, settings, ids, args.calib, "baselines.py",
+                                  method=args.method)
     hodgecover.export(model, plans, args.out, entry)
 
 
@@ -561,10 +514,10 @@ def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace) -> None:
         show_share(model, name, found.routed_share(args.all_slots), bar, f"; largest group: {largest} experts")
         merges[name] = found
     settings = {"keep": args.keep, "method": args.method, "all_slots": args.all_slots, "seed": args.seed,
-                "dtype": common.dtype_name(model)} | hodgecover.describe_text(ids, args.calib)
+                "dtype": common.dtype_name(model)}
     layers = [{"layer": model.layer_names.index(name), "name": name, "groups": found.groups,
                "routed_share": found.routed_share(args.all_slots)} for name, found in merges.items()]
-    entry = common.entry("baselines.py", settings, source=model) | {"layers": layers}
+    entry = common.entry("baselines.py", settings, ids, args.calib, source=model) | {"layers": layers}
     files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)}
     export_merges(model, merges, args.out, files, args.all_slots)
 
@@ -580,8 +533,7 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     unused = [name for name, methods in UNUSED.items() if args.method in methods]
     common.refuse_given(command_line(), args, unused, f"--method {args.method}")
-    settings = Settings(order=args.order, vocab_sample=args.vocab_sample, max_triangles=args.max_triangles,
-                        seed=args.seed)
+    settings = common.settings_of(args)
     model = common.open_model(args.checkpoint, args)
     hodgecover.check_keep(model, args.keep)
     cache = common.barrier_cache(model, args) if args.method in ON_BARRIERS else None

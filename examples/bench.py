@@ -39,11 +39,10 @@ UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit":
           "gradients": ("vocab", "tokens", "sample", "peak")}
 SCALED = dict(hidden=512, width=128)  # of --scaling, which varies one of the following, the others in the middle
 SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128), "V": (4096, 8192, 16384, 32768)}
-OUTCOMES = (256, 1024, 4096)  # sizes of a sample of the vocabulary
+OUTCOMES = (256, 512, 1024, 4096)  # sizes of a sample of the vocabulary
 
 
 # ------------------------------------------------------------------------------------------- a layer, and its sweeps
-
 
 def random_layer(shape: Shape, tokens: int, peak: float, dtype: torch.dtype) -> MoELayer:
     """A layer whose next-token distributions have logits of standard deviation `peak`."""
@@ -72,7 +71,7 @@ def in_dtype(layer: MoELayer, dtype: torch.dtype) -> MoELayer:
 
 def touched_pairs(layer: MoELayer, simplices: torch.Tensor) -> int:
     """(Token, simplex) pairs with a token that is routed to a member."""
-    return int(hodgecover.merges_of(layer, simplices).touched.sum())
+    return int(mathx.touching(simplices, layer.gates).sum())
 
 
 def random_triangles(n: int, count: int = 500) -> torch.Tensor:
@@ -83,12 +82,11 @@ def random_triangles(n: int, count: int = 500) -> torch.Tensor:
 
 def harmonic(barriers: torch.Tensor, n: int) -> torch.Tensor:
     """|b_harm| on the complete complex of n experts without triangles, (E,)."""
-    boundaries = mathx.boundary_matrices(n, torch.empty(0, 3, dtype=torch.int64))
-    return mathx.hodge_decompose(barriers, *boundaries).harmonic.abs()
+    boundaries = hodgecover.boundary_matrices(n, torch.empty(0, 3, dtype=torch.int64))
+    return hodgecover.hodge_decompose(barriers, *boundaries).harmonic.abs()
 
 
 # ---------------------------------------------------------------------------------------------------------- timing
-
 
 def seconds(function: Callable, *args) -> float:
     """Wall time of one call."""
@@ -109,7 +107,7 @@ def timed_sweep(layer: MoELayer, simplices: torch.Tensor, rows: int, outcomes: i
     """Median seconds of three sweeps, and the median rate of the bare product around them, operations a second."""
     products, sweeps = [product_seconds(rows, layer)], []
     for _ in range(3):
-        sweeps.append(seconds(hodgecover.lens_barriers, layer, simplices, outcomes))
+        sweeps.append(seconds(estimate.sweep, layer, simplices, outcomes))
         products.append(product_seconds(rows, layer))
     return median(sweeps), 2 * rows * layer.unembedding.numel() / median(products)
 
@@ -134,7 +132,6 @@ def slope(sizes: tuple[int, ...], values: list[float]) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- tables
 
-
 def compare(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print two tables: pairs and triangles against the bare product and the plain way; samples of the vocabulary."""
     shape = Shape(args.experts, args.top_k, args.hidden, args.width, args.vocab, args.vocab)
@@ -152,7 +149,7 @@ def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> dict[str, float
           "largest error of a sample |\n|---|---|---|---|---|---|---|---|---|---|")
     generator, spent = torch.Generator().manual_seed(1), {}
     narrow, wide = in_dtype(layer, torch.float32), in_dtype(layer, torch.float64)
-    for name, simplices in {"pairs": mathx.edges(shape.n), "triangles": random_triangles(shape.n)}.items():
+    for name, simplices in {"pairs": hodgecover.edges(shape.n), "triangles": random_triangles(shape.n)}.items():
         used = simplices[(layer.gates > 0).any(0)[simplices].all(1)]  # the others' barriers are 0
         if not len(used):
             raise InputError(f"tokens {len(layer.x)}: no {name} whose experts are all used; give more")
@@ -161,7 +158,7 @@ def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> dict[str, float
         rows, count, spent[name], floor = timed_floor(layer, shape, simplices)
         plain = sum(seconds(hodgecover.plain_barrier, narrow, s) for s in some.tolist()) / len(some) * len(simplices)
         exact = torch.stack([hodgecover.plain_barrier(wide, s) for s in some.tolist()])
-        error = ((hodgecover.lens_barriers(layer, some) - exact).abs() / exact).max().item()
+        error = ((estimate.sweep(layer, some) - exact).abs() / exact).max().item()
         print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {spent[name]:.1f} | {floor:.1f} | "
               f"{floor / spent[name]:.0%} | {plain:.0f} | {plain / spent[name]:.0f} x | {error:.1e} |", flush=True)
     return spent
@@ -171,11 +168,11 @@ def compare_samples(layer: MoELayer, shape: Shape, exact_seconds: dict[str, floa
     """Print a line for each size of the sample of the vocabulary, on pairs and on triangles."""
     print("| outcomes sampled | merges | operations | s | floor, s | share of the product's rate | faster | mean error "
           "| largest error | rank correlation of barriers | of abs(b_harm) |\n" + "|---" * 11 + "|")
-    for name, simplices in {"pairs": mathx.edges(shape.n), "triangles": random_triangles(shape.n)}.items():
-        exact = hodgecover.lens_barriers(layer, simplices)
+    for name, simplices in {"pairs": hodgecover.edges(shape.n), "triangles": random_triangles(shape.n)}.items():
+        exact = estimate.sweep(layer, simplices)
         for outcomes in (size for size in OUTCOMES if size < shape.vocab):
             _, count, spent, floor = timed_floor(layer, shape._replace(outcomes=outcomes), simplices)
-            sampled = hodgecover.lens_barriers(layer, simplices, outcomes)
+            sampled = estimate.sweep(layer, simplices, outcomes)
             error = (sampled / exact - 1)[exact > 0]
             ranks, of_harmonic = mathx.spearman(sampled, exact), "-"
             if name == "pairs":
@@ -195,9 +192,9 @@ def scaling(args: argparse.Namespace, dtype: torch.dtype) -> None:
         for size in sizes:
             n, tokens, vocab = (dict(n=64, T=args.tokens, V=16384) | {varied: size}).values()
             layer = random_layer(Shape(n, args.top_k, *SCALED.values(), vocab, vocab), tokens, args.peak, dtype)
-            for (rows, times), simplices in zip(found.values(), (mathx.edges(n), random_triangles(n))):
+            for (rows, times), simplices in zip(found.values(), (hodgecover.edges(n), random_triangles(n))):
                 rows.append(touched_pairs(layer, simplices))
-                times.append(median(seconds(hodgecover.lens_barriers, layer, simplices) for _ in range(3)))
+                times.append(median(seconds(estimate.sweep, layer, simplices) for _ in range(3)))
             print(f"| {varied} | {n} | {tokens} | {vocab} | "
                   + " | ".join(f"{rows[-1]} | {times[-1]:.2f}" for rows, times in found.values()) + " |", flush=True)
         exponents += [f"{name}: exponent in {varied} of the touched pairs {slope(sizes, rows):.2f}, of the time "
@@ -279,7 +276,6 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the command line
-
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""

@@ -33,8 +33,8 @@ fit --memory.
     n experts of a layer    d hidden size    T tokens, B sequences of L    V vocabulary
 """
 import argparse
+import hashlib
 import itertools
-import json
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,8 +47,8 @@ import hodgecover
 import model_io
 import rco
 import torch
-from hodgecover import LayerPlan, Settings
-from model_io import InputError, Layer, Model
+from common import Pruned
+from model_io import InputError, Model
 
 TOKENS = 16384  # default sample
 POPULATION, ELITE, MAX_MOVES, MAX_DELTA, ATTEMPTS = 32, 4, 3, 4, 32  # of evo
@@ -57,27 +57,6 @@ REPORTS = 10  # lines of progress of rco
 CACHE_VERSION = "1"
 
 Budget = tuple[int, ...]  # experts that go, of each sparse decoder layer
-
-
-class Pruned(Model):
-    """A checkpoint of which each sparse layer runs some of its experts alone, not as many in each: `survivors`, layer
-    name -> indices. In memory it is what no checkpoint can be; all else is `Model`'s."""
-
-    def __init__(self, path: Path, survivors: dict[str, list[int]], dtype: torch.dtype = torch.float32,
-                 device: str | torch.device = "cpu"):
-        super().__init__(path, dtype, device)
-        self.survivors = survivors
-
-    def layer(self, index: int) -> Layer:
-        """Read the weights of a layer, of its experts the survivors'."""
-        return common.cut(super().layer(index), self.survivors.get(self.layer_names[index], slice(None)))
-
-    def store_down(self, layer: str, down: torch.Tensor) -> torch.Tensor:
-        """Write the survivors' down projections (K, d, f), and return them as stored."""
-        kept = self.survivors[layer]
-        whole = super().layer(self.layer_names.index(layer)).experts.down.to(down.dtype)
-        whole[kept] = down
-        return super().store_down(layer, whole)[kept]
 
 
 # ---------------------------------------------------------------------------------------------------------- barriers
@@ -180,7 +159,7 @@ def remembered(worth: Callable[[list[Budget]], list[float]], cache: Path | None 
                ) -> Callable[[list[Budget]], list[float]]:
     """The worth of budgets, each measured once; what is known lies in a folder, if there is one, so that a killed
     search repeats its way without measuring."""
-    saved = hodgecover.read_entry(cache, "budgets-evo", key, ["budgets", "worth"]) if cache else None
+    saved = model_io.read_cached(cache, "budgets-evo", key) if cache else None
     known = dict(zip(map(tuple, saved["budgets"].tolist()), saved["worth"].tolist())) if saved else {}
 
     def of(budgets: list[Budget]) -> list[float]:
@@ -188,8 +167,8 @@ def remembered(worth: Callable[[list[Budget]], list[float]], cache: Path | None 
         if new:
             known.update(zip(new, worth(new)))
         if new and cache:
-            found = torch.tensor([*known]), torch.tensor([*known.values()], dtype=torch.float64)
-            hodgecover.write_entry(cache, "budgets-evo", dict(zip(("budgets", "worth"), found)), key)
+            values = torch.tensor([*known.values()], dtype=torch.float64)
+            model_io.write_cached(cache, "budgets-evo", key, {"budgets": torch.tensor([*known]), "worth": values})
         return [known[budget] for budget in budgets]
     return of
 
@@ -248,29 +227,29 @@ def esap_of(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], memor
 # -------------------------------------------------------------------------------------------------------- the plans
 
 
-def planned(model: Model, base: dict[str, LayerPlan], orders: dict[str, list[int]], budget: Budget, keep: int
-            ) -> dict[str, LayerPlan]:
+def planned(model: Model, base: dict[str, dict], orders: dict[str, list[int]], budget: Budget, keep: int
+            ) -> dict[str, dict]:
     """The plans by layer name in which a budget cuts the ends of orders; of layers without one, `keep` experts stay in
     the order of their plan in `base`, which has what was measured of all layers."""
     counts = {name: model.config.num_experts - gone for name, gone in zip(orders, budget)}
     plans = {}
     for name, plan in base.items():
-        order, count = orders.get(name, plan.order), counts.get(name, keep)
+        order, count = orders.get(name, plan["order"]), counts.get(name, keep)
         rows = model.checkpoint.load(f"{name}.mlp.gate.weight")
-        plans[name] = hodgecover.layer_plan(order, baselines.nearest_rows(rows, order[:count]), count,
-                                            torch.tensor(plan.frequency), torch.tensor(plan.saliency))
+        plans[name] = hodgecover.plan_of(order, baselines.nearest_rows(rows, order[:count]), count,
+                                         torch.tensor(plan["frequency"]), torch.tensor(plan["saliency"]))
     return plans
 
 
-def pruned(model: Model, plans: dict[str, LayerPlan]) -> Pruned:
+def pruned(model: Model, plans: dict[str, dict]) -> Pruned:
     """A checkpoint with the survivors of plans by layer name, in memory."""
-    survivors = {name: plan.survivors for name, plan in plans.items()}
+    survivors = {name: plan["survivors"] for name, plan in plans.items()}
     return Pruned(model.checkpoint.path, survivors, model.dtype, str(model.device))
 
 
-def decoder_orders(model: Model, base: dict[str, LayerPlan]) -> dict[str, list[int]]:
+def decoder_orders(model: Model, base: dict[str, dict]) -> dict[str, list[int]]:
     """The orders of plans by layer name, of the decoder layers alone."""
-    return {name: base[name].order for name in model.layer_names[:model.config.num_layers] if name in base}
+    return {name: base[name]["order"] for name in model.layer_names[:model.config.num_layers] if name in base}
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -321,8 +300,7 @@ def check_budget(model: Model, keep: int) -> None:
 
 def search_key(model: Model, ids: torch.Tensor, *more: object) -> dict[str, str]:
     """Return all that what is saved depends on, by name."""
-    return {"format": CACHE_VERSION, "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype),
-            "calibration text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "search": json.dumps(more)}
+    return common.work_key({"format": CACHE_VERSION, "search": more}, ids, model)
 
 
 def run_evo(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args: argparse.Namespace, cache: Path,
@@ -357,21 +335,19 @@ def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
     return rco.rank(alpha, list(orders), limits)
 
 
-def write(model: Model, plans: dict[str, LayerPlan], ids: torch.Tensor | None, args: argparse.Namespace) -> None:
+def write(model: Model, plans: dict[str, dict], ids: torch.Tensor | None, args: argparse.Namespace) -> None:
     """Write the checkpoint of plans by layer name, or the plans alone if they are ragged. Without ids (B, L) the record
     leaves what text there was to that of --plan."""
     used = {name: getattr(args, name) for name in ("generations", "steps", "ragged") if name not in UNUSED[args.search]}
     if args.plan:
-        used["plan_sha256"] = hodgecover.read_history(args.plan)[-1].get("sha256")
-    text = {} if ids is None else hodgecover.describe_text(ids, args.calib)
-    entry = hodgecover.plan_entry(model, plans, args.keep, Settings(seed=args.seed), text, Path(__file__).name,
-                                  search=args.search, **used)
-    if writes_plan(args):
-        model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
-        print(f"plan: {args.out}; no checkpoint holds it, since num_experts is one number for all layers")
-        return
-    hodgecover.export(model, plans, args.out, entry)
-    common.show_output(model, args.out)
+        used["plan_sha256"] = hashlib.sha256(args.plan.read_bytes()).hexdigest()
+    entry = hodgecover.plan_entry(model, plans, args.keep, common.settings_of(args), ids, args.calib,
+                                  Path(__file__).name, search=args.search, **used)
+    if not writes_plan(args):
+        hodgecover.export(model, plans, args.out, entry)
+        return common.show_output(model, args.out)
+    model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
+    print(f"plan: {args.out}; no checkpoint holds it, since num_experts is one number for all layers")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -397,10 +373,10 @@ def run(args: argparse.Namespace) -> None:
         else:
             orders, budget = run_rco(model, ids, orders, args, cache, bar)
     plans = planned(model, base, orders, budget, args.keep)
-    print(f"experts kept in each layer: {' '.join(str(len(plan.survivors)) for plan in plans.values())}", flush=True)
+    print(f"experts kept in each layer: {' '.join(str(len(plan['survivors'])) for plan in plans.values())}", flush=True)
     if held_out is not None:
         for what, chosen in (("fixed order, uniform", uniform), ("found", plans)):
-            found = model_io.compare(model, pruned(model, chosen), held_out, bar)
+            found = common.compare(model, pruned(model, chosen), held_out, bar)
             bar(None)
             print(f"{what}: perplexity {found.source_perplexity:.2f} -> {found.output_perplexity:.2f}, KL(source || "
                   f"output) {found.kl:.4f} nats a token")

@@ -11,32 +11,29 @@ samples, and differences sample by sample. A sample is a seed: of the 2,048 toke
 searches on, of the 16,384, in sequences of 128, that rco searches on, of the 16,384 of a refit and of the tokens that
 are trained on, once. What a search has found lies beside the samples' barriers, for the next run.
 
-Ragged plans run in memory; no checkpoint holds them. What a uniform file can carry of rco's ragged plan is its order of
-each layer's experts: `rco ragged, its order`. evo has the order of reap, which a uniform file cannot have otherwise.
-`barriers` has the budget of HodgeCover's barriers.
-`first layer whole` and --first are a budget by hand: the first layer loses nothing, the others lose its part too.
+Ragged plans run in memory; no checkpoint holds them. `barriers` has the budget of HodgeCover's barriers. `first layer
+whole` and --first are a budget by hand: the first layer loses nothing, the others lose its part too.
 """
 import argparse
 import functools
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import baselines
 import budgets
 import common
 import distil_study
 import frontier
 import heapr
 import hodgecover
+import model_io
 import nested
 import rco
 import reproduce
 import torch
 from distil_study import training_ids
-from hodgecover import LayerPlan
 from model_io import Experts, InputError, Model
 from refit_study import TOKENS, refitted
 from reproduce import Make, Sample, Table
@@ -50,16 +47,29 @@ TRAINED = 65_536  # tokens of a training
 
 
 @functools.cache
-def ranked(sample: Sample) -> dict[str, LayerPlan]:
+def ranked(sample: Sample) -> dict[str, dict]:
     """REAP's plan of a sample, by layer name; of its order every budget takes the first."""
-    return dict(baselines.select_model(sample.source, sample.ids, "reap", sample.source.config.num_experts))
+    return reproduce.plans(sample, "reap", reproduce.uniform(sample.source, 0))
+
+
+def layers_of(sample: Sample) -> list[str]:
+    """The names of the decoder layers with experts."""
+    source = sample.source
+    return [source.layer_names[i] for i in hodgecover.sparse_layers(source) if i < source.config.num_layers]
+
+
+def barrier_budget(sample: Sample, keep: int) -> budgets.Budget:
+    """The budget of HodgeCover's barriers: how many experts of each layer go."""
+    cfg, measured = sample.source.config, sample.signals()
+    means = [measured[name].barriers.mean().item() for name in layers_of(sample)]
+    return budgets.barrier_budget(means, cfg.num_experts, cfg.top_k, keep)
 
 
 @functools.cache
 def evo_budget(sample: Sample, keep: int, generations: int) -> budgets.Budget:
     """What evo finds: how many experts of each layer go."""
     source, orders = sample.source, budgets.decoder_orders(sample.source, ranked(sample))
-    hodgecover.make_cache(sample.cache)
+    model_io.make_cache(sample.cache)
     worth = budgets.remembered(budgets.esap_of(source, sample.ids, orders), sample.cache,
                                budgets.search_key(source, sample.ids, "evo", orders))
     cfg = source.config
@@ -68,117 +78,78 @@ def evo_budget(sample: Sample, keep: int, generations: int) -> budgets.Budget:
     return best
 
 
-@functools.cache
-def rco_found(sample: Sample, keep: int, steps: int, ragged: bool) -> tuple[dict[str, list[int]], budgets.Budget]:
-    """The orders that rco finds, by layer name, and how many experts go."""
-    source, orders = sample.source, budgets.decoder_orders(sample.source, ranked(sample))
-    hodgecover.make_cache(sample.cache)
-    read = partial(sample.documents, "calibration")
-    ids = hodgecover.sample_ids(source, read, TOKENS, RCO_LENGTH, sample.seed)
-    alpha, limits = rco.start(source.config, len(orders), keep, ragged)
-    key = budgets.search_key(source, ids, "rco", keep, ragged, steps, sample.seed)
-    loss_of = rco.masked_loss(source, ids, [source.layer_names.index(name) for name in orders])
-    for _ in rco.descend(loss_of, len(ids), alpha, limits, steps, sample.seed, sample.cache, key):
-        pass
-    return rco.rank(alpha, list(orders), limits)
-
-
-def in_memory(sample: Sample, plans: dict[str, LayerPlan], out: Path) -> Model:
-    """A whole copy of the source, of which the survivors of plans by layer name run alone."""
-    return budgets.Pruned(reproduce.whole(sample, 0, out).checkpoint.path,
-                          {name: plan.survivors for name, plan in plans.items()})
-
-
-def with_budget(sample: Sample, dropped: float, out: Path, method: str, kept: dict[str, int]) -> Model:
-    """The survivors of one method, so many in each layer that `kept` names, in memory."""
-    uniform = dict.fromkeys(sample.source.layer_names, reproduce.survivors(sample.source, dropped))
-    return in_memory(sample, reproduce.plans(sample, method, uniform | kept), out)
-
-
-def barrier_budget(sample: Sample, keep: int) -> budgets.Budget:
-    """The budget of HodgeCover's barriers: how many experts of each layer go."""
-    cfg, measured = sample.source.config, sample.signals(sample.settings())
-    means = [measured[name].barriers.mean().item() for name in budgets.decoder_orders(sample.source, ranked(sample))]
-    return budgets.barrier_budget(means, cfg.num_experts, cfg.top_k, keep)
-
-
-def barrier_way(sample: Sample, dropped: float, out: Path, method: str) -> Model:
-    """That budget, of the survivors of one method, in memory."""
-    names = budgets.decoder_orders(sample.source, ranked(sample))
-    budget = barrier_budget(sample, reproduce.survivors(sample.source, dropped))
-    kept = {name: sample.source.config.num_experts - gone for name, gone in zip(names, budget)}
-    return with_budget(sample, dropped, out, method, kept)
-
-
-def evo_way(sample: Sample, dropped: float, out: Path, generations: int) -> Model:
-    """The ragged budget that evo finds, in memory."""
-    keep, base = reproduce.survivors(sample.source, dropped), ranked(sample)
-    budget = evo_budget(sample, keep, generations)
-    orders = budgets.decoder_orders(sample.source, base)
-    return in_memory(sample, budgets.planned(sample.source, base, orders, budget, keep), out)
-
-
-def spared(source: Model, dropped: float) -> dict[str, int]:
-    """How many experts of each layer stay, by name, if the first keeps all and the others lose its part. Raises
-    InputError if they cannot lose so many."""
-    cfg = source.config
-    names = [source.layer_names[index] for index in hodgecover.sparse_layers(source) if index < cfg.num_layers]
-    others, most = len(names) - 1, cfg.num_experts - cfg.top_k
-    gone = (cfg.num_experts - reproduce.survivors(source, dropped)) * len(names)
+def spared(sample: Sample, keep: int) -> budgets.Budget:
+    """How many experts of each layer go, if the first keeps all and the others lose its part. Raises InputError if they
+    cannot lose so many."""
+    cfg, others = sample.source.config, len(layers_of(sample)) - 1
+    gone, most = (cfg.num_experts - keep) * (others + 1), cfg.num_experts - cfg.top_k
     if gone > most * others:
         raise InputError(f"columns: if the first layer keeps all its experts, the others would lose {gone} of the "
                          f"{most * others} that they can")
-    budget = (0, *budgets.largest_remainder([1] * others, most, gone))
-    return {name: cfg.num_experts - each for name, each in zip(names, budget)}
+    return 0, *budgets.largest_remainder([1] * others, most, gone)
 
 
-def first_whole(sample: Sample, dropped: float, out: Path, method: str = "reap") -> Model:
-    """The survivors of one method, with all experts of the first layer, in memory."""
-    return with_budget(sample, dropped, out, method, spared(sample.source, dropped))
+@functools.cache
+def rco_found(sample: Sample, keep: int, steps: int, ragged: bool) -> tuple[dict[str, list[int]], budgets.Budget]:
+    """The orders that rco finds, by layer name, and how many experts go."""
+    source, names = sample.source, layers_of(sample)
+    model_io.make_cache(sample.cache)
+    ids = reproduce.sampled(source, sample.documents, ["calibration"], TOKENS, RCO_LENGTH, sample.seed)
+    alpha, limits = rco.start(source.config, len(names), keep, ragged)
+    key = budgets.search_key(source, ids, "rco", keep, ragged, steps, sample.seed)
+    loss_of = rco.masked_loss(source, ids, [source.layer_names.index(name) for name in names])
+    for _ in rco.descend(loss_of, len(ids), alpha, limits, steps, sample.seed, sample.cache, key):
+        pass
+    return rco.rank(alpha, names, limits)
+
+
+def with_budget(sample: Sample, dropped: float, out: Path, method: str,
+                budget: Callable[[Sample, int], budgets.Budget]) -> Model:
+    """The survivors of one method, with the budget that `budget` gives so many experts, in memory."""
+    gone = budget(sample, reproduce.survivors(sample.source, dropped))
+    kept = {name: sample.source.config.num_experts - each for name, each in zip(layers_of(sample), gone)}
+    plans = reproduce.plans(sample, method, reproduce.uniform(sample.source, dropped) | kept)
+    return budgets.pruned(reproduce.whole(sample, 0, out), plans)
+
+
+def rco_way(sample: Sample, dropped: float, out: Path, steps: int, ragged: bool) -> Model:
+    """What rco finds: with one budget for all layers, in memory, or with one for each."""
+    source, keep = sample.source, reproduce.survivors(sample.source, dropped)
+    plans = budgets.planned(source, ranked(sample), *rco_found(sample, keep, steps, ragged), keep)
+    return budgets.pruned(reproduce.whole(sample, 0, out), plans) if ragged else reproduce.export(sample, plans, out)
 
 
 def first_wide(sample: Sample, rate: float, out: Path) -> Model:
     """All experts, narrower by camera but in the first layer, in memory: the hidden units that go are zeros."""
     model, found = reproduce.whole(sample, 0, out), frontier.scores(sample, "camera")
-    _, *names = spared(sample.source, rate)
+    _, *names = layers_of(sample)
     width = round((1 - rate * (len(names) + 1) / len(names)) * model.config.expert_width)
     for name in names:
         experts = model.layer(model.layer_names.index(name)).experts
         gone = torch.ones_like(found[name], dtype=torch.bool).scatter(1, heapr.best_units(found[name], width), False)
         masks = Experts(gone[:, :, None], gone[:, :, None], gone[:, None])
-        model.store(name, {f"mlp.experts.{part}": weight.masked_fill(mask, 0)
-                           for part, weight, mask in zip(Experts._fields, experts, masks)})
+        common.store(model, name, {f"mlp.experts.{part}": weight.masked_fill(mask, 0)
+                                   for part, weight, mask in zip(Experts._fields, experts, masks)})
     return model
-
-
-def rco_way(sample: Sample, dropped: float, out: Path, steps: int, search: str) -> Model:
-    """What rco finds: with a budget for each layer, with one for all, in memory, or with the order of the latter's
-    experts and as many in each layer."""
-    source = sample.source
-    keep = reproduce.survivors(source, dropped)
-    orders, budget = rco_found(sample, keep, steps, search != "uniform")
-    if search == "ragged":
-        return in_memory(sample, budgets.planned(source, ranked(sample), orders, budget, keep), out)
-    uniform = (source.config.num_experts - keep,) * len(orders)
-    return reproduce.export(sample, budgets.planned(source, ranked(sample), orders, uniform, keep), out)
 
 
 def budget_tables(generations: int, steps: int) -> list[Table]:
     """Uniform and ragged budgets, as they are and refitted."""
-    reap = partial(reproduce.selected, method="reap")
-    lines: dict[str, Make] = {"reap": reap, f"reap, {TOKENS:,} tokens": partial(frontier.on_more_tokens, make=reap),
-                              "first layer whole": first_whole,
-                              "barriers, ragged": partial(barrier_way, method="reap"),
-                              "hodgecover, barriers, ragged": partial(barrier_way, method="hodgecover"),
-                              "evo, ragged": partial(evo_way, generations=generations)}
-    lines |= {label: partial(rco_way, steps=steps, search=search) for label, search in (
-        ("rco", "uniform"), ("rco, ragged", "ragged"), ("rco ragged, its order", "order"))}
+    reap = partial(with_budget, method="reap")
+    lines: dict[str, Make] = {"reap": partial(reproduce.selected, method="reap"),
+                              "first layer whole": partial(reap, budget=spared),
+                              "barriers, ragged": partial(reap, budget=barrier_budget),
+                              "hodgecover, barriers, ragged": partial(with_budget, method="hodgecover",
+                                                                      budget=barrier_budget),
+                              "evo, ragged": partial(reap, budget=partial(evo_budget, generations=generations)),
+                              "rco": partial(rco_way, steps=steps, ragged=False),
+                              "rco, ragged": partial(rco_way, steps=steps, ragged=True)}
     return with_refit("experts dropped", lines)
 
 
 def first_tables() -> list[Table]:
     """Methods that keep the whole first layer, as they are and refitted."""
-    lines: dict[str, Make] = {f"drop, {method}": partial(first_whole, method=method)
+    lines: dict[str, Make] = {f"drop, {method}": partial(with_budget, method=method, budget=spared)
                               for method in ("reap", "hodgecover", "hope", "weighted-cover", "random")}
     return with_refit("expert parameters gone, none of the first layer", lines | {"narrow, camera": first_wide})
 
@@ -265,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
     samples = reproduce.read_samples(args)
     for table in tables:
         for dropped in table.columns.values() if args.first or "first layer whole" in table.lines else ():
-            spared(samples[0].source, dropped)
+            spared(samples[0], reproduce.survivors(samples[0].source, dropped))
     reproduce.show_held_out(tables, samples, args.tokens)
     if not (args.nested or args.first):
         show_budgets(samples, args, list(tables[0].lines), list(tables[0].columns))

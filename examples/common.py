@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -25,9 +26,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import hodgecover  # noqa: E402
 import model_io  # noqa: E402
-from hodgecover import MEMORY, RECORD, SEQ_LEN, TOKENS, Parser, Settings, Signals, Tick  # noqa: E402
+from hodgecover import RECORD, TOKENS, Parser, Settings  # noqa: E402
 from model_io import (DTYPES, Checkpoint, Experts, InputError, Layer, LayerPass, Model, Piece,  # noqa: E402
-                      surviving_tensors, widened)
+                      surviving_tensors)
 
 Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
 
@@ -56,7 +57,8 @@ def command_line(file: str, description: str, out: bool = True, text: int = TOKE
 
 def settings_of(args: argparse.Namespace, **more: object) -> Settings:
     """The Settings that the options say; the others as by default."""
-    return Settings(**{name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}, **more)
+    given = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
+    return Settings(**given, **more)
 
 
 def refuse_given(parser: Parser, args: argparse.Namespace, names: Iterable[str], what: str) -> None:
@@ -115,7 +117,7 @@ def entry(command: str, settings: dict, ids: torch.Tensor | None = None, files: 
 
 
 def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
-    """The folder of the barriers: --cache, or CKPT-barriers beside CKPT. Raises InputError if it lies in the checkpoint."""
+    """The folder of the barriers: --cache, or CKPT-barriers beside CKPT. Raises InputError if it lies in CKPT."""
     source = Path(os.path.abspath(model.checkpoint.path))
     cache = args.cache or source.with_name(f"{source.name}-barriers")
     hodgecover.refuse_inside(model, cache, "cache")
@@ -135,6 +137,16 @@ def read_eval(model: Model, args: argparse.Namespace) -> torch.Tensor:
         return model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
     except InputError as err:
         raise InputError(f"eval: {err}") from None
+
+
+def evenly_spaced(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the sequences ids (B, L), evenly spaced from the first on, in order; all of them if there are no more.
+
+    >>> evenly_spaced(torch.arange(10)[:, None], 4).flatten().tolist()
+    [0, 2, 5, 7]
+    """
+    count = min(count, len(ids))
+    return ids[torch.arange(count) * len(ids) // count]
 
 
 ALIGNED = 8  # numbers of 2 bytes that make 16 bytes
@@ -220,6 +232,20 @@ def cut(layer: Layer, kept: slice | list[int], width: int | None = None) -> Laye
     return Layer(experts, layer.router[kept], layer.weights)
 
 
+class Pruned(Model):
+    """A checkpoint of which each sparse layer runs some of its experts alone, not as many in each: `survivors`, layer
+    name -> indices. In memory it is what no checkpoint can be; all else is `Model`'s."""
+
+    def __init__(self, path: Path, survivors: dict[str, list[int]], dtype: torch.dtype = torch.float32,
+                 device: str | torch.device = "cpu"):
+        super().__init__(path, dtype, device)
+        self.survivors = survivors
+
+    def layer(self, index: int) -> Layer:
+        """Read the weights of a layer, of its experts the survivors'."""
+        return cut(super().layer(index), self.survivors.get(self.layer_names[index], slice(None)))
+
+
 def folder_beside(out: Path, command: str, *inputs: Model) -> Path:
     """Return OUT-command, the folder of what a command has done until its output is whole. Raises InputError if it
     cannot be one, or lies in one of the checkpoints that are read."""
@@ -232,18 +258,43 @@ def folder_beside(out: Path, command: str, *inputs: Model) -> Path:
     return folder
 
 
+def open_pair(args: argparse.Namespace, command: str) -> tuple[Model, Model, Path]:
+    """The command line's source and checkpoint, and the folder of what is done: --cache, or OUT-command. Raises
+    InputError if the one cannot be made from the other, if OUT cannot be written, or if it or the folder lies in one of
+    the two."""
+    source, model = open_model(args.source, args), open_model(args.checkpoint, args)
+    check_source(model, source)
+    cache = getattr(args, "cache", None) or folder_beside(args.out, command, source, model)
+    hodgecover.check_out(model, args.out, cache)
+    hodgecover.refuse_inside(source, args.out, "out")
+    for each in (source, model):
+        hodgecover.refuse_inside(each, cache, "cache")
+    return source, model, cache
+
+
 @contextlib.contextmanager
-def made(cache: Path) -> Iterator[None]:
-    """Context manager: a folder of what is done, made; it goes again if nothing lies in it at the end. Raises
-    InputError if it cannot be made."""
+def made(cache: Path, *patterns: str) -> Iterator[None]:
+    """Context manager: a folder of what is done, made. On success the files of these names go; the folder goes if
+    nothing else lies in it. Raises InputError if it cannot be made."""
     model_io.make_cache(cache)
     try:
         yield
+        clear(cache, patterns)
     finally:
         clear(cache, [])
 
 
 # -------------------------------------------------------------------------------- the tensors of a checkpoint, changed
+
+
+EXPERT = re.compile(r"(?P<layer>.+)\.mlp\.(?:experts\.(?:(?P<expert>\d+)\.)?|(?P<shared>shared_expert)\.)"
+                    r"(?P<part>gate|up|gate_up|down)_proj(?:\.weight)?")
+
+
+def expert_matrices(checkpoint: Checkpoint) -> dict[str, re.Match]:
+    """The tensors of routed and shared experts by name, matched: `layer`, `expert`, its number, None if it is fused or
+    shared, `shared`, None if it is routed, and `part`, the projection."""
+    return {name: match for name in checkpoint.tensors if (match := EXPERT.fullmatch(name))}
 
 
 Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as stored, the row's number) -> changed
@@ -317,10 +368,14 @@ def store(model: Model, layer: str, weights: dict[str, torch.Tensor]) -> dict[st
 
 
 def store_down(model: Model, layer: str, down: torch.Tensor) -> torch.Tensor:
-    """Write the down projections (n, d, f) of a layer over those in the checkpoint's files; return them as stored.
-    Raises InputError if they overflow that type."""
+    """Write the down projections (n, d, f) of a layer over those in the checkpoint's files; return them as stored. Of a
+    `Pruned` model they are the survivors'. Raises InputError if they overflow that type."""
+    kept = model.survivors[layer] if isinstance(model, Pruned) else slice(None)
+    if isinstance(model, Pruned):
+        whole = Model.layer(model, model.layer_names.index(layer)).experts.down.to(down.dtype)
+        down = whole.index_copy(0, torch.tensor(kept, device=down.device), down)
     stored = [*store(model, layer, {"mlp.experts.down": down}).values()]
-    return stored[0] if stored[0].dim() == 3 else torch.stack(stored)
+    return (stored[0] if stored[0].dim() == 3 else torch.stack(stored))[kept]
 
 
 def rerun(model: Model, step: LayerPass, empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
@@ -403,10 +458,35 @@ def scratch(folder: Path) -> Callable[..., torch.Tensor]:
     return empty
 
 
+STREAMS = 8  # tensors (T, d) of a run beside the source's: h, x and y of both, the next x and y of one
+
+
+def activation_bytes(model: Model, tokens: int, count: int = STREAMS, dtype: torch.dtype | None = None) -> int:
+    """The bytes of so many tensors (T, d) of a model's streams, in its dtype or another."""
+    return count * tokens * model.config.hidden_size * (dtype or model.dtype).itemsize
+
+
 def stream_maker(model: Model, size: int, memory: int, folder: Path) -> Callable[..., torch.Tensor]:
     """Return what makes a model's streams, of `size` bytes in all: `torch.empty`, or `scratch` in a folder if they are
     on the CPU and take more than `memory` bytes."""
     return scratch(folder) if model.device.type == "cpu" and size > memory else torch.empty
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes of the device that a model lives on."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def work_key(settings: dict, ids: torch.Tensor, *models: Model) -> dict[str, str]:
+    """All that the parts of a run that are kept depend on, by name: settings, text ids (B, L), checkpoints, dtype."""
+    return {"settings": json.dumps(settings), "text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}",
+            "weights": " ".join(model.checkpoint.fingerprint() for model in models), "dtype": str(models[-1].dtype)}
 
 
 def clear(cache: Path, patterns: Iterable[str]) -> None:

@@ -37,7 +37,6 @@ OUT-distil until the output is whole. --memory bounds the graph of a step; anoth
     h (B, L, d) stream before a layer    y (T, d) after it
 """
 import argparse
-import json
 import math
 import re
 import sys
@@ -49,7 +48,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
-import evaluate
 import hodgecover
 import model_io
 import torch
@@ -66,14 +64,12 @@ SAVE_SECONDS = 60  # between two saved steps
 SPARSE = 0.01  # share of zeros from which an expert's matrix counts as pruned
 SMALLEST = 1e-6  # a matrix's root mean square for --lr, at least: a router of dot_moe.py has 1e-4
 PIECE = 4096  # tokens that are taken at a time
-STREAMS = 8  # tensors (T, d) that are held at once: h, x and y of both models, the next x and y of one
 WHOLE = 1 / 3  # probability of a step of the whole model, if there are prefixes
-CACHE_VERSION = "1"
 SETTINGS = ("epochs", "lr", "kl_weight", "train", "layerwise", "prefixes", "seed", "memory")
 PARTS = {"norms": r"norm(_\w+)?\.weight$", "router": r"mlp\.(gate|shared_expert_gate)\.weight$", "experts": r"mlp\.",
          "attention": r"(self_attn|linear_attn)\."}  # the first that fits a weight's name
 
-Weights = dict[str, torch.Tensor]  # by name in the checkpoint; the experts' stacked, as in Model.store
+Weights = dict[str, torch.Tensor]  # by name in the checkpoint; the experts' stacked, as in common.store
 Loss = Callable[[torch.Tensor], torch.Tensor]  # numbers of sequences (b,) -> their summed loss
 
 
@@ -81,7 +77,7 @@ Loss = Callable[[torch.Tensor], torch.Tensor]  # numbers of sequences (b,) -> th
 
 
 def layer_weights(layer: Layer) -> Weights:
-    """Return the weights of a layer by their name in it, as `Model.store` takes them."""
+    """Return the weights of a layer by their name in it, as `common.store` takes them."""
     weights = dict(layer.weights)
     if layer.experts is not None:
         weights["mlp.gate.weight"] = layer.router
@@ -126,7 +122,8 @@ class Student(NamedTuple):
     def store(self, output: Model) -> None:
         """Write the trained weights into a checkpoint's files."""
         for layer, weights in self.weights.items():
-            output.store(layer, {name: weight.detach() for name, weight in weights.items() if weight.requires_grad})
+            trained = {name: weight.detach() for name, weight in weights.items() if weight.requires_grad}
+            common.store(output, layer, trained)
 
 
 def read_student(output: Model, layers: list[str], parts: list[str]) -> Student:
@@ -245,13 +242,12 @@ def save(weights: Weights, optimizer: torch.optim.Adam, step: int, plan: Plan, n
         state = optimizer.state[weight]
         tensors |= {key: weight.detach(), f"{key} m": nothing if last else state["exp_avg"],
                     f"{key} v": nothing if last else state["exp_avg_sq"]}
-    hodgecover.write_entry(plan.cache, name, tensors, plan.key)
+    model_io.write_cached(plan.cache, name, plan.key, tensors)
 
 
 def restore(weights: Weights, optimizer: torch.optim.Adam, plan: Plan, name: str) -> int:
     """Take up what is saved; return the number of steps done."""
-    fields = ["step", *(key + moment for key in weights for moment in ("", " m", " v"))]
-    saved = hodgecover.read_entry(plan.cache, name, plan.key, fields) if plan.cache else None
+    saved = model_io.read_cached(plan.cache, name, plan.key) if plan.cache else None
     if not saved:
         return 0
     for key, weight in weights.items():
@@ -314,6 +310,17 @@ def step_line(done: int, steps: int, loss: float, counts: dict[str, torch.Tensor
     return f"step {done} of {steps}: loss {loss:.4f}, {load_line(counts)}" if due else ""
 
 
+def apart(model: Model, ids: torch.Tensor, held_out: int, empty: Callable) -> Iterator[list[LayerPass]]:
+    """Yield each decoder layer's passes over ids (B, L): over all but the last `held_out` sequences and, if there are
+    some, over those. A product's rounding depends on how many rows it has; to watch held-out text changes no weight."""
+    first, last = ids.tensor_split((len(ids) - held_out,))
+    h = model.embed(last, empty) if held_out else None
+    for step in islice(model.stream(first, empty), model.config.num_layers):
+        steps = [step, model.run(step.index, step.layer, h, step.norm, empty)] if held_out else [step]
+        h = steps[-1].y.view_as(steps[-1].h)
+        yield steps
+
+
 # --------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -340,17 +347,18 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
     told. `empty` makes the source's streams; `say` is told the share that is done, and a line or nothing."""
     cfg, length, count = output.config, ids.shape[1], len(ids) - held_out
     of_source = 1 / (1 + 4 * plan.epochs)  # share of the time: a pass beside a pass, its way back, and two readouts
-    for step in islice(source.stream(ids, empty), cfg.num_layers):
-        say(of_source * (step.index + 1) / cfg.num_layers)
-    step.layer.unload()
-    target, source_norm = step.y.view(*ids.shape, -1), step.norm
-    del step
+    for steps in apart(source, ids, held_out, empty):
+        say(of_source * (steps[0].index + 1) / cfg.num_layers)
+    steps[0].layer.unload()
+    texts, targets, source_norm = ids.tensor_split((count,)), [step.y.view_as(step.h) for step in steps], steps[0].norm
+    del steps
     layers, norm = output.layer_names[:cfg.num_layers], output.prefix.removesuffix(".")
     student, head, counts = read_student(output, [*layers, norm], plan.parts), output.unembedding(), {}
 
-    def loss_of(which: torch.Tensor, kl_weight: float = plan.kl_weight, prefix: tuple[int, int] | None = None
-                ) -> torch.Tensor:
-        h = output.embed(ids[which])
+    def loss_of(which: torch.Tensor, kl_weight: float = plan.kl_weight, prefix: tuple[int, int] | None = None,
+                text: int = 0) -> torch.Tensor:
+        tokens = texts[text][which]
+        h = output.embed(tokens)
         for name in layers:
             layer = student.layer(name)
             if prefix:
@@ -360,16 +368,15 @@ def distil(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan:
             h = y.view_as(h)
         weight = student.weights[norm]["norm.weight"].to(student.dtypes[norm]["norm.weight"])
         hidden = model_io.rms_norm(h, weight, cfg.rms_norm_eps)
-        return readout_loss(hidden, source_norm(target[which]), ids[which].to(output.device), head, kl_weight)
+        return readout_loss(hidden, source_norm(targets[text][which]), tokens.to(output.device), head, kl_weight)
     at_once = graph_sequences(cfg, cfg.num_layers, length, plan.memory)
     prefixes = prefixes_of(len(batches(count, plan)), plan)
 
     def report(done: int, steps: int, loss: float) -> None:
         line = step_line(done, steps, loss, counts)
         if line and held_out:
-            watched = torch.arange(count, len(ids))
-            kls = [mean_loss(partial(loss_of, kl_weight=1.0, prefix=prefix), watched, at_once, held_out * length)
-                   for prefix in (None, *plan.prefixes)]
+            kls = [mean_loss(partial(loss_of, kl_weight=1.0, prefix=prefix, text=1), torch.arange(held_out), at_once,
+                             held_out * length) for prefix in (None, *plan.prefixes)]
             line += f", held-out KL {' '.join(f'{kl:.4f}' for kl in kls)}"
             counts.clear()
         say(of_source + (1 - of_source) * done / steps, line)
@@ -394,67 +401,57 @@ class Trained(NamedTuple):
     name: str
     before: float
     after: float
-    held_out_before: float | None
-    held_out_after: float | None
-
-    def line(self) -> str:
-        """Say the losses."""
-        said = f"{self.name}: stream error {self.before:.5f} -> {self.after:.5f}"
-        if self.held_out_before is None:
-            return said
-        return f"{said}, held out {self.held_out_before:.5f} -> {self.held_out_after:.5f}"
+    held_out_before: float | None = None
+    held_out_after: float | None = None
 
 
-def stream_errors(y: torch.Tensor, target: torch.Tensor, count: int) -> tuple[float, float | None]:
-    """Return the mean `stream_error` of the first `count` tokens of streams (T, d), and of the others, if any."""
-    parts = zip(y.tensor_split((count,)), target.tensor_split((count,)))
-    return tuple(sum(stream_error(*few).item() for few in zip(own.split(PIECE), of_source.split(PIECE))) / len(own)
-                 if len(own) else None for own, of_source in parts)
+def mean_error(y: torch.Tensor, target: torch.Tensor) -> float:
+    """Return the mean `stream_error` of the tokens of streams (T, d)."""
+    return sum(stream_error(*few).item() for few in zip(y.split(PIECE), target.split(PIECE))) / len(y)
 
 
 def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int, plan: Plan, empty: Callable,
                   say: Callable) -> Iterator[Trained]:
     """Train a checkpoint's files layer by layer; arguments as in `distil`. Yields what came of each layer."""
-    targets, passes, layers = source.stream(ids, empty), output.stream(ids, empty), output.config.num_layers
-    count = len(ids) - held_out
-    for index in range(layers):
-        of_source, step = next(targets), next(passes)
-        of_source.layer.unload()
-        target, first = of_source.y, count * ids.shape[1]
-        before = after = stream_errors(step.y, target, first)
-        final, start = step, {}
-        if before[0] > 0:
-            start = distil_layer(step, target, count, output, plan, lambda share: say((index + share) / layers))
+    layers = output.config.num_layers
+    for targets, steps in zip(apart(source, ids, held_out, empty), apart(output, ids, held_out, empty)):
+        targets[0].layer.unload()
+        name, final = steps[0].name, steps
+
+        def errors() -> list[float]:
+            return [mean_error(step.y, target.y) for step, target in zip(final, targets)]
+        before = after = errors()
+        start = distil_layer(steps[0], targets[0].y, output, plan, lambda share: say((steps[0].index + share) / layers)
+                             ) if before[0] > 0 else {}
         if start:
-            final = output.rerun(step, empty)
-            after = stream_errors(final.y, target, first)
+            final = [common.rerun(output, step, empty) for step in steps]
+            after = errors()
         if start and not after[0] < before[0]:
-            hodgecover.log.warning("%s: its stream error would be %.5f, not lower; it keeps its weights; a lower --lr "
-                                   "may help", step.name, after[0])
-            for name, tensor in start.items():
-                output.checkpoint.overwrite(name, tensor)
-            final = output.rerun(step, empty)
-            after = before
-        step.y.copy_(final.y)
+            hodgecover.warn(f"{name}: its stream error would be {after[0]:.5f}, not lower; it keeps its weights; a "
+                            "lower --lr may help")
+            for tensor, stored in start.items():
+                common.overwrite(output.checkpoint, tensor, stored)
+            final, after = [common.rerun(output, step, empty) for step in steps], before
         counts: dict[str, torch.Tensor] = {}
-        add_load(counts, step.name, None if final.gates is None else final.gates[:first])
-        found = Trained(step.name, before[0], after[0], before[1], after[1])
-        del final
-        say((index + 1) / layers, f"{found.line()}, {load_line(counts)}")
-        yield found
+        add_load(counts, name, final[0].gates)
+        for step, trained in zip(steps, final):
+            step.y.copy_(trained.y)
+        del final, trained
+        said = ", held out ".join(f"{old:.5f} -> {new:.5f}" for old, new in zip(before, after))
+        say((steps[0].index + 1) / layers, f"{name}: stream error {said}, {load_line(counts)}")
+        yield Trained(name, before[0], after[0], *before[1:], *after[1:])
 
 
-def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Model, plan: Plan, say: Callable
+def distil_layer(step: LayerPass, target: torch.Tensor, output: Model, plan: Plan, say: Callable
                  ) -> dict[str, torch.Tensor]:
-    """Train one layer to the stream (T, d) after the source's, on the first `count` sequences, and write it into the
-    output's files. Returns the tensors that it had, by name, of those that are trained."""
-    cfg, length = output.config, step.h.shape[1]
-    target = target.view_as(step.h)
+    """Train one layer to the stream (T, d) after the source's, and write it into the output's files. Returns the
+    tensors that it had, by name, of those that are trained."""
+    cfg, (count, length, _), target = output.config, step.h.shape, target.view_as(step.h)
     step.layer.unload()
     student = read_student(output, [step.name], plan.parts)
-    trained, layer = student.trained(), f"{step.name}."
+    trained = student.trained()
     start = {name: output.checkpoint.load(name) for name in output.checkpoint.tensors
-             if name.startswith(layer) and part_of(name.removeprefix(layer)) in plan.parts}
+             if name.startswith(f"{step.name}.") and part_of(name) in plan.parts}
 
     def loss_of(which: torch.Tensor) -> torch.Tensor:
         y = model_io.run_layer(step.h[which], student.layer(step.name), cfg)[2]
@@ -470,44 +467,21 @@ def distil_layer(step: LayerPass, target: torch.Tensor, count: int, output: Mode
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-def distil_key(source: Model, model: Model, ids: torch.Tensor, settings: dict) -> dict[str, str]:
-    """Return all that the saved steps depend on, by name."""
-    return {"format": CACHE_VERSION, "source": source.checkpoint.fingerprint(),
-            "checkpoint": model.checkpoint.fingerprint(),
-            "training text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "settings": json.dumps(settings)}
-
-
-def activation_bytes(model: Model, tokens: int) -> int:
-    """Return the bytes of the streams (T, d) that a training holds."""
-    return STREAMS * tokens * model.config.hidden_size * model.dtype.itemsize
-
-
-def documentation() -> list[str]:
-    """Python's documentation, the part to calibrate on and the part to train on."""
-    return [text for part in ("train", "calibration") for text in model_io.python_documentation(part)]
-
-
 def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     """The text to train on, then that to watch, (B, L); the number of the latter's sequences."""
-    read = partial(model_io.read_documents, args.calib) if args.calib else documentation
-    held_out = common.read_eval(source, args) if args.eval else None
-    ids = hodgecover.sample_ids(source, read, args.tokens, args.seq_len, args.seed)
-    if held_out is None:
+    ids = hodgecover.calibration_ids(source, args.calib, args.tokens, args.seq_len, args.seed, ("train", "calibration"))
+    if not args.eval:
         return ids, 0
-    held_out = evaluate.evenly_spaced(held_out, max(1, EVAL_TOKENS // args.seq_len))
+    held_out = common.evenly_spaced(common.read_eval(source, args), max(1, EVAL_TOKENS // args.seq_len))
     return torch.cat((ids, held_out)), len(held_out)
 
 
 def training_bytes(model: Model, modules: Sequence[str], parts: Sequence[str]) -> int:
     """Return the bytes of the weights of some modules, by name, while some PARTS of theirs are trained: weights,
     gradients, two moments, a copy, and what is being saved."""
-    total, wide = 0, model_io.widened(model.dtype).itemsize
-    for name, info in model.checkpoint.tensors.items():
-        module = next((module for module in modules if name.startswith(f"{module}.")), None)
-        if module:
-            trained = part_of(name.removeprefix(f"{module}.")) in parts
-            total += math.prod(info.shape) * wide * (8 if trained else 1)
-    return total
+    wide, inside = model_io.widened(model.dtype).itemsize, tuple(f"{module}." for module in modules)
+    return sum(math.prod(info.shape) * wide * (8 if part_of(name) in parts else 1)
+               for name, info in model.checkpoint.tensors.items() if name.startswith(inside))
 
 
 def check_memory(model: Model, args: argparse.Namespace, tokens: int, of_layer: int = 0,
@@ -524,31 +498,37 @@ def check_memory(model: Model, args: argparse.Namespace, tokens: int, of_layer: 
         at_once, weights = len(layers), training_bytes(model, layers + others, args.train)
         what, advice = "end to end: all layers", "give --layerwise"
     sequences = graph_sequences(cfg, at_once, args.seq_len, args.memory)
-    streams = min(args.memory, activation_bytes(model, tokens))  # the rest lies on disk
+    streams = min(args.memory, common.activation_bytes(model, tokens))  # the rest lies on disk
     needed = weights + at_once * of_layer + sequences * graph_bytes(cfg, at_once, args.seq_len) + streams
-    free = hodgecover.available_memory(model.device)
+    free = common.available_memory(model.device)
     if needed > free:
         raise InputError(f"{model.checkpoint.path}: {what} in training would take {needed / 1e9:.2f} GB, "
                          f"{free / 1e9:.2f} GB are free; {advice}")
     print(f"{what} in training: {needed / 1e9:.2f} GB of memory", flush=True)
 
 
+def training_parser(file: str, description: str, lr: float, unit: str, source: bool = False) -> hodgecover.Parser:
+    """The parser of a command that trains: its text, and the options of `train`."""
+    parser = common.command_line(file, description, text=TOKENS, source=source, use="training")
+    parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
+    parser.add_argument("--lr", metavar="RATE", type=float, default=lr, help=f"peak learning rate, in units of {unit} "
+                        "[%(default)s]")
+    parser.add_argument("--layerwise", action="store_true", help="one layer after another, with only that one in "
+                        "memory")
+    parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on 8,192 tokens of which the output "
+                        "is compared with its source")
+    return parser
+
+
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = common.command_line(__file__, __doc__, text=TOKENS, source=True, use="training")
-    parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
-    parser.add_argument("--lr", metavar="RATE", type=float, default=LR, help="peak learning rate, in units of each "
-                        "matrix's root mean square [%(default)s]")
+    parser = training_parser(__file__, __doc__, LR, "each matrix's root mean square", source=True)
     parser.add_argument("--kl-weight", metavar="W", type=float, default=1.0, help="weight of the KL; that of the "
                         "next token's loss is 1 - W [%(default)s]")
     parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[*PARTS], help="of "
                         f"{', '.join(PARTS)} [all]")
-    parser.add_argument("--layerwise", action="store_true", help="one layer after another, with only that one in "
-                        "memory")
     parser.add_argument("--prefixes", metavar="K[,F]", nargs="+", type=common.size_of, default=[], help="prefixes of a "
                         "nested checkpoint to train, too")
-    parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on 8,192 tokens of which the "
-                        "training is watched")
     return parser
 
 
@@ -567,40 +547,32 @@ def check_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
-    source, model = common.open_model(args.source, args), common.open_model(args.checkpoint, args)
-    hodgecover.refuse_fold(source)
-    common.check_source(model, source)
+    source, model, cache = common.open_pair(args, "distil")
     try:
         args.prefixes = [common.check_size(model, size) for size in args.prefixes]
     except InputError as err:
         raise InputError(f"prefixes: {err}") from None
-    out = args.out.absolute()
-    cache = common.folder_beside(out, "distil", source, model)
-    hodgecover.check_out(model, out, cache)
-    hodgecover.refuse_inside(source, out, "out")
     ids, held_out = read_ids(source, args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
-    text = hodgecover.describe_text(ids[:len(ids) - held_out], args.calib)
-    entry = common.entry("distil.py", settings | text, source=source, checkpoint=model)
-    key = distil_key(source, model, ids, settings)
+    entry = common.entry("distil.py", settings, ids[:len(ids) - held_out], args.calib, source=source, checkpoint=model)
     check_memory(model, args, ids.numel())
     if len(model.layer_names) > model.config.num_layers:
         print("the multi-token head stays as it is")
 
     bar = hodgecover.progress_bar()
-    plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache, key,
-                args.prefixes)
-    with common.copied(model, out, entry) as output, common.made(cache):
-        empty = common.stream_maker(model, activation_bytes(model, ids.numel()), args.memory, output.checkpoint.path)
+    plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache,
+                common.work_key(settings, ids, source, model), args.prefixes)
+    with common.made(cache, "distil-*.safetensors"), common.copied(model, args.out, entry) as output:
+        empty = common.stream_maker(model, common.activation_bytes(model, ids.numel()), args.memory,
+                                    output.checkpoint.path)
         work = (distil_layers if args.layerwise else distil)(source, output, ids, held_out, plan, empty,
                                                              partial(tell, bar))
         if args.layerwise:
-            entry["stream_error"] = [*work]
+            entry["stream_error"] = [layer._asdict() for layer in work]
         bar(None)
         if held_out:
             entry["held_out"] = compare(source, model, output, ids[len(ids) - held_out:])
-    common.clear(cache, ["distil-*.safetensors"])
     print(f"output: {args.out}")
 
 
@@ -612,12 +584,12 @@ def tell(bar: Callable[[float | None], None], share: float, line: str = "") -> N
     bar(share)
 
 
-def compare(source: Model, before: Model, after: Model, ids: torch.Tensor) -> list[model_io.Comparison]:
+def compare(source: Model, before: Model, after: Model, ids: torch.Tensor) -> list[dict]:
     """Compare a checkpoint and what came of it with the source on held-out ids (B, L), and print it."""
-    found = [model_io.compare(source, model, ids) for model in (before, after)]
+    found = [common.compare(source, model, ids) for model in (before, after)]
     print(f"held-out KL {found[0].kl:.4f} -> {found[1].kl:.4f}, perplexity {found[0].output_perplexity:.2f} -> "
           f"{found[1].output_perplexity:.2f} (source {found[1].source_perplexity:.2f})")
-    return found
+    return [each._asdict() for each in found]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,28 +2,22 @@
 """Show what distil.py brings on the tiny checkpoint, and what of a choice of experts it leaves, over several samples.
 
     python examples/distil_study.py --samples 3                half of the expert parameters gone, by method
-    python examples/distil_study.py --samples 3 --variants     REAP's survivors: tokens, losses, parts, steps, text
+    python examples/distil_study.py --samples 3 --variants     REAP's survivors and narrower experts, by tokens
     python examples/distil_study.py --samples 1 --only reap --tokens 1024      a first look
 
 Tables are those of reproduce.py: held-out perplexity and KL from the source, mean +- standard deviation over the
 samples, and differences sample by sample. A sample is a seed: of the 2,048 tokens that choose what stays, of the 16,384
-of a refit, and of the 131,072 that are trained on once, unless a line says otherwise. These are of `--text`,
-the parts to train and to calibrate on.
-
-`64 - 48 - 32` drops a quarter of the experts, trains on half of the tokens, drops a third of the rest by their saliency
-then, and trains on the other half.
+of a refit, and of the 131,072 that are trained on once, unless a line says otherwise. These are of `--text`, the parts
+to train and to calibrate on.
 """
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import common  # noqa: F401  (puts the three files on the path)
 import distil
 import frontier
 import hodgecover
@@ -45,27 +39,16 @@ def train(sample: Sample, output: Model, ids: torch.Tensor, layerwise: bool = Fa
     return output
 
 
-def distilled(sample: Sample, value: object, out: Path, make: Make, tokens: int = TOKENS,
-              text: str = "with training text", **options: object) -> Model:
+def distilled(sample: Sample, value: object, out: Path, make: Make, tokens: int = TOKENS, **options: object) -> Model:
     """Make a checkpoint, and train it."""
-    return train(sample, make(sample, value, out), training_ids(sample, text, tokens), **options)
-
-
-def in_two_steps(sample: Sample, dropped: float, out: Path) -> Model:
-    """Drop half of the experts that are to go, train, drop the others, train."""
-    first, second = training_ids(sample, "with training text", TOKENS).tensor_split(2)
-    with tempfile.TemporaryDirectory() as folder:
-        few = train(sample, reproduce.selected(sample, dropped / 2, Path(folder) / "few", "reap"), first)
-        rest = (dropped / 2) / (1 - dropped / 2)
-        return train(sample, reproduce.selected(replace(sample, source=few), rest, out, "reap"), second)
+    return train(sample, make(sample, value, out), training_ids(sample, "with training text", tokens), **options)
 
 
 def method_tables() -> list[Table]:
     """What to train: which experts, or all of them narrower; as they are, and refitted before."""
-    ways = {"reap": partial(reproduce.selected, method="reap"), "random": partial(reproduce.selected, method="random"),
-            "hodgecover": reproduce.hodgecover_way, "hope": partial(reproduce.selected, method="hope"),
-            "slimqwen": partial(reproduce.merged, method="slimqwen"),
-            "narrow": partial(frontier.narrow, score="camera")}
+    ways = {method: partial(reproduce.selected, method=method) for method in ("reap", "random", "hodgecover", "hope")}
+    ways |= {"slimqwen": partial(reproduce.merged, method="slimqwen"),
+             "narrow": partial(frontier.narrow, score="camera")}
     trained = {label: partial(distilled, make=make) for label, make in ways.items()}
     again = {label: partial(distilled, make=partial(refitted, make=make)) for label, make in ways.items()}
     return [Table(f"expert parameters gone, distilled on {TOKENS:,} tokens", GONE, trained),
@@ -73,24 +56,13 @@ def method_tables() -> list[Table]:
 
 
 def variant_tables() -> list[Table]:
-    """REAP's survivors, trained otherwise."""
+    """Other numbers of tokens."""
     way = partial(distilled, make=partial(reproduce.selected, method="reap"))
-    thin = partial(distilled, make=partial(frontier.narrow, score="camera"))
-    amounts = (16_384, 65_536, 131_072, 262_144, 524_288)
-    by_tokens = {f"{tokens:,} tokens": partial(way, tokens=tokens) for tokens in amounts}
-    by_tokens |= {f"narrow, {tokens:,} tokens": partial(thin, tokens=tokens) for tokens in amounts}
-    by_tokens |= {f"layerwise, {tokens:,} tokens": partial(way, tokens=tokens, layerwise=True) for tokens in amounts}
-    by_tokens["16,384 tokens, 8 passes"] = partial(way, tokens=16_384, epochs=8)
-    by_loss = {"KL": way, "3/4 KL, 1/4 next token": partial(way, kl_weight=0.75),
-               "next token": partial(way, kl_weight=0)}
-    by_part = {"all": way} | {part: partial(way, parts=[part]) for part in distil.PARTS}
-    by_step = {"64 - 32": way, "64 - 48 - 32": in_two_steps}
-    by_rate = {f"learning rate {lr}": partial(way, lr=lr) for lr in (0.02, 0.005, 0.01, 0.04)}
-    by_text = {"its own text": partial(way, tokens=65_536),
-               "source code": partial(way, tokens=65_536, text="source code")}
-    return [Table(title, GONE, lines) for title, lines in (
-        ("tokens", by_tokens), ("loss", by_loss), ("parts", by_part), ("steps", by_step), ("learning rate", by_rate),
-        ("text, 65,536 tokens", by_text))]
+    ways = {"": way, "narrow, ": partial(distilled, make=partial(frontier.narrow, score="camera")),
+            "layerwise, ": partial(way, layerwise=True)}
+    lines = {f"{label}{tokens:,} tokens": partial(make, tokens=tokens) for label, make in ways.items()
+             for tokens in (16_384, 65_536, 131_072, 262_144, 524_288)}
+    return [Table("tokens", GONE, lines | {"16,384 tokens, 8 passes": partial(way, tokens=16_384, epochs=8)})]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -102,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = reproduce.command_line(__file__, __doc__)
-    parser.add_argument("--variants", action="store_true", help="what the training depends on instead")
+    parser.add_argument("--variants", action="store_true", help="other numbers of tokens instead")
     return hodgecover.run_command(parser, run, argv)
 
 

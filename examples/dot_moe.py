@@ -42,7 +42,6 @@ A killed run continues from its last saved step; steps lie in OUT-dot-moe until 
     h (B, L, d) stream before a layer, y (T, d) after it      x (T, d) input of the feed-forward layer
 """
 import argparse
-import json
 import math
 import re
 import sys
@@ -56,7 +55,7 @@ import distil
 import hodgecover
 import model_io
 import torch
-from model_io import Config, Copy, InputError, Layer, LayerPass, Model
+from model_io import Config, InputError, Layer, LayerPass, Model, Piece
 from torch.nn import functional
 
 SPLITS = ("dot", "random", "kmeans", "coactivation")
@@ -70,8 +69,6 @@ ACTIVE = 0.1  # share of a token's neurons
 SPREAD = 2.0**-10  # of a router's logits in the file
 SETTINGS = ("experts", "top_k", "split", "layerwise", "epochs", "lr", "seed", "memory")
 MATRIX = re.compile(r"(.+)\.mlp\.(gate|up|down)_proj\.weight")
-NOTICE = ("> **This is a sparse model.** The neurons of the dense model described below were dealt out to experts; the "
-          f"scores below are the dense model's. `{hodgecover.RECORD}` says how.\n\n")
 
 
 # -------------------------------------------------------------------------------------------------- neurons to experts
@@ -184,8 +181,8 @@ class Split(NamedTuple):
         return Split(self.router.detach(), None, expert)
 
 
-def start(step: LayerPass, tokens: int, want: Want, seed: int) -> Split:
-    """Return the split of a dense layer from which its training starts; the first `tokens` of its input count."""
+def start(step: LayerPass, want: Want, seed: int) -> Split:
+    """Return the split of a dense layer from which its training starts."""
     up = step.layer.weights["mlp.up_proj.weight"]
     (f, d), n, generator = up.shape, want.experts, torch.Generator().manual_seed(seed)
 
@@ -198,7 +195,7 @@ def start(step: LayerPass, tokens: int, want: Want, seed: int) -> Split:
         return Split(router, None, random_split(f, n, seed).to(up.device))
     if want.split == "kmeans":
         return Split(router, None, kmeans_split(up, n, seed))
-    return Split(router, None, coactivation_split(count_together(step.x[:tokens], step.layer), n))
+    return Split(router, None, coactivation_split(count_together(step.x, step.layer), n))
 
 
 def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
@@ -259,10 +256,10 @@ def align(model: Model, ids: torch.Tensor, held_out: int, want: Want, plan: dist
           ) -> dict[str, Split]:
     """Learn how to split all layers of a dense model end to end on ids (B, L) but for the last `held_out` sequences;
     return each one's split by its name. `empty` and `say` as in `distil.distil`."""
-    cfg, length, count, splits = model.config, ids.shape[1], len(ids) - held_out, {}
-    of_source = 1 / (1 + 4 * plan.epochs)
+    ids = ids[:len(ids) - held_out]
+    cfg, (count, length), splits, of_source = model.config, ids.shape, {}, 1 / (1 + 4 * plan.epochs)
     for step in model.stream(ids, empty):
-        splits[step.name] = start(step, count * length, want, plan.seed + step.index)
+        splits[step.name] = start(step, want, plan.seed + step.index)
         say(of_source * (step.index + 1) / cfg.num_layers)
     step.layer.unload()
     target, norm = step.y.view(*ids.shape, -1), step.norm
@@ -290,28 +287,30 @@ def align(model: Model, ids: torch.Tensor, held_out: int, want: Want, plan: dist
 def align_layers(model: Model, ids: torch.Tensor, held_out: int, want: Want, plan: distil.Plan, empty: Callable,
                  say: Callable) -> dict[str, Split]:
     """Learn how to split the layers of a dense model one after the other, as `align` does all at once."""
-    cfg, length, count, splits = model.config, ids.shape[1], len(ids) - held_out, {}
-    h = model.embed(ids, empty)
-    for step in model.stream(ids, empty):
-        split = start(step, count * length, want, plan.seed + step.index)
-        splits[step.name] = align_layer(step, h, split, count, want, plan, cfg,
-                                        lambda share: say((step.index + share) / cfg.num_layers)).settled()
-        counts: dict[str, torch.Tensor] = {}
-        for part in h.split(max(1, distil.PIECE // length)):
-            passed = run_split(part, step.layer, splits[step.name], COLD, want.top_k, cfg)
-            part.copy_(passed.y.view_as(part))
-            distil.add_load(counts, step.name, passed.taken)
-        error = distil.stream_errors(h.flatten(0, 1), step.y, count * length)
-        line = f"{step.name}: stream error {error[0]:.5f}" + (f", held out {error[1]:.5f}" if held_out else "")
-        say((step.index + 1) / cfg.num_layers, f"{line}, {distil.load_line(counts)}")
+    cfg, splits = model.config, {}
+    streams = [model.embed(text, empty) for text in ids.tensor_split((len(ids) - held_out,)) if len(text)]
+    for steps in distil.apart(model, ids, held_out, empty):
+        step, counts = steps[0], {}
+        split = align_layer(step, streams[0], start(step, want, plan.seed + step.index), want, plan, cfg,
+                            lambda share: say((step.index + share) / cfg.num_layers)).settled()
+        for h in streams:
+            for part in h.split(max(1, distil.PIECE // h.shape[1])):
+                passed = run_split(part, step.layer, split, COLD, want.top_k, cfg)
+                part.copy_(passed.y.view_as(part))
+                if h is streams[0]:
+                    distil.add_load(counts, step.name, passed.taken)
+        errors = [distil.mean_error(h.flatten(0, 1), each.y) for h, each in zip(streams, steps)]
+        said = ", held out ".join(f"{error:.5f}" for error in errors)
+        say((step.index + 1) / cfg.num_layers, f"{step.name}: stream error {said}, {distil.load_line(counts)}")
+        splits[step.name] = split
     return splits
 
 
-def align_layer(step: LayerPass, h: torch.Tensor, split: Split, count: int, want: Want, plan: distil.Plan, cfg: Config,
+def align_layer(step: LayerPass, h: torch.Tensor, split: Split, want: Want, plan: distil.Plan, cfg: Config,
                 tick: hodgecover.Tick) -> Split:
-    """Train the split of one layer, to bring the stream after it to the dense one's, on the first `count` sequences of
-    h (B, L, d), the stream before it; return the split."""
-    length, target = h.shape[1], step.y.view_as(h)
+    """Train the split of one layer, to bring the stream after it to the dense one's, on h (B, L, d), the stream before
+    it; return the split."""
+    (count, length, _), target = h.shape, step.y.view_as(h)
 
     def loss_of(which: torch.Tensor, temperature: float = HOT) -> torch.Tensor:
         passed = run_split(h[which], step.layer, split, temperature, want.top_k, cfg)
@@ -340,29 +339,28 @@ def gate_scale(router: torch.Tensor, norm: torch.Tensor) -> float:
     return 2.0 ** round(math.log2(SPREAD / max(spread, SPREAD**2)))
 
 
-def sparse_tensors(checkpoint: model_io.Checkpoint, splits: dict[str, Split], top_k: int) -> dict[str, Copy]:
+def sparse_tensors(checkpoint: model_io.Checkpoint, splits: dict[str, Split], top_k: int) -> dict[str, Piece]:
     """Return the tensors of the sparse checkpoint by name: expert e of a layer has the rows of its neurons of gate and
     up, and their columns of down times k; the router's rows are scaled. All else stays as it is."""
-    def columns(down: torch.Tensor, row: int, own: list[int]) -> torch.Tensor:
-        return down[:, own] * top_k
     tensors = {}
     for name, info in checkpoint.tensors.items():
-        match = MATRIX.fullmatch(name)
+        match, whole = MATRIX.fullmatch(name), model_io.copied(checkpoint, name)
         if not match:
-            tensors[name] = Copy(name, info)
+            tensors[name] = whole
             continue
         layer, part = match.groups()
         router, expert = splits[layer].router, splits[layer].expert
         for e in range(len(router)):
             own = (expert == e).nonzero().flatten().tolist()
-            copy = Copy(name, info, own)
+            piece = model_io.copied(checkpoint, name, own)
             if part == "down":
-                copy = Copy(name, info, [None], [info.shape[0], len(own)], partial(columns, own=own))
-            tensors[f"{layer}.mlp.experts.{e}.{part}_proj.weight"] = copy
+                piece = common.edited(checkpoint, whole, lambda down, _, own=own: down[:, own] * top_k,
+                                      [info.shape[0], len(own)])
+            tensors[f"{layer}.mlp.experts.{e}.{part}_proj.weight"] = piece
         if part == "gate":
-            scale = gate_scale(router, checkpoint.load(f"{layer}.post_attention_layernorm.weight"))
-            edit = partial(lambda gate, row, scaled: scaled, scaled=router * scale)
-            tensors[f"{layer}.mlp.gate.weight"] = Copy(name, info, [None], [*router.shape], edit)
+            scaled = router * gate_scale(router, checkpoint.load(f"{layer}.post_attention_layernorm.weight"))
+            tensors[f"{layer}.mlp.gate.weight"] = common.edited(checkpoint, whole, lambda *_, scaled=scaled: scaled,
+                                                                [*router.shape])
     return tensors
 
 
@@ -371,14 +369,8 @@ def export(model: Model, splits: dict[str, Split], top_k: int, out: Path, files:
     weights."""
     experts = len(next(iter(splits.values())).router)
     config = sparse_config(model.checkpoint.raw_config, model.config, experts, top_k)
-    files = files | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    model_io.write_tensors(model.checkpoint, out, sparse_tensors(model.checkpoint, splits, top_k), files, NOTICE)
-
-
-def layer_entries(splits: dict[str, Split]) -> list[dict]:
-    """Return what the record says of each layer: the neurons of each expert."""
-    return [{"name": name, "experts": [(split.expert == e).nonzero().flatten().tolist()
-                                       for e in range(len(split.router))]} for name, split in splits.items()]
+    files = files | {"config.json": model_io.json_bytes(config)}
+    model_io.write_tensors(model.checkpoint, out, sparse_tensors(model.checkpoint, splits, top_k), files)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -391,17 +383,10 @@ def sinkhorn_bytes(f: int, n: int) -> int:
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
-    parser = common.command_line(__file__, __doc__, text=distil.TOKENS, use="training")
+    parser = distil.training_parser(__file__, __doc__, LR, "0.01")
     parser.add_argument("--experts", metavar="N", type=int, required=True, help="experts of a layer")
     parser.add_argument("--top-k", metavar="K", type=int, required=True, help="experts that a token takes")
     parser.add_argument("--split", choices=SPLITS, default="dot", help="how to deal the neurons out [%(default)s]")
-    parser.add_argument("--layerwise", action="store_true", help="one layer after another, with only that one in "
-                        "memory")
-    parser.add_argument("--epochs", metavar="E", type=int, default=1, help="passes over the text [%(default)s]")
-    parser.add_argument("--lr", metavar="RATE", type=float, default=LR, help="peak learning rate, in units of 0.01 "
-                        "[%(default)s]")
-    parser.add_argument("--eval", metavar="FILE", type=Path, help="held-out text, on 8,192 tokens of which the output "
-                        "is compared with DENSE")
     parser.set_defaults(train=[])  # none of the dense model's own weights
     return parser
 
@@ -430,36 +415,32 @@ def run(args: argparse.Namespace) -> None:
     count = len(ids) - held_out
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
-    entry = common.entry("dot_moe.py", settings | hodgecover.describe_text(ids[:count], args.calib), source=model)
-    key = distil.distil_key(model, model, ids, settings)
+    entry = common.entry("dot_moe.py", settings, ids[:count], args.calib, source=model)
     distil.check_memory(model, args, ids.numel(), sinkhorn_bytes(model.config.dense_width, args.experts),
                         "give fewer --experts")
     common.warn_of_width(model.config.dense_width // args.experts)
 
     bar = hodgecover.progress_bar()
     want = Want(args.experts, args.top_k, args.split)
-    plan = distil.Plan(args.epochs, args.lr, KL / (KL + NEXT_TOKEN), [], args.seed, args.memory, cache, key)
-    with model_io.new_folder(args.out) as folder, common.made(cache):
-        empty = common.stream_maker(model, distil.activation_bytes(model, ids.numel()), args.memory, folder)
+    plan = distil.Plan(args.epochs, args.lr, KL / (KL + NEXT_TOKEN), [], args.seed, args.memory, cache,
+                       common.work_key(settings, ids, model))
+    with common.made(cache, "dot-moe*.safetensors"), model_io.new_folder(args.out) as folder:
+        empty = common.stream_maker(model, common.activation_bytes(model, ids.numel()), args.memory, folder)
         way = align_layers if args.layerwise else align
         splits = way(model, ids, held_out, want, plan, empty, partial(distil.tell, bar))
         bar(None)
         export(model, splits, args.top_k, folder, {})
-        entry["layers"] = layer_entries(splits)
+        entry["layers"] = [{"name": name, "experts": [(split.expert == e).nonzero().flatten().tolist()
+                                                      for e in range(args.experts)]} for name, split in splits.items()]
         if held_out:
-            entry["held_out"] = [compare(model, Model(folder, model.dtype, str(model.device)), ids[count:])]
+            found = common.compare(model, Model(folder, model.dtype, str(model.device)), ids[count:])
+            print(f"held-out KL {found.kl:.4f}, perplexity {found.output_perplexity:.2f} (dense "
+                  f"{found.source_perplexity:.2f})")
+            entry["held_out"] = [found._asdict()]
         (folder / hodgecover.RECORD).write_bytes(hodgecover.record_bytes(model.checkpoint, entry))
-    common.clear(cache, ["dot-moe*.safetensors"])
     print(f"feed-forward neurons a token meets: {args.top_k * model.config.dense_width // args.experts} of "
           f"{model.config.dense_width}, by {args.split}")
     print(f"output: {args.out}")
-
-
-def compare(model: Model, output: Model, ids: torch.Tensor) -> model_io.Comparison:
-    """Compare the output with the dense model on held-out ids (B, L), and print it."""
-    found = model_io.compare(model, output, ids)
-    print(f"held-out KL {found.kl:.4f}, perplexity {found.output_perplexity:.2f} (dense {found.source_perplexity:.2f})")
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-import common  # noqa: F401  (puts the three files on the path)
 import distil
 import distil_study
 import dot_moe
@@ -59,7 +58,7 @@ def fewer(sample: Sample, top_k: int, out: Path, drop: Make) -> Model:
     """Write `dot` without half of its experts."""
     with tempfile.TemporaryDirectory() as folder:
         whole = sparse(sample, top_k, Path(folder) / "whole", "dot")
-        drop(replace(sample, source=whole, cache=sample.cache / f"dot-{top_k}"), DROPPED, out)
+        drop(replace(sample, source=whole), DROPPED, out)
     return Model(out)
 
 
@@ -67,8 +66,8 @@ def tables() -> list[Table]:
     """Ways to split, as they are and distilled; then with half of the experts."""
     ways = {"dot": partial(sparse, split="dot"), "dot, layer by layer": partial(sparse, split="dot", layerwise=True)}
     ways |= {split: partial(sparse, split=split) for split in dot_moe.SPLITS if split != "dot"}
-    half = {"hodgecover": partial(fewer, drop=reproduce.hodgecover_way),
-            "reap": partial(fewer, drop=partial(reproduce.selected, method="reap"))}
+    half = {method: partial(fewer, drop=partial(reproduce.selected, method=method))
+            for method in ("hodgecover", "reap")}
     half |= {f"{label}, distilled": partial(distil_study.distilled, make=make) for label, make in half.items()}
     after = {label: partial(distil_study.distilled, make=make) for label, make in ways.items()}
     few = {name: top_k for name, top_k in TOP_K.items() if top_k <= (1 - DROPPED) * EXPERTS}

@@ -38,7 +38,6 @@ AUDITED = 256  # pairs of numbers that a layer's cache entry holds with a sample
 
 class Cost(NamedTuple):
     """Operations of products; seconds on this machine; peak bytes of memory; bytes of the cache on disk."""
-
     operations: float
     seconds: float
     memory: float
@@ -48,7 +47,6 @@ class Cost(NamedTuple):
 class Shape(NamedTuple):
     """Sizes of a layer and its readout: n experts, k per token, hidden size d, width f, vocabulary V, and how many of
     its outcomes are read out."""
-
     n: int
     k: int
     d: int
@@ -65,7 +63,6 @@ def shape_of(model: Model, vocab_sample: int = 0) -> Shape:
 
 
 # ---------------------------------------------------------------------------------------------- operations of the sweep
-
 
 def product_operations(shape: Shape, tokens: int, rows: float, members: int) -> float:
     """Operations of the products in the barriers of simplices of so many members, if `rows` (token, simplex) pairs
@@ -89,6 +86,12 @@ def sweep_operations(shape: Shape, members: int, count: int) -> float:
     return product_operations(shape, 1, count * touched_share(shape.n, shape.k, members), members)
 
 
+def sweep(layer: MoELayer, simplices: torch.Tensor, outcomes: int = 0) -> torch.Tensor:
+    """Barriers of simplices, (M,), read out on a sample of so many outcomes, which is drawn first, or on all (0)."""
+    weights = hodgecover.merge_weights(simplices, (layer.gates > 0).sum(0).cpu())
+    return mathx.sweep(layer, simplices, weights, mathx.sample_vocabulary(layer, outcomes))
+
+
 def made_up(model: Model, *shape: int) -> torch.Tensor:
     """A tensor to time products with."""
     return torch.full(shape, 0.01, dtype=model.dtype, device=model.device)
@@ -103,7 +106,7 @@ def sweep_rate(model: Model, shape: Shape) -> float:
     tokens = int(min(max(TIMED_OPERATIONS / real, 1), 64))
     per_round = math.comb(few, 2) * touched_share(few, k, 2)
     rounds = max(1, round(math.comb(n, 2) * touched_share(n, k, 2) / per_round))
-    pairs = mathx.edges(few).repeat(rounds, 1)
+    pairs = hodgecover.edges(few).repeat(rounds, 1)
 
     filled = partial(made_up, model)
     x, gates = filled(tokens, d), filled(tokens, few)
@@ -113,13 +116,12 @@ def sweep_rate(model: Model, shape: Shape) -> float:
     seconds = []
     for _ in range(2):  # a processor takes a moment to reach its speed
         started = time.perf_counter()
-        hodgecover.lens_barriers(layer, pairs, outcomes)
+        sweep(layer, pairs, outcomes)
         seconds.append(time.perf_counter() - started)
     return tokens * sweep_operations(shape._replace(n=few), 2, len(pairs)) / min(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
-
 
 def layer_sizes(model: Model) -> tuple[list[float], float]:
     """(bytes of each layer in memory, parameters of all of them that one token meets)."""
@@ -137,9 +139,9 @@ def layer_sizes(model: Model) -> tuple[list[float], float]:
 def estimate(model: Model, settings: Settings, tokens: int, memory: int = hodgecover.MEMORY) -> Cost:
     """What `hodgecover.measure_model` costs on so many tokens, with `memory` bytes of buffers."""
     sparse = hodgecover.sparse_layers(model)
-    shape = shape_of(model, settings.vocab_sample)
+    shape = shape_of(model, settings.vocab_sample if settings.readout == "lens" else 0)
     pairs, triangles = math.comb(shape.n, 2), min(settings.max_triangles, math.comb(shape.n, 3))
-    audited = AUDITED if settings.vocab_sample else 0
+    audited = AUDITED if shape.outcomes < shape.vocab else 0
     disk = len(sparse) * 8 * (2 * shape.n + pairs + 4 * triangles + 2 * audited)
     count, buffers = (model_readout, 0) if settings.readout == "model" else (lens_readout, memory)
     operations, peak = count(model, shape, tokens, pairs, triangles)
@@ -158,15 +160,15 @@ def lens_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles:
 
 
 def model_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int) -> tuple[float, float]:
-    """The same of the readout `model`: every merge runs all later layers, which stay in memory."""
+    """The same of the readout `model`: every merge runs all later layers twice, without it and with it."""
     held, active = layer_sizes(model)
     sparse, depth = hodgecover.sparse_layers(model), len(held)
     later = sum((depth - 1 - index) / depth for index in sparse)
     heads = len(sparse) * shape.vocab * shape.d
-    operations = 2 * tokens * (pairs + triangles) * (later * active + heads)
-    streams = tokens * (4 * shape.n * shape.f + 100 * shape.d)
-    logits = 16 * 256 * shape.vocab
-    return operations, sum(held) + max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + logits
+    operations = 4 * tokens * (pairs + triangles) * (later * active + heads)
+    streams = tokens * (4 * shape.f + 100 * shape.d)
+    logits = 40 * tokens * shape.vocab  # five tensors of float64
+    return operations, sum(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + logits
 
 
 def estimate_refit(model: Model, keep: int, tokens: int, memory: int = hodgecover.MEMORY) -> Cost:
@@ -206,7 +208,6 @@ def output_bytes(model: Model, keep: int) -> int:
 
 # ------------------------------------------------------------------------------------------------- the command line
 
-
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.command_line(__file__, __doc__, out=False, text=0, seed=False)
@@ -215,9 +216,7 @@ def command_line() -> hodgecover.Parser:
                         "[%(default)s]")
     parser.add_argument("--seq-len", metavar="L", type=int, default=hodgecover.SEQ_LEN,
                         help="tokens per sequence [%(default)s]")
-    parser.add_argument("--readout", choices=hodgecover.CHOICES["readout"], default=Settings().readout,
-                        help=hodgecover.HELP["readout"])
-    common.add_barrier_options(parser, cache=False)
+    hodgecover.add_settings(parser, "readout", "vocab_sample", "max_triangles")
     parser.add_argument("--refit", metavar="TOKENS", type=int, help="also refit.py on so many tokens; needs --keep")
     return parser
 
@@ -231,8 +230,9 @@ def check_options(args: argparse.Namespace) -> None:
                 raise InputError(f"seq_len {args.seq_len}: must be from 2 to {name} ({tokens})")
     if args.refit is not None and args.keep is None:
         raise InputError("refit: needs --keep K, the experts of the checkpoint that is refitted")
-    if args.readout == "model" and args.memory != hodgecover.MEMORY and args.refit is None:
-        raise InputError("memory: goes with --readout lens; the readout model holds every layer")
+    if args.readout == "model":
+        unused = ["vocab_sample", "memory"][:1 if args.refit else 2]
+        common.refuse_given(command_line(), args, unused, "--readout model")
 
 
 def in_units(size: float) -> str:
@@ -255,7 +255,7 @@ def show(what: str, model: Model, cost: Cost, short: str) -> None:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
-    settings = Settings(readout=args.readout, vocab_sample=args.vocab_sample, max_triangles=args.max_triangles)
+    settings = common.settings_of(args)
     dtype = hodgecover.choose_dtype(args.dtype, args.device, settings.readout)
     model = Model(args.checkpoint, dtype, args.device)
     hodgecover.sparse_layers(model)
@@ -267,8 +267,7 @@ def run(args: argparse.Namespace) -> None:
     show("barriers", model, estimate(model, settings, whole(args.tokens), args.memory), "sweep")
     if args.refit is not None:
         show("refit", model, estimate_refit(model, args.keep, whole(args.refit), args.memory), "refit")
-    read = in_units(hodgecover.weight_bytes(model))
-    print(f"reading: {read}, once for the fingerprint and once to run; comes on top")
+    print(f"reading: {in_units(model.checkpoint.nbytes())}, once for the fingerprint and once to run; comes on top")
     if args.keep is not None:
         print(f"output: {in_units(output_bytes(model, args.keep))}")
 

@@ -3,7 +3,6 @@
 
     python examples/evaluate.py SOURCE CKPT --text FILE
     python examples/evaluate.py SOURCE CKPT --text FILE --max-tokens 16384 --sample 0      quicker
-    python examples/evaluate.py SOURCE CKPT --text FILE --fold      CKPT was written with the router fold
 
 Prediction: the perplexity of both on the text, cut into sequences of L tokens without overlap; the mean
 KL(source || output) of their next-token distributions, in nats a token; the share of positions whose most likely next
@@ -18,22 +17,18 @@ Speech: both continue the first 16 tokens of the text, sampled at temperature 1 
 text. There is no cache of keys and values: each token reads the whole checkpoint again.
 """
 import argparse
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 import common
 import hodgecover
 import model_io
+import torch
+from hodgecover import Tick
 from model_io import InputError, Model
 
 PROMPT = 16  # tokens
-ROUTED = r"\.mlp\.experts\."
-ANY_EXPERT = r"\.mlp\.(experts|shared_expert)\."
 ZEROS_WORTH_A_LINE = 0.01
 
 
@@ -48,52 +43,47 @@ def count_parameters(model: Model) -> Parameters:
     """Parameters by the shapes of the stored tensors. Of the routed experts a token meets k of n; a vision tower and a
     multi-token head it does not meet."""
     cfg, total, active = model.config, 0, 0
+    experts = common.expert_matrices(model.checkpoint)
     for name, info in model.checkpoint.tensors.items():
         size = torch.Size(info.shape).numel()
         total += size
         if name.startswith((model.prefix, "lm_head.")):
-            active += size * cfg.top_k // cfg.num_experts if re.search(ROUTED, name) else size
+            routed = name in experts and not experts[name]["shared"]
+            active += size * cfg.top_k // cfg.num_experts if routed else size
     return Parameters(total, active)
 
 
 def expert_zeros(model: Model) -> float:
     """Share of zeros in the routed and shared experts, 0 to 1. Reads them, one matrix at a time."""
     zeros = total = 0
-    for name, info in model.checkpoint.tensors.items():
-        if re.search(ANY_EXPERT, name):
-            fused = len(info.shape) == 3
-            for row in range(info.shape[0]) if fused else [None]:
-                weight = model.checkpoint.load(name, row)
-                zeros += weight.numel() - weight.count_nonzero().item()
-                total += weight.numel()
+    for name in common.expert_matrices(model.checkpoint):
+        shape = model.checkpoint.tensors[name].shape
+        for row in range(shape[0]) if len(shape) == 3 else [None]:
+            weight = model.checkpoint.load(name, row)
+            zeros += weight.numel() - weight.count_nonzero().item()
+            total += weight.numel()
     return zeros / max(total, 1)
 
 
-def evenly_spaced(ids: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of the sequences ids (B, L), evenly spaced from the first on, in order; all of them if there are no more.
-
-    >>> evenly_spaced(torch.arange(10)[:, None], 4).flatten().tolist()
-    [0, 2, 5, 7]
-    """
-    count = min(count, len(ids))
-    return ids[torch.arange(count) * len(ids) // count]
-
-
-def sample(model: Model, prompt: torch.Tensor, count: int, seed: int,
-           tick: Callable[[float], None] = hodgecover.no_tick) -> list[int]:
+def sample(model: Model, prompt: torch.Tensor, count: int, seed: int, tick: Tick = lambda share: None) -> list[int]:
     """Up to `count` token ids that continue the prompt (L,), drawn from the model's next-token distributions; fewer if
     the end-of-text token is drawn. Runs the whole prefix for each token."""
     generator = torch.Generator().manual_seed(seed)
     head, drawn = model.unembedding(), []
     for number in range(count):
         prefix = torch.cat((prompt, torch.tensor(drawn, dtype=torch.int64)))
-        log_p = model_io.log_probabilities(model.hidden(prefix[None])[0, -1:], head)
+        log_p = common.log_probabilities(model.hidden(prefix[None])[0, -1:], head)
         token = torch.multinomial(log_p[0].exp().cpu(), 1, generator=generator).item()
         if token == model.config.eos_token_id:
             break
         drawn.append(token)
         tick((number + 1) / count)
     return drawn
+
+
+def decoded(model: Model, ids: list[int]) -> str:
+    """The text of token ids."""
+    return model.use_tokenizer(lambda tokenizer: tokenizer.decode(ids))
 
 
 def check_pair(source: Model, output: Model) -> None:
@@ -114,12 +104,12 @@ def read_text(model: Model, file: Path, seq_len: int, max_tokens: int | None) ->
     if max_tokens is not None and max_tokens < seq_len:
         raise InputError(f"max_tokens {max_tokens}: must be at least seq_len ({seq_len})")
     ids = model_io.sequences(model.encode(model_io.read_documents([file])), seq_len)
-    return ids if max_tokens is None else evenly_spaced(ids, max_tokens // seq_len)
+    return ids if max_tokens is None else common.evenly_spaced(ids, max_tokens // seq_len)
 
 
-def table(source: Model, output: Model, found: model_io.Comparison) -> list[str]:
+def table(source: Model, output: Model, found: common.Comparison) -> list[str]:
     """Aligned lines: name, source, output, and the output's share of the source."""
-    sizes = [hodgecover.weight_bytes(model) / 1e6 for model in (source, output)]
+    sizes = [model.checkpoint.nbytes() / 1e6 for model in (source, output)]
     parameters = [count_parameters(model) for model in (source, output)]
     zeros = [expert_zeros(model) for model in (source, output)]
 
@@ -148,7 +138,6 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--max-tokens", metavar="N", type=int, help="tokens of the text to predict [all]")
     parser.add_argument("--sample", metavar="N", type=int, default=24, help="tokens to sample; 0: none [%(default)s]")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampled tokens [0]")
-    parser.add_argument("--fold", action="store_true", help="run CKPT with the fold that it was written with")
     return parser
 
 
@@ -157,26 +146,22 @@ def run(args: argparse.Namespace) -> None:
     hodgecover.check_range("sample", args.sample, 0, 10**6)
     hodgecover.check_range("seed", args.seed, 0, 2**63 - 1)
     source = common.open_model(args.source, args)
-    hodgecover.refuse_fold(source)
-    output = (hodgecover.folded_model if args.fold else Model)(args.checkpoint, source.dtype, args.device)
+    output = common.open_model(args.checkpoint, args)
     check_pair(source, output)
-    if not args.fold and (args.checkpoint / hodgecover.FOLD).exists():
-        hodgecover.log.warning("%s has a router fold; without --fold it is run as other programs run it, with the "
-                               "router drop", args.checkpoint)
     ids = read_text(source, args.text, args.seq_len, args.max_tokens)
     prompt = ids[0, :PROMPT]
 
-    found = model_io.compare(source, output, ids, bar := hodgecover.progress_bar())
+    found = common.compare(source, output, ids, bar := hodgecover.progress_bar())
     bar(None)
     print(*table(source, output, found), sep="\n")
     print(f"on {ids.numel():,} tokens of {args.text.name}, in sequences of {args.seq_len}, "
           f"{common.dtype_name(source)}", flush=True)
     if args.sample:
-        print(f"\nprompt: {source.decode(prompt.tolist())!r}")
+        print(f"\nprompt: {decoded(source, prompt.tolist())!r}")
         for name, model in (("source", source), ("output", output)):
             drawn = sample(model, prompt, args.sample, args.seed, bar := hodgecover.progress_bar())
             bar(None)
-            print(f"{name}: {model.decode(drawn)!r}", flush=True)
+            print(f"{name}: {decoded(model, drawn)!r}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

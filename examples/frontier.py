@@ -77,14 +77,14 @@ def on_more_tokens(sample: Sample, rate: float, out: Path, make: Make) -> Model:
 @functools.cache
 def larger(sample: Sample) -> Sample:
     """The sample of the same seed with as many tokens as a refit sees."""
-    read = partial(sample.documents, "calibration")
-    return replace(sample, ids=hodgecover.sample_ids(sample.source, read, TOKENS, reproduce.SEQ_LEN, sample.seed))
+    ids = reproduce.sampled(sample.source, sample.documents, ["calibration"], TOKENS, reproduce.SEQ_LEN, sample.seed)
+    return replace(sample, ids=ids)
 
 
 def lines() -> dict[str, Make]:
     """All ways by their labels; the first of each kind is drawn."""
-    drop = {name: partial(reproduce.selected, method=name) for name in ("reap", "hope", "weighted-cover")}
-    made = {f"drop, {name}": make for name, make in (drop | {"hodgecover": reproduce.hodgecover_way}).items()}
+    made = {f"drop, {name}": partial(reproduce.selected, method=name)
+            for name in ("reap", "hope", "weighted-cover", "hodgecover")}
     made |= {f"narrow, {score}": partial(narrow, score=score) for score in ("camera", "heapr", "magnitude", "random")}
     made |= {f"both, {score}": partial(both, score=score) for score in ("camera", "heapr")}
     more = {f"{label}, {TOKENS:,} tokens": partial(on_more_tokens, make=made[label])

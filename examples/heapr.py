@@ -31,32 +31,27 @@ moves the rate by at most one point.
     h stream before a layer, y after it             slope dL/dy (B, L, d), or (T, d)
 """
 import argparse
-import contextlib
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import baselines
 import common
 import hodgecover
 import model_io
 import refit
 import torch
-from hodgecover import Tick, no_tick
+from hodgecover import Tick
 from model_io import Experts, InputError, Layer, LayerPass, Model
 from torch.nn import functional
 
 SCORES = ("heapr", "camera", "magnitude", "random")
 GRAPH_TOKENS = 1024  # tokens whose graph of a layer is held at a time, or one sequence
 ROUNDING = 0.01  # share of the width that --rate may be off to be a multiple of that
-CACHE_VERSION = "1"
-MATRIX = re.compile(r"(.+)\.mlp\.experts\.(?:(\d+)\.)?(gate|up|gate_up|down)_proj(?:\.weight)?")
-NOTICE = ("> **This is a compressed model.** The experts of the model described below were made narrower; the scores "
-          f"below are the source model's. `{hodgecover.RECORD}` says how.\n\n")
 
 
 # ------------------------------------------------------------------------------------------------- scores of one layer
@@ -146,47 +141,35 @@ def back_through(layer: Layer, config: model_io.Config, h: torch.Tensor, slope: 
     return moments
 
 
-def heapr_key(model: Model, ids: torch.Tensor) -> dict[str, str]:
-    """Return all that the scores of a layer and the slope below it depend on, by name."""
-    return {"format": CACHE_VERSION, "weights": model.checkpoint.fingerprint(),
-            "calibration text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "dtype": str(model.dtype)}
-
-
 def heapr_scores(model: Model, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty,
-                 tick: Tick = no_tick, cache: Path | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Run ids (B, L) forward and back; yield (name, scores (n, f)) of each sparse layer: of a multi-token head by
-    camera, on the way forward, then of the decoder layers, the last one first.
-
-    `empty` makes the inputs that are kept. `cache` is a folder of the layers that are done: the pass back goes on below
-    them.
-    """
-    names, count = model.layer_names, model.config.num_layers
-    key = heapr_key(model, ids) if cache else {}
-
-    def keep(name: str, score: torch.Tensor, slope: torch.Tensor) -> None:
-        if cache:
-            hodgecover.write_entry(cache, f"heapr-{name}", {"score": score, "slope": slope}, key)
+                 tick: Tick = lambda share: None, cache: Path | None = None) -> dict[str, torch.Tensor]:
+    """Run ids (B, L) forward and back; return the scores (n, f) of each sparse layer, by its name: of the decoder
+    layers, and of a multi-token head by camera. `empty` makes the inputs that are kept. `cache` is a folder of the
+    layers that are done: the pass back goes on below them."""
+    names, count, nothing = model.layer_names, model.config.num_layers, torch.empty(0)
+    key = common.work_key({}, ids, model) if cache else {}
 
     def kept(name: str) -> dict[str, torch.Tensor] | None:
-        return hodgecover.read_entry(cache, f"heapr-{name}", key, ["score", "slope"]) if cache else None
-    slope, nothing, todo = None, torch.empty(0), count
+        return model_io.read_cached(cache, f"heapr-{name}", key) if cache else None
+
+    def keep(name: str, score: torch.Tensor, slope: torch.Tensor = nothing) -> None:
+        found[name] = score
+        if cache:
+            model_io.write_cached(cache, f"heapr-{name}", key, {"score": score, "slope": slope})
+    found = {name: done["score"] for name in names[count:] if (done := kept(name))}
+    passes, slope, todo, inputs = len(names), None, count, []
     while todo and (done := kept(names[todo - 1])):
         todo, slope = todo - 1, done["slope"].to(model.device)
-        if len(done["score"]):
-            yield names[todo], done["score"]
-    heads = {name: done["score"] for name in names[count:] if (done := kept(name))}
-    yield from heads.items()
-
-    inputs, passes = [], todo if len(heads) == len(names) - count else len(names)
+        found[names[todo]] = done["score"]
+    if found.keys() >= {*names[count:]}:
+        passes = todo
     for step in islice(model.stream(ids, empty), passes):
         if step.index < todo:
             inputs.append(step.h)
         if step.index == count - 1:
             last = step
         if step.index >= count and step.gates is not None:
-            score = settled(camera(step), step.layer.experts, step.name)
-            keep(step.name, score, nothing)
-            yield step.name, score
+            keep(step.name, settled(camera(step), step.layer.experts, step.name))
         tick((step.index + 1) / passes / 4)  # the pass back runs each layer again, and back
     if passes:
         step.layer.unload()
@@ -194,55 +177,41 @@ def heapr_scores(model: Model, ids: torch.Tensor, empty: Callable[..., torch.Ten
         slope = loss_slope(model, last, ids)
     for index in reversed(range(todo)):
         layer, name = model.layer(index), names[index]
-        moments, score = back_through(layer, model.config, inputs.pop(), slope), nothing
-        if moments:
-            score = settled(moments.heapr(), layer.experts, name)
-            yield name, score
-        keep(name, score, slope)
+        moments = back_through(layer, model.config, inputs.pop(), slope)
+        keep(name, settled(moments.heapr(), layer.experts, name) if moments else nothing, slope)
         layer.unload()
         tick(1 - 0.75 * index / todo)
-
-
-def camera_scores(model: Model, ids: torch.Tensor, tick: Tick = no_tick) -> Iterator[tuple[str, torch.Tensor]]:
-    """Run ids (B, L) forward; yield (name, scores (n, f)) of each sparse layer."""
-    for step in model.stream(ids):
-        if step.gates is not None:
-            yield step.name, settled(camera(step), step.layer.experts, step.name)
-        tick((step.index + 1) / len(model.layer_names))
-
-
-def magnitude_scores(model: Model, tick: Tick = no_tick) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, scores (n, f)) of each sparse layer, from its weights."""
-    for index in hodgecover.sparse_layers(model):
-        experts, name = model.layer(index).experts, model.layer_names[index]
-        yield name, settled(magnitude(experts), experts, name)
-        tick((index + 1) / len(model.layer_names))
-
-
-def random_scores(model: Model, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, scores (n, f)) of each sparse layer, others in each."""
-    shape = model.config.num_experts, model.config.expert_width
-    for index in hodgecover.sparse_layers(model):
-        generator = torch.Generator().manual_seed(seed + index)
-        yield model.layer_names[index], torch.rand(shape, generator=generator, dtype=torch.float64)
+    return {name: score for name, score in found.items() if len(score)}
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
 
 
 def score_units(model: Model, score: str, ids: torch.Tensor | None = None, seed: int = 0,
-                empty: Callable[..., torch.Tensor] = torch.empty, tick: Tick = no_tick, cache: Path | None = None
-                ) -> dict[str, torch.Tensor]:
+                empty: Callable[..., torch.Tensor] = torch.empty, tick: Tick = lambda share: None,
+                cache: Path | None = None) -> dict[str, torch.Tensor]:
     """Return what each hidden unit is worth by one of SCORES: of each sparse layer, by its name, (n, f) float64.
 
     ids (B, L) are for heapr and camera, `seed` is for random, `empty` and `cache` for heapr. Raises InputError if
     there is no sparse layer, and for scores that are not finite.
     """
-    hodgecover.sparse_layers(model)
-    found = {"heapr": lambda: heapr_scores(model, ids, empty, tick, cache),
-             "camera": lambda: camera_scores(model, ids, tick),
-             "magnitude": lambda: magnitude_scores(model, tick), "random": lambda: random_scores(model, seed)}
-    return dict(found[score]())
+    layers, shape = hodgecover.sparse_layers(model), (model.config.num_experts, model.config.expert_width)
+    if score == "heapr":
+        return heapr_scores(model, ids, empty, tick, cache)
+    if score == "camera":
+        passes = baselines.routed_passes(model, ids, tick)
+        return {step.name: settled(camera(step), step.layer.experts, step.name) for step in passes}
+    found = {}
+    for index in layers:
+        name = model.layer_names[index]
+        if score == "random":
+            generator = torch.Generator().manual_seed(seed + index)
+            found[name] = torch.rand(shape, generator=generator, dtype=torch.float64)
+        else:
+            experts = model.layer(index).experts
+            found[name] = settled(magnitude(experts), experts, name)
+        tick((index + 1) / len(model.layer_names))
+    return found
 
 
 def best_units(score: torch.Tensor, width: int) -> torch.Tensor:
@@ -264,33 +233,28 @@ def narrowed(matrix: torch.Tensor, units: torch.Tensor, projection: str) -> torc
 
 
 def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[str, bytes],
-           experts: dict[str, list[int]] | None = None, notice: str = NOTICE) -> None:
+           experts: dict[str, list[int]] | None = None) -> None:
     """Write the checkpoint whose experts have the units kept[layer] (n, width) alone, one width in all sparse layers,
     to the folder `out`; `files`, name -> content, lie beside the weights.
 
     `experts`, layer -> indices, are those that stay, as many in each layer; None: all. Units and experts come in the
     order given.
     """
-    width = next(iter(kept.values())).shape[1]
+    checkpoint, width = model.checkpoint, next(iter(kept.values())).shape[1]
     experts = experts or {layer: list(range(len(units))) for layer, units in kept.items()}
 
-    def edit(matrix: torch.Tensor, row: int, layer: str, expert: str | None, projection: str) -> torch.Tensor:
-        return narrowed(matrix, kept[layer][row if expert is None else int(expert)], projection)
-    edits, shapes = {}, {}
-    for name, info in model.checkpoint.tensors.items():
-        match = MATRIX.fullmatch(name)
-        if match and match[1] in kept:
-            layer, expert, projection = match.groups()
-            edits[name] = partial(edit, layer=layer, expert=expert, projection=projection)
-            axis = -1 if projection == "down" else -2
-            shapes[name] = [*info.shape]
-            shapes[name][axis] = info.shape[axis] // model.config.expert_width * width
-            if expert is None:
-                shapes[name][0] = len(experts[layer])
-    config = model_io.with_expert_width(model.checkpoint.raw_config, width)
-    config = model_io.with_num_experts(config, len(next(iter(experts.values()))))
-    files = files | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    model_io.write_checkpoint(model.checkpoint, out, experts, files, edits, notice, shapes)
+    def edit(matrix: torch.Tensor, row: int, match: re.Match) -> torch.Tensor:
+        own = kept[match["layer"]][row if match["expert"] is None else int(match["expert"])]
+        return narrowed(matrix, own, match["part"])
+    routed = {name: match for name, match in common.expert_matrices(checkpoint).items() if not match["shared"]}
+    edits, shapes = {name: partial(edit, match=match) for name, match in routed.items()}, {}
+    for name, match in routed.items():
+        shapes[name], axis = [*checkpoint.tensors[name].shape], -1 if match["part"] == "down" else -2
+        shapes[name][axis] = shapes[name][axis] // model.config.expert_width * width
+        if match["expert"] is None:
+            shapes[name][0] = len(experts[match["layer"]])
+    config = {model_io.expert_width_key(checkpoint.raw_config): width}
+    common.write_edited(checkpoint, out, experts, files, edits, shapes, config)
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -320,7 +284,7 @@ def choose_width(model: Model, rate: float | None = None, width: int | None = No
 def activation_bytes(model: Model, tokens: int) -> int:
     """Return the bytes of the tensors (T, d) that `heapr_scores` holds: each layer's input, x and y of the last layer
     and of the one that runs."""
-    return (len(model.layer_names) + 4) * tokens * model.config.hidden_size * model.dtype.itemsize
+    return common.activation_bytes(model, tokens, len(model.layer_names) + 4)
 
 
 # option -> scores that do not use it
@@ -332,7 +296,7 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for an option that the score does not use, and for a seed out of range."""
     unused = [name for name, scores in UNUSED.items() if args.score in scores]
     common.refuse_given(command_line(), args, unused, f"--score {args.score}")
-    hodgecover.check_range("seed", args.seed, *hodgecover.RANGES["seed"])
+    hodgecover.check_range("seed", args.seed, 0, 2**63 - 1)
 
 
 def command_line() -> hodgecover.Parser:
@@ -350,27 +314,20 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     model = common.open_model(args.checkpoint, args)
     width, before = choose_width(model, args.rate, args.width), model.config.expert_width
-    cache = common.folder_beside(args.out, "heapr", model) if args.score == "heapr" else None
+    cache = common.folder_beside(args.out, "heapr", model)
     hodgecover.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
-                "dtype": common.dtype_name(model)}
-    ids = None
-    if args.score != "magnitude":
-        settings["seed"] = args.seed
-    if args.score in ("heapr", "camera"):
-        ids = common.calibration_ids(model, args)
-        settings |= hodgecover.describe_text(ids, args.calib)
-    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, common.entry("heapr.py", settings,
-                                                                                       source=model))}
+                "dtype": common.dtype_name(model)} | ({} if args.score == "magnitude" else {"seed": args.seed})
+    ids = common.calibration_ids(model, args) if args.score in ("heapr", "camera") else None
+    entry = common.entry("heapr.py", settings, ids, args.calib, source=model)
     bar = hodgecover.progress_bar()
-    with model_io.new_folder(args.out) as folder, common.made(cache) if cache else contextlib.nullcontext():
+    with common.made(cache, "heapr-*.safetensors"), model_io.new_folder(args.out) as folder:
         size = activation_bytes(model, ids.numel()) if args.score == "heapr" else 0
         empty = common.stream_maker(model, size, args.memory, folder)
         scores = score_units(model, args.score, ids, args.seed, empty, bar, cache)
         bar(None)
-        export(model, {name: best_units(score, width) for name, score in scores.items()}, folder, files)
-    if cache:
-        common.clear(cache, ["heapr-*.safetensors"])
+        export(model, {name: best_units(score, width) for name, score in scores.items()}, folder,
+               {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
     print(f"hidden units of each expert: {before} -> {width}, by {args.score}")
     common.show_output(model, args.out)
 

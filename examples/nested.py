@@ -21,6 +21,7 @@ units are ordered by CAMERA-P's score of heapr.py (ours; the paper takes mean ac
 Left out: the paper's order of hidden dimensions and layers, and its budget router. Shared experts stay as they are.
 """
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,14 +33,10 @@ import export_plan
 import heapr
 import hodgecover
 import torch
-from hodgecover import LayerPlan, Tick, no_tick
+from hodgecover import RECORD, Tick
 from model_io import InputError, Model
 
 COMMAND = Path(__file__).name
-ORDERED = (f"> **The experts of this model are in order.** The model described below computes the same; `{COMMAND} "
-           f"--slice` cuts smaller ones out of it. `{hodgecover.RECORD}` says how it was ordered.\n\n")
-CUT = ("> **This is a compressed model.** It has the first experts, and of each the first hidden units, of the ordered "
-       f"model described below; the scores below are not its own. `{hodgecover.RECORD}` says how many.\n\n")
 
 
 class Order(NamedTuple):
@@ -50,25 +47,23 @@ class Order(NamedTuple):
     units: torch.Tensor
 
 
-def measure(model: Model, ids: torch.Tensor, plans: dict[str, LayerPlan] | None = None, tick: Tick = no_tick
-            ) -> Iterator[tuple[str, Order]]:
+def measure(model: Model, ids: torch.Tensor, plans: dict[str, dict] | None = None,
+            tick: Tick = lambda share: None) -> Iterator[tuple[str, Order]]:
     """Yield (name, order) of each sparse layer, from one forward pass over ids (B, L). The experts' orders are those of
     plans by layer name, REAP's if there are none. Raises InputError for scores that are not finite."""
     for step in baselines.routed_passes(model, ids, tick):
         experts = step.layer.experts
         score = heapr.settled(heapr.camera(step), experts, step.name)
         units = score.sort(dim=1, descending=True, stable=True).indices
-        if plans:
-            yield step.name, Order(plans[step.name].order, units)
-        else:
-            yield step.name, Order(baselines.descending(hodgecover.reap_saliency(experts, step.x, step.gates)), units)
+        best = baselines.descending(hodgecover.reap_saliency(experts, step.x, step.gates))
+        yield step.name, Order(plans[step.name]["order"] if plans else best, units)
 
 
 def write_ordered(model: Model, orders: dict[str, Order], out: Path, files: dict[str, bytes]) -> None:
     """Write the checkpoint in new orders, by layer name, to the folder `out`; `files`, name -> content, lie beside the
     weights."""
     units = {name: order.units for name, order in orders.items()}
-    heapr.export(model, units, out, files, {name: order.experts for name, order in orders.items()}, ORDERED)
+    heapr.export(model, units, out, files, {name: order.experts for name, order in orders.items()})
 
 
 def write_slice(model: Model, keep: int, width: int, out: Path, files: dict[str, bytes]) -> None:
@@ -76,7 +71,7 @@ def write_slice(model: Model, keep: int, width: int, out: Path, files: dict[str,
     name -> content, lie beside the weights."""
     names = [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
     units = torch.arange(width).expand(model.config.num_experts, width)
-    heapr.export(model, dict.fromkeys(names, units), out, files, dict.fromkeys(names, list(range(keep))), CUT)
+    heapr.export(model, dict.fromkeys(names, units), out, files, dict.fromkeys(names, list(range(keep))))
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -100,12 +95,13 @@ def cut(model: Model, args: argparse.Namespace) -> None:
             heapr.choose_width(model, width=width)
     except InputError as err:
         raise InputError(f"slice: {err}") from None
-    commands = [entry.get("command") for entry in hodgecover.history_of(model.checkpoint) if isinstance(entry, dict)]
-    if COMMAND not in commands:
-        hodgecover.log.warning("%s: its record has no %s, so that its experts may be in no order; cutting all the same",
-                               model.checkpoint.path, COMMAND)
+    path = model.checkpoint.path / RECORD
+    history = hodgecover.read_history(path) if path.exists() else []
+    if not any(isinstance(entry, dict) and entry.get("command") == COMMAND for entry in history):
+        hodgecover.warn(f"{model.checkpoint.path}: its record has no {COMMAND}, so that its experts may be in no "
+                        "order; cutting all the same")
     entry = common.entry(COMMAND, {"keep": keep, "width": width}, source=model)
-    write_slice(model, keep, width, args.out, {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
+    write_slice(model, keep, width, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
 
 
 def order(model: Model, args: argparse.Namespace) -> None:
@@ -113,7 +109,7 @@ def order(model: Model, args: argparse.Namespace) -> None:
     settings = {"experts": "reap", "units": "camera", "seed": args.seed, "dtype": common.dtype_name(model)}
     plans = export_plan.read_orders(model, args.plan) if args.plan else None
     if args.plan:
-        settings |= {"experts": "plan", "plan_sha256": hodgecover.read_history(args.plan)[-1].get("sha256")}
+        settings |= {"experts": "plan", "plan_sha256": hashlib.sha256(args.plan.read_bytes()).hexdigest()}
     ids = common.calibration_ids(model, args)
     bar = hodgecover.progress_bar()
     orders = dict(measure(model, ids, plans, bar))
@@ -122,9 +118,8 @@ def order(model: Model, args: argparse.Namespace) -> None:
               for name, found in orders.items()]
     for layer in layers:
         print(f"layer {layer['layer']}: experts {' '.join(map(str, layer['order'][:8]))} ...")
-    entry = common.entry(COMMAND, settings | hodgecover.describe_text(ids, args.calib), source=model)
-    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry | {"layers": layers})}
-    write_ordered(model, orders, args.out, files)
+    entry = common.entry(COMMAND, settings, ids, args.calib, source=model) | {"layers": layers}
+    write_ordered(model, orders, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ and methods that measure no barriers have their retained energy taken from there
 ending.
 """
 import argparse
-import json
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -21,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 import common
 import hodgecover
-import mathx
 from hodgecover import Settings, Signals
 from model_io import InputError
 
@@ -29,7 +27,6 @@ PARTS = ("gradient", "curl", "harmonic")
 
 
 # ---------------------------------------------------------------------------------------------------- what is drawn
-
 
 def read_entry(path: Path) -> dict:
     """The last entry of a record's history. Raises InputError if it holds no plan."""
@@ -52,13 +49,13 @@ def label(entry: dict) -> str:
 def cached(folder: Path, entry: dict, layer: dict) -> Signals:
     """The barriers in a folder of the weights, text and settings of a plan. Raises InputError if there are none."""
     said = entry["settings"]
-    wanted = {"weights": entry["source"]["fingerprint"], "dtype": f"torch.{said['dtype']}"} | {
-        name.replace("_", " "): str(said[name]) for name in ("readout", "vocab_sample", "max_triangles", "seed")}
+    wanted = {name: str(said[name]) for name in ("readout", "vocab_sample", "max_triangles", "seed")} | {
+        "weights": entry["source"]["fingerprint"], "dtype": f"torch.{said['dtype']}"}
     for file in sorted(folder.glob(f"{layer['name']}-*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
                 found = opened.metadata() or {}
-                if wanted.items() <= found.items() and found["calibration text"].endswith(said["text_sha256"]):
+                if wanted.items() <= found.items() and found["text"].endswith(said["text_sha256"]):
                     return Signals(**{name: opened.get_tensor(name) for name in opened.keys()})
         except SafetensorError as err:
             raise InputError(f"{file}: damaged ({err}); remove it") from None
@@ -69,13 +66,12 @@ def cached(folder: Path, entry: dict, layer: dict) -> Signals:
 def diagnosed(entry: dict, layer: dict, settings: Settings, folder: Path) -> dict:
     """The layer of a plan whose method measured no barriers, with what those in the folder, measured with some settings
     on the plan's calibration text, say of its survivors."""
-    keep = len(layer["survivors"])
-    measured = entry | {"settings": entry["settings"] | asdict(settings)}
-    found = hodgecover.decompose(cached(folder, measured, layer), settings)
-    vertex = found.expert_of.argsort()
-    selection = hodgecover.select(found, keep, settings)._replace(picks=vertex[layer["order"]].tolist())
-    said = hodgecover.diagnose(found, selection, keep, settings.margin)
-    return layer | {"diagnostics": json.loads(hodgecover.to_json(said))}
+    signals = cached(folder, entry | {"settings": entry["settings"] | asdict(settings)}, layer)
+
+    def select(*given) -> tuple:
+        return layer["order"], *hodgecover.select(*given)[1:]
+    plan = hodgecover.plan_from_signals(signals, len(layer["survivors"]), settings, select)
+    return layer | {"diagnostics": plan["diagnostics"]}
 
 
 def mean_retained(entry: dict, component: str, kind: str) -> float:
@@ -98,13 +94,12 @@ def barrier_matrix(barriers: torch.Tensor, order: list[int]) -> torch.Tensor:
     """
     n = len(order)
     matrix = torch.full((n, n), torch.nan, dtype=torch.float64)
-    i, j = mathx.edges(n).unbind(1)
+    i, j = hodgecover.edges(n).T
     matrix[i, j] = matrix[j, i] = barriers.double()
     return matrix[order][:, order]
 
 
 # ------------------------------------------------------------------------------------------------------ the picture
-
 
 def draw_eta(axes, layers: list[dict]) -> None:
     """Stacked shares of energy a layer, the constant signal's harmonic share as a mark."""
@@ -171,7 +166,6 @@ def draw(pyplot, entries: list[dict], layer: dict, barriers: torch.Tensor | None
 
 
 # ------------------------------------------------------------------------------------------------- the command line
-
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""

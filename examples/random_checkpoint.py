@@ -11,8 +11,10 @@ trained model's, some 3 nats. Nothing else about the weights is like a trained m
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,19 +80,15 @@ def into_shards(shapes: dict[str, list[int]]) -> list[dict[str, list[int]]]:
 def write_shard(path: Path, shapes: dict[str, list[int]], generator: torch.Generator | None, norms_less_1: bool
                 ) -> None:
     """Write one safetensors file, tensor after tensor; without a generator, a hole of its size."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    with open(path, "wb") as out:
-        out.write(len(encoded).to_bytes(8, "little") + encoded)
+    def numbers(name: str, shape: list[int]) -> list[memoryview]:
         if generator is None:
-            out.truncate(8 + len(encoded) + offset)
-            return
-        for name, shape in shapes.items():
-            out.write(random_tensor(name, shape, generator, norms_less_1).view(torch.uint8).numpy())
+            return []
+        return [common.as_bytes(random_tensor(name, shape, generator, norms_less_1), torch.bfloat16)]
+    pieces = {name: model_io.Piece(name, None, path.name, "BF16", shape, partial(numbers, name, shape))
+              for name, shape in shapes.items()}
+    model_io.write_safetensors(path, pieces, {"format": "pt"})
+    if generator is None:
+        os.truncate(path, path.stat().st_size + sum(piece.nbytes() for piece in pieces.values()))
 
 
 def write(config: dict, out: Path, hollow: bool = False) -> int:

@@ -137,7 +137,7 @@ def masked_loss(model: Model, ids: torch.Tensor, sparse: list[int], memory: int 
     time; all are, if they take at most `memory` bytes.
     """
     target, head, norm = model.hidden(ids), model.unembedding(), model.norm(f"{model.prefix}norm.weight")
-    read = functools.cache(model.layer) if hodgecover.weight_bytes(model) <= memory else model.layer
+    read = functools.cache(model.layer) if model.checkpoint.nbytes() <= memory else model.layer
 
     def run(h: torch.Tensor, mask: torch.Tensor | None, index: int) -> torch.Tensor:
         layer = read(index)
@@ -169,11 +169,10 @@ def descend(loss_of: Loss, count: int, alpha: torch.Tensor, limits: Limits, step
             cache: Path | None = None, key: dict[str, str] = {}) -> Iterator[tuple[int, float]]:
     """Move logits alpha (G, N, 2), in place, towards a low loss on some of `count` sequences a step, within the limits;
     yield (steps done, loss of the last). What lies in the folder is taken up."""
-    generator, fields = torch.Generator().manual_seed(seed), ("step", "alpha", "m", "v", "noise")
-    alpha.copy_(retracted(alpha, limits.gone))
-    alpha.requires_grad_()
+    generator = torch.Generator().manual_seed(seed)
+    alpha.copy_(retracted(alpha, limits.gone)).requires_grad_()
     optimizer, first = torch.optim.Adam([alpha], lr=LR), 0
-    saved = hodgecover.read_entry(cache, "budgets-rco", key, fields) if cache else None
+    saved = model_io.read_cached(cache, "budgets-rco", key) if cache else None
     if saved:
         alpha.detach().copy_(saved["alpha"])
         generator.set_state(saved["noise"])
@@ -194,8 +193,9 @@ def descend(loss_of: Loss, count: int, alpha: torch.Tensor, limits: Limits, step
         moved.copy_(retracted(moved, limits.gone))
         state["exp_avg"] = onto_tangent(state["exp_avg"], moved)
         if cache:
-            values = torch.tensor(step + 1), moved, state["exp_avg"], state["exp_avg_sq"], generator.get_state()
-            hodgecover.write_entry(cache, "budgets-rco", dict(zip(fields, values)), key)
+            model_io.write_cached(cache, "budgets-rco", key, {
+                "step": torch.tensor(step + 1), "alpha": moved, "m": state["exp_avg"], "v": state["exp_avg_sq"],
+                "noise": generator.get_state()})
         yield step + 1, total
 
 

@@ -39,8 +39,6 @@ RIDGE, SWEEPS = 0.3, 3
 SPARSE = 0.01  # share of zeros from which an expert counts as sparse
 PIECE = 2048  # tokens that are taken at a time
 SYSTEM_NUMBERS = 1 << 24  # numbers of the systems that are solved at a time
-STREAMS = 8  # tensors (T, d) that a refit holds at once: h, x and y of both models, the next x and y of one
-CACHE_VERSION = "1"
 
 Fit = Callable[[LayerPass, torch.Tensor], torch.Tensor]  # (layer pass, residual (T, d)) -> down projections (n, d, f)
 Rows = tuple[torch.Tensor, torch.Tensor]  # which tokens (R,), their features x_e (R, f)
@@ -69,7 +67,9 @@ def block_ridge(features: Features, start: torch.Tensor, residual: torch.Tensor,
     blocks = start.to(model_io.widened(start.dtype), copy=True)
     solvers = []  # A_e is the same in every sweep
     for e, block in enumerate(blocks):
-        gram = normal_matrix(features(e), block)
+        gram = block.new_zeros(block.shape[1], block.shape[1], dtype=torch.float64)
+        for _, x in features(e):
+            torch.addmm(gram, x.double().T, x.double(), out=gram)
         weight = ridge * gram.trace() / len(gram)
         gram.diagonal().add_(weight)
         solvers.append((weight, solver(gram, start[e] == 0 if sparse and sparse[e] else None)))
@@ -83,14 +83,6 @@ def block_ridge(features: Features, start: torch.Tensor, residual: torch.Tensor,
             block.copy_(block.double() + change)
             subtract(residual, pieces, change)
     return blocks
-
-
-def normal_matrix(pieces: list[Rows], block: torch.Tensor) -> torch.Tensor:
-    """Return A_e = sum_t x_te x_te' (f, f) in float64, for a block (d, f)."""
-    gram = block.new_zeros(block.shape[1], block.shape[1], dtype=torch.float64)
-    for _, x in pieces:
-        torch.addmm(gram, x.double().T, x.double(), out=gram)
-    return gram
 
 
 def subtract(residual: torch.Tensor, pieces: list[Rows], change: torch.Tensor) -> None:
@@ -269,7 +261,7 @@ def refit_pass(target: torch.Tensor, step: LayerPass, output: Model, fit: Fit, e
     residual = empty(*target.shape, dtype=model_io.widened(target.dtype), device=target.device)
     residual.copy_(target).sub_(step.y)
     before = length(residual)
-    down = output.store_down(step.name, fit(step, residual))
+    down = common.store_down(output, step.name, fit(step, residual))
     add_outputs(step.y, step, down.to(step.x) - step.layer.experts.down.to(step.x))
     residual.copy_(target).sub_(step.y)
     return Refitted(step.name, before / length(target), length(residual) / length(target))
@@ -282,30 +274,19 @@ def length(rows: torch.Tensor) -> float:
 
 def activation_bytes(model: Model, tokens: int) -> int:
     """Return the bytes of the tensors (T, d) that a refit holds."""
-    return STREAMS * tokens * model.config.hidden_size * model_io.widened(model.dtype).itemsize
-
-
-# ------------------------------------------------------------------------------------------- layers that are done
-
-
-def refit_key(source: Model, model: Model, ids: torch.Tensor) -> dict[str, str]:
-    """Return all that the refitted layers of a checkpoint depend on, by name."""
-    return {"format": CACHE_VERSION, "source": source.checkpoint.fingerprint(),
-            "checkpoint": model.checkpoint.fingerprint(),
-            "calibration text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}", "dtype": str(model.dtype),
-            "ridge": str(RIDGE), "sweeps": str(SWEEPS)}
+    return common.activation_bytes(model, tokens, dtype=model_io.widened(model.dtype))
 
 
 def resumable(fit: Fit, cache: Path, key: dict[str, str], tick: Callable[[int], None]) -> Fit:
     """Return a fit that keeps each layer in a folder, and takes it from there if it is done. `tick` is told the index
     of each layer before it is fitted."""
     def fit_or_read(step: LayerPass, residual: torch.Tensor) -> torch.Tensor:
-        done = hodgecover.read_entry(cache, f"refit-{step.name}", key, ["down"])
+        done = model_io.read_cached(cache, f"refit-{step.name}", key)
         if done:
             return done["down"]
         tick(step.index)
         down = fit(step, residual)
-        hodgecover.write_entry(cache, f"refit-{step.name}", {"down": down}, key)
+        model_io.write_cached(cache, f"refit-{step.name}", key, {"down": down})
         return down
     return fit_or_read
 
@@ -323,24 +304,15 @@ def command_line() -> hodgecover.Parser:
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    source = common.open_model(args.source, args)
-    model = common.open_model(args.checkpoint, args)
-    hodgecover.refuse_fold(source)
-    common.check_source(model, source)
-    out = args.out.absolute()
-    cache = args.cache or common.folder_beside(out, "refit", source, model)
-    hodgecover.check_out(model, out, cache)
-    hodgecover.refuse_inside(source, out, "out")
-    hodgecover.refuse_inside(model, cache, "cache")
-    hodgecover.refuse_inside(source, cache, "cache")
+    source, model, cache = common.open_pair(args, "refit")
     ids = common.calibration_ids(source, args)
-    key = refit_key(source, model, ids)
     settings = {"ridge": RIDGE, "sweeps": SWEEPS, "dtype": common.dtype_name(model), "seed": args.seed}
-    entry = common.entry("refit.py", settings | hodgecover.describe_text(ids, args.calib), source=source,
-                         checkpoint=model)
+    key = common.work_key(settings, ids, source, model)
+    entry = common.entry("refit.py", settings, ids, args.calib, source=source, checkpoint=model)
 
     bar = hodgecover.progress_bar()
-    with common.copied(model, out, entry) as output, common.made(cache):
+    done = [model_io.cache_file(cache, f"refit-{name}", key).name for name in model.layer_names]
+    with common.made(cache, *done), common.copied(model, args.out, entry) as output:
         fit = resumable(partial(refit_layer, memory=args.memory), cache, key,
                         lambda index: bar(index / len(model.layer_names)))
         empty = common.stream_maker(model, activation_bytes(model, ids.numel()), args.memory, output.checkpoint.path)
@@ -348,8 +320,7 @@ def run(args: argparse.Namespace) -> None:
         for layer in refit(source, output, ids, fit, empty):
             bar(None)
             print(f"{layer.name}: output error {layer.before:.4f} -> {layer.after:.4f}", flush=True)
-            entry["output_error"].append(layer)
-    common.clear(cache, [hodgecover.cache_file(cache, f"refit-{name}", key).name for name in model.layer_names])
+            entry["output_error"].append(layer._asdict())
     print(f"output: {args.out}")
 
 

@@ -2,17 +2,17 @@
 """Reproduce the comparisons in RESULTS.md on the tiny checkpoint, over several calibration samples.
 
     python examples/reproduce.py                                        all methods, alone and with Wanda
-    python examples/reproduce.py --redirects                            the router fold, by the rule of the redirect
-    python examples/reproduce.py --settings                             other values of HodgeCover's settings
     python examples/reproduce.py --only hodgecover reap --columns 50%   two lines, one column
     python examples/reproduce.py --samples 2 --tokens 1024              a first look, in minutes
 
-Each cell writes checkpoints to a temporary folder, as the commands do, and compares them with the source: a selector
-or a merging method of baselines.py; with Wanda, wanda.py on that checkpoint, with the total rate of the source.
+Each cell writes checkpoints to a temporary folder, as the commands do, and compares them with the source on held-out
+text: a selector or a merging method of baselines.py; with Wanda, wanda.py on that checkpoint, with the total rate of
+the source. `hodgecover, fold` is the letter of the paper's redirect (4.1): the router adds the probability of each
+dropped expert to its target's. `fold, RULE` does so by another redirect of audit.py. No checkpoint holds a fold: it
+runs in memory. Barriers are exact, and all products in float32.
 
 A cell is the mean over the samples +- their standard deviation: of the perplexity, and of the KL from the source in
-nats a token. Methods are compared on held-out text; settings on calibration text outside every sample, so that a
-choice among them leaves the held-out text unseen. All products are in float32.
+nats a token.
 
 A table of differences in KL takes each sample by itself: the mean +- half of the 95% interval of Student's t, in bold
 if it does not contain 0. The samples share their text for evaluation, and no correction is made for the number of
@@ -39,22 +39,25 @@ import evaluate
 import hodgecover
 import model_io
 import wanda
-from hodgecover import Decomposition, LayerPlan, Settings, Signals
-from model_io import InputError, Model
+from hodgecover import Settings, Signals
+from model_io import InputError, Layer, LayerPass, Model
 
 CALIBRATION, SEQ_LEN = 2048, 512  # tokens of a sample, and of a sequence
 DROPPED = {"25%": 0.25, "33%": 0.33, "50%": 0.5, "66%": 0.66}  # share of the experts of a layer
 HYBRIDS = {"50%": (0.5, 0.25), "66%": (0.66, 0.33)}  # share of the expert parameters gone, share of the experts dropped
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5% point for 2 to 10 samples
-VARIANTS = {f"{percent}% critical edges and triangles": dict(edge_percent=percent, triangle_percent=percent)
-            for percent in (5, 1, 2, 10, 20, 50)}  # the first is the default
-VARIANTS |= {f"both lambdas {weight}": dict(lambda_edge=weight, lambda_triangle=weight)
-             for weight in (0.04, 0.2, 5.0, 25.0)}
-VARIANTS |= {"lambda of edges 0": dict(lambda_edge=0.0), "lambda of triangles 0": dict(lambda_triangle=0.0),
-             "2,000 candidate triangles": dict(max_triangles=2000), "order by index": dict(order="index")}
 
 
 # ----------------------------------------------------------------------------------------- how a checkpoint is made
+
+
+Documents = Callable[[str], Sequence[str]]  # of a part, as in common.TEXTS
+
+
+@functools.cache
+def encoded(source: Model, documents: Documents, *parts: str) -> torch.Tensor:
+    """The ids (T,) of these parts of a text, one after the other."""
+    return source.encode([text for part in parts for text in documents(part)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +68,24 @@ class Sample:
     ids: torch.Tensor
     seed: int
     cache: Path
-    documents: Callable[[str], Sequence[str]] = model_io.python_documentation  # of a part, one of common.TEXTS
+    documents: Documents = model_io.python_documentation
 
-    def signals(self, settings: Settings) -> dict[str, Signals]:
+    def signals(self) -> dict[str, Signals]:
         """What HodgeCover measures, by layer name; from the cache, if it is there."""
         layers = hodgecover.sparse_layers(self.source)
-        measured = hodgecover.measure_model(self.source, self.ids, settings, layers, self.cache)
+        model_io.make_cache(self.cache)
+        measured = hodgecover.measure_model(self.source, self.ids, self.settings, layers, self.cache)
         return {self.source.layer_names[index]: signals for index, signals in measured}
 
     @cached_property
     def facts(self) -> dict[str, baselines.Facts]:
         """What a method without barriers looks at, by layer name."""
-        steps = baselines.routed_passes(self.source, self.ids, hodgecover.no_tick)
-        return {step.name: baselines.layer_facts(step) for step in steps}
+        return {step.name: baselines.layer_facts(step) for step in baselines.routed_passes(self.source, self.ids)}
 
-    def settings(self, **changes: object) -> Settings:
-        """The default settings with this seed, and changes."""
-        return Settings(seed=self.seed, **changes)
+    @property
+    def settings(self) -> Settings:
+        """The default settings with this seed, and exact barriers."""
+        return Settings(vocab_sample=0, seed=self.seed)
 
 
 Make = Callable[[Sample, object, Path], Model]  # (sample, value of the column, folder to write) -> the checkpoint in it
@@ -94,10 +98,15 @@ def survivors(source: Model, dropped: float) -> int:
     return keep
 
 
-def export(sample: Sample, plans: dict[str, LayerPlan], out: Path, router: str = "drop") -> Model:
+def uniform(source: Model, dropped: float) -> dict[str, int]:
+    """The same by layer name."""
+    return dict.fromkeys(source.layer_names, survivors(source, dropped))
+
+
+def export(sample: Sample, plans: dict[str, dict], out: Path) -> Model:
     """Write the checkpoint of plans by layer name."""
-    hodgecover.export(sample.source, plans, out, {"command": "reproduce.py"}, router)
-    return (hodgecover.folded_model if router == "fold" else Model)(out)
+    hodgecover.export(sample.source, plans, out, {"command": "reproduce.py"})
+    return Model(out)
 
 
 def whole(sample: Sample, dropped: float, out: Path) -> Model:
@@ -106,48 +115,54 @@ def whole(sample: Sample, dropped: float, out: Path) -> Model:
     return Model(out)
 
 
-@functools.cache
-def decompositions(sample: Sample, settings: Settings) -> dict[str, Decomposition]:
-    """The Hodge parts of each layer, by name."""
-    return {name: hodgecover.decompose(signals, settings) for name, signals in sample.signals(settings).items()}
-
-
-def hodgecover_plans(sample: Sample, dropped: float, settings: Settings, rule: str = "the paper's rule"
-                     ) -> dict[str, LayerPlan]:
-    """HodgeCover's plans by layer name, with one of audit.REDIRECTS."""
-    keep, plans = survivors(sample.source, dropped), {}
-    for name, found in decompositions(sample, settings).items():
-        rows = sample.source.checkpoint.load(f"{name}.mlp.gate.weight")
-        selection = hodgecover.select(found, keep, settings)
-        redirect = audit.REDIRECTS[rule](found, selection, selection.picks[:keep], rows)
-        plans[name] = hodgecover.report(found, selection._replace(redirect=redirect), keep, settings)
-    return plans
-
-
-def hodgecover_way(sample: Sample, dropped: float, out: Path, router: str = "drop", rule: str = "the paper's rule",
-                   **changes: object) -> Model:
-    """Write HodgeCover's survivors."""
-    plans = hodgecover_plans(sample, dropped, sample.settings(**changes), rule)
-    return export(sample, plans, out, router)
-
-
-def plans(sample: Sample, method: str, kept: dict[str, int]) -> dict[str, LayerPlan]:
+def plans(sample: Sample, method: str, kept: dict[str, int]) -> dict[str, dict]:
     """The plans by layer name of HodgeCover or one of baselines.SELECTORS, with so many survivors in each layer."""
-    settings, found = sample.settings(), {}
-    if method == "hodgecover":
-        return {name: hodgecover.report(parts, hodgecover.select(parts, kept[name], settings), kept[name], settings)
-                for name, parts in decompositions(sample, settings).items()}
-    measured = sample.signals(settings) if method in baselines.ON_BARRIERS else sample.facts
-    for name, facts in measured.items():
-        rows, index = sample.source.checkpoint.load(f"{name}.mlp.gate.weight"), sample.source.layer_names.index(name)
-        found[name] = baselines.choose(facts, rows, method, kept[name], settings, index)
+    found, settings, source = {}, sample.settings, sample.source
+    on_barriers = method == "hodgecover" or method in baselines.ON_BARRIERS
+    for name, facts in (sample.signals() if on_barriers else sample.facts).items():
+        if method == "hodgecover":
+            found[name] = hodgecover.plan_from_signals(facts, kept[name], settings)
+        else:
+            rows, index = source.checkpoint.load(f"{name}.mlp.gate.weight"), source.layer_names.index(name)
+            found[name] = baselines.choose(facts, rows, method, kept[name], settings, index)
     return found
 
 
 def selected(sample: Sample, dropped: float, out: Path, method: str) -> Model:
-    """Write the survivors of one of baselines.SELECTORS."""
-    keep = survivors(sample.source, dropped)
-    return export(sample, plans(sample, method, dict.fromkeys(sample.source.layer_names, keep)), out)
+    """Write the survivors of one method of `plans`."""
+    return export(sample, plans(sample, method, uniform(sample.source, dropped)), out)
+
+
+class Folded(Model):
+    """A model of which the survivors of plans by layer name run alone, p'_j = p_j + the sum of p_i over the dropped i
+    that are redirected to j (4.1; the paper says logits): in memory."""
+
+    def __init__(self, path: Path, plans: dict[str, dict]):
+        super().__init__(path)
+        self.targets = {name: torch.tensor([plan["redirect"].get(e, e) for e in sorted(plan["order"])])
+                        for name, plan in plans.items()}
+
+    def run(self, index: int, layer: Layer, *given: object) -> LayerPass:
+        """Run a layer, and put what its folded gates give in place of what its own do."""
+        step = super().run(index, layer, *given)
+        if step.gates is None:
+            return step
+        p = (step.x @ layer.router.T).softmax(-1)
+        top_p, top_e = torch.zeros_like(p).index_add(1, self.targets[step.name], p).topk(self.config.top_k)
+        if self.config.norm_topk_prob:
+            top_p = top_p / top_p.sum(-1, keepdim=True)
+        gates = torch.zeros_like(p).scatter(1, top_e, top_p)
+        step.y.add_(model_io.mix_experts(layer.experts, step.x, gates - step.gates))
+        return step._replace(gates=gates)
+
+
+def folded(sample: Sample, dropped: float, out: Path, rule: str) -> Model:
+    """HodgeCover's survivors with the router folded by one of audit.REDIRECTS."""
+    found, checkpoint = plans(sample, "hodgecover", uniform(sample.source, dropped)), sample.source.checkpoint
+    for name, signals in sample.signals().items():
+        rows, parts = checkpoint.load(f"{name}.mlp.gate.weight"), hodgecover.decompose(signals, sample.settings)
+        found[name]["redirect"] = audit.REDIRECTS[rule](signals, parts, found[name]["survivors"], rows)
+    return Folded(checkpoint.path, found)
 
 
 def merged(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:
@@ -186,8 +201,7 @@ class Table(NamedTuple):
 
 def method_lines() -> dict[str, Make]:
     """The selectors and the merging methods, HodgeCover first."""
-    lines = {"hodgecover": hodgecover_way}
-    lines |= {name: partial(selected, method=name) for name in baselines.SELECTORS}
+    lines = {name: partial(selected, method=name) for name in ("hodgecover", *baselines.SELECTORS)}
     return lines | {name: partial(merged, method=name) for name in baselines.MERGING}
 
 
@@ -199,23 +213,14 @@ def hybrid_lines(labels: Sequence[str], lines: dict[str, Make]) -> dict[str, Mak
 
 def method_tables() -> list[Table]:
     """Methods, and hybrids with Wanda."""
-    lines = method_lines() | {"hodgecover, fold": partial(hodgecover_way, router="fold")}
+    paper, *others = audit.REDIRECTS
+    lines = method_lines() | {"hodgecover, fold": partial(folded, rule=paper)}
+    lines |= {f"fold, {rule}": partial(folded, rule=rule) for rule in others}
     lines |= {f"{name}, in all slots": partial(merged, method=name, all_slots=True)
               for name in baselines.MERGING if name != "stun"}
     hybrids = hybrid_lines(("hodgecover", "reap", "stun", "hc-smoe", "hc-smoe, in all slots"), lines)
     return [Table("experts dropped", DROPPED, lines),
             Table("parameters of the experts gone", HYBRIDS, hybrids, rates=True)]
-
-
-def redirect_table() -> Table:
-    """HodgeCover's survivors with the router drop, and with fold by each redirect."""
-    folded = {f"fold, {rule}": partial(hodgecover_way, router="fold", rule=rule) for rule in audit.REDIRECTS}
-    return Table("experts dropped", DROPPED, {"drop": hodgecover_way} | folded)
-
-
-def settings_table() -> Table:
-    """HodgeCover's settings."""
-    return Table("setting", DROPPED, {label: partial(hodgecover_way, **values) for label, values in VARIANTS.items()})
 
 
 def picked(tables: list[Table], only: list[str], columns: list[str]) -> list[Table]:
@@ -250,7 +255,7 @@ def score(sample: Sample, text: torch.Tensor, make: Make, value: object) -> Scor
     """Make a checkpoint in a temporary folder, and compare it with the source on text (B, L)."""
     with tempfile.TemporaryDirectory() as folder:
         output = make(sample, value, Path(folder) / "out")
-        found = model_io.compare(sample.source, output, text)
+        found = common.compare(sample.source, output, text)
         stored = wanda.parameters(output)
         left = stored * (1 - evaluate.expert_zeros(output))
         size = evaluate.count_parameters(output)
@@ -332,20 +337,6 @@ def difference_cell(values: Sequence[float]) -> str:
     return f"**{cell}**" if abs(mean(values)) > half else cell
 
 
-def show_targets(columns: dict[str, object], samples: list[Sample]) -> None:
-    """Print how many survivors each redirect uses, and how many experts the busiest of them takes: means over layers
-    and samples."""
-    print_head("targets of the redirect (experts that the busiest one takes)", columns)
-    for rule in audit.REDIRECTS:
-        cells = []
-        for dropped in columns.values():
-            said = [plan.diagnostics for sample in samples
-                    for plan in hodgecover_plans(sample, dropped, sample.settings(), rule).values()]
-            cells.append(f"{mean(one.redirect_targets for one in said):.1f} of "
-                         f"{survivors(samples[0].source, dropped)} ({mean(one.redirect_largest for one in said):.1f})")
-        print_line(rule, cells)
-
-
 # ----------------------------------------------------------------------------------------------------------- the text
 
 
@@ -354,10 +345,10 @@ def evenly(text: torch.Tensor, tokens: int) -> torch.Tensor:
     return text[torch.linspace(0, len(text) - 1, min(len(text), tokens // text.shape[1])).long()]
 
 
-@functools.cache
-def encoded(source: Model, documents: Callable[[str], Sequence[str]], *parts: str) -> torch.Tensor:
-    """The ids (T,) of these parts of one of common.TEXTS, one after the other."""
-    return source.encode([text for part in parts for text in documents(part)])
+def sampled(source: Model, documents: Documents, parts: Sequence[str], tokens: int, length: int, seed: int
+            ) -> torch.Tensor:
+    """So many tokens of these parts of a text in sequences (B, length), or all there are."""
+    return model_io.sequences(encoded(source, documents, *parts), length, tokens // length, seed)
 
 
 def held_out(sample: Sample, tokens: int) -> torch.Tensor:
@@ -365,25 +356,10 @@ def held_out(sample: Sample, tokens: int) -> torch.Tensor:
     return evenly(model_io.sequences(encoded(sample.source, sample.documents, "held-out"), SEQ_LEN), tokens)
 
 
-def outside(samples: list[Sample], tokens: int) -> torch.Tensor:
-    """Calibration text that no sample contains, (B, L). Raises InputError if there is none."""
-    text = model_io.sequences(encoded(samples[0].source, samples[0].documents, "calibration"), SEQ_LEN)
-    used = torch.cat([sample.ids for sample in samples])
-    free = text[~(text[:, None] == used).all(2).any(1)]
-    if not len(free):
-        raise InputError("samples: they take all of the calibration text; give fewer")
-    return evenly(free, tokens)
-
-
-def show_source(source: Model, text: torch.Tensor, what: str) -> None:
-    """Print the source's perplexity on text (B, L)."""
-    print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} {what}", flush=True)
-
-
 def show_held_out(tables: list[Table], samples: list[Sample], tokens: int) -> list[Found]:
     """Print tables on so many tokens of held-out text; return the scores of each."""
-    text = held_out(samples[0], tokens)
-    show_source(samples[0].source, text, "held-out tokens")
+    source, text = samples[0].source, held_out(samples[0], tokens)
+    print(f"source: perplexity {source.perplexity(text):.1f} on {text.numel():,} held-out tokens", flush=True)
     return [show_table(table, samples, text) for table in tables]
 
 
@@ -402,7 +378,7 @@ def command_line(file: str, description: str) -> hodgecover.Parser:
     parser.add_argument("--only", metavar="LABEL", nargs="+", default=[], help="lines to fill [all]")
     parser.add_argument("--columns", metavar="NAME", nargs="+", default=[], help="columns to fill, such as 50%% [all]")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="folder of the samples' barriers, for the next run "
-                        "[MODEL-samples beside MODEL]")
+                        "[MODEL-barriers beside MODEL]")
     return parser
 
 
@@ -411,37 +387,23 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     hodgecover.check_range("samples", args.samples, 1, 10)
     hodgecover.check_range("tokens", args.tokens, SEQ_LEN, 10**9)
     source, documents = Model(args.checkpoint), common.TEXTS[args.text]
-    cache = common.barrier_cache(source, args, "samples")
-    read = partial(documents, "calibration")
-    return [Sample(source, hodgecover.sample_ids(source, read, CALIBRATION, SEQ_LEN, seed), seed, cache / str(seed),
+    cache = common.barrier_cache(source, args)
+    return [Sample(source, sampled(source, documents, ["calibration"], CALIBRATION, SEQ_LEN, seed), seed, cache,
                    documents) for seed in range(args.samples)]
 
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    tables = [settings_table()] if args.settings else [redirect_table()] if args.redirects else method_tables()
-    tables = picked(tables, args.only, args.columns)
+    tables = picked(method_tables(), args.only, args.columns)
     samples = read_samples(args)
-    source = samples[0].source
     for dropped in DROPPED.values():
-        survivors(source, dropped)
-    if args.settings:
-        text = outside(samples, args.tokens)
-        show_source(source, text, "tokens of calibration text outside the samples")
-        show_table(*tables, samples, text)
-    else:
-        show_held_out(tables, samples, args.tokens)
-    if args.redirects:
-        show_targets(tables[0].columns, samples)
+        survivors(samples[0].source, dropped)
+    show_held_out(tables, samples, args.tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = command_line(__file__, __doc__)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--settings", action="store_true", help="compare settings instead")
-    which.add_argument("--redirects", action="store_true", help="compare redirects instead")
-    return hodgecover.run_command(parser, run, argv)
+    return hodgecover.run_command(command_line(__file__, __doc__), run, argv)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ import torch
 import baselines
 import common
 import hodgecover
-import mathx
-from hodgecover import Decomposition, LayerPlan, MoELayer, Settings, Signals
+from hodgecover import Complex, MoELayer, Settings, Signals
 from model_io import Experts, mix_experts
 
 EXPERTS = 6
@@ -34,7 +33,6 @@ METHODS = {"reap": "per-expert score (REAP saliency)",
 
 
 # ------------------------------------------------------------------------------------------------------- the toy
-
 
 def toy_layer(seed: int) -> dict:
     """Experts 0, 1, 2 do nearly the same thing, which 3, 4, 5 do not do. Hidden unit 0 of each is dormant: it needs
@@ -92,8 +90,8 @@ def moe_layer(toy: dict) -> MoELayer:
 def survivors(toy: dict, signals: Signals, method: str) -> list[int]:
     """The experts that a method keeps."""
     if method == "hodgecover":
-        return hodgecover.plan_from_signals(signals, KEEP, SETTINGS).survivors
-    return baselines.choose(signals, toy["logits"].T, method, KEEP, SETTINGS).survivors
+        return hodgecover.plan_from_signals(signals, KEEP, SETTINGS)["survivors"]
+    return baselines.choose(signals, toy["logits"].T, method, KEEP, SETTINGS)["survivors"]
 
 
 def compare_toys(seeds: range) -> tuple[int, int]:
@@ -109,7 +107,6 @@ def compare_toys(seeds: range) -> tuple[int, int]:
 
 
 # -------------------------------------------------------------------------------------------------- the lecture
-
 
 def say(text: str) -> None:
     """Print a paragraph, a numbered one with its continuation indented."""
@@ -127,7 +124,7 @@ def table(head: list[str], rows: list[list]) -> None:
 
 def barrier_of(signals: Signals) -> dict[tuple[int, int], float]:
     """The barrier of each pair."""
-    pairs = map(tuple, mathx.edges(EXPERTS).tolist())
+    pairs = map(tuple, hodgecover.edges(EXPERTS).tolist())
     return dict(zip(pairs, signals.barriers.tolist()))
 
 
@@ -143,9 +140,9 @@ def show_barriers(pairs: dict[tuple[int, int], float], trio: float) -> None:
         "pairs tells that.")
 
 
-def show_complex(found: Decomposition, plan: LayerPlan) -> None:
+def show_complex(signals: Signals, found: Complex, betti_1: int) -> None:
     """Part 2."""
-    signals, edges, pairs = found.signals, mathx.edges(EXPERTS), barrier_of(found.signals)
+    edges, pairs = hodgecover.edges(EXPERTS), barrier_of(signals)
     say("2. THE COMPLEX. Vertices are experts, edges all pairs. Triangles are picked among the triples whose three "
         f"edges are cheap (at most the median, {signals.barriers.median():.3f}):")
     rows = []
@@ -160,38 +157,39 @@ def show_complex(found: Decomposition, plan: LayerPlan) -> None:
     print()
     table(["", *(str(tuple(triangle)) for triangle in found.triangles.tolist())],
           [[tuple(edge), *map(int, row.tolist())] for edge, row in zip(edges.tolist(), found.d2) if row.any()])
-    spectrum = torch.linalg.eigvalsh(mathx.hodge_laplacian(found.d1, found.d2))
+    spectrum = torch.linalg.eigvalsh(found.d1.T @ found.d1 + found.d2 @ found.d2.T)
     largest = (found.d1 @ found.d2).abs().max()
     say(f"The boundary of a boundary is nothing: the largest entry of d1 d2 is {largest:.0f}. "
         f"The Laplacian L1 = d1'd1 + d2 d2' has {int((spectrum < 1e-9).sum())} eigenvalues 0, which is beta_1 = "
-        f"{plan.diagnostics.betti_1}:")
+        f"{betti_1}:")
     print("   " + "  ".join(f"{abs(value):.2f}" for value in spectrum.tolist()))
 
 
-def show_decomposition(found: Decomposition, plan: LayerPlan) -> None:
+def show_decomposition(signals: Signals, found: Complex, said: dict) -> None:
     """Part 3."""
-    said = plan.diagnostics
     say("3. THE DECOMPOSITION b = gradient + curl + harmonic, orthogonal. The sign of an edge comes from the order "
         "of its ends; barriers have none, so that another numbering of the experts gives another decomposition.")
-    columns = torch.stack([found.signals.barriers, *found.parts], dim=1).tolist()
+    columns = torch.stack([signals.barriers, *found.parts], dim=1).tolist()
     table(["edge", "b", "gradient", "curl", "harmonic", "in E*"],
-          [[tuple(edge), *values, "yes" if edge in said.critical_edges else ""]
-           for edge, values in zip(mathx.edges(EXPERTS).tolist(), columns)])
+          [[tuple(edge), *values, "yes" if edge in said["critical_edges"] else ""]
+           for edge, values in zip(hodgecover.edges(EXPERTS).tolist(), columns)])
     print()
     table(["share of energy", "gradient", "curl", "harmonic"],
-          [["of b", *said.eta], ["of b = 1 everywhere", *said.eta_constant]])
+          [["of b", *said["eta"].values()], ["of b = 1 everywhere", *said["eta_constant"].values()]])
     say("Compare the two lines before reading anything into eta: a signal that says nothing has harmonic energy too.")
 
 
-def cycle_energy(filling: list[list[int]]) -> mathx.EnergyFractions:
+def cycle_energy(filling: list[list[int]]) -> list[float]:
     """Shares of energy of the cycle 0 -> 1 -> 2 -> 0 in a complex with these triangles."""
     signs = {(0, 1): 1.0, (0, 2): -1.0, (1, 2): 1.0}
-    cycle = torch.tensor([signs.get(tuple(edge), 0.0) for edge in mathx.edges(EXPERTS).tolist()], dtype=torch.float64)
+    edges = hodgecover.edges(EXPERTS).tolist()
+    cycle = torch.tensor([signs.get(tuple(edge), 0.0) for edge in edges], dtype=torch.float64)
     triangles = torch.tensor(filling, dtype=torch.int64).reshape(-1, 3)
-    return mathx.energy_fractions(mathx.hodge_decompose(cycle, *mathx.boundary_matrices(EXPERTS, triangles)))
+    parts = hodgecover.hodge_decompose(cycle, *hodgecover.boundary_matrices(EXPERTS, triangles))
+    return [*parts.shares().values()]
 
 
-def show_filling(plan: LayerPlan) -> None:
+def show_filling(critical_triangles: list[list[int]]) -> None:
     """Part 4."""
     say("4. FILLED AND UNFILLED. The cycle 0 -> 1 -> 2 -> 0 as a signal, in a complex without and with triangle 012:")
     table(["", "gradient", "curl", "harmonic"],
@@ -200,7 +198,7 @@ def show_filling(plan: LayerPlan) -> None:
         "the decomposition of an edge signal never reads. The paper's picture, a triple that pairs do not explain, "
         "and its formula, the harmonic part, are two things here: the triple enters the selection by whether it "
         "is in T, which the parts depend on, and in T*, the most expensive of T: "
-        f"{', '.join(str(tuple(triangle)) for triangle in plan.diagnostics.critical_triangles)}.")
+        f"{', '.join(str(tuple(triangle)) for triangle in critical_triangles)}.")
 
 
 def show_choice(toy: dict, signals: Signals) -> None:
@@ -227,11 +225,11 @@ def run(args: object) -> None:
     layer = moe_layer(toy)
     signals = hodgecover.measure_layer(layer, SETTINGS)
     found = hodgecover.decompose(signals, SETTINGS)
-    plan = hodgecover.report(found, hodgecover.select(found, KEEP, SETTINGS), KEEP, SETTINGS)
+    said = hodgecover.plan_from_signals(signals, KEEP, SETTINGS)["diagnostics"]
     show_barriers(barrier_of(signals), hodgecover.plain_barrier(layer, [0, 1, 2]).item())
-    show_complex(found, plan)
-    show_decomposition(found, plan)
-    show_filling(plan)
+    show_complex(signals, found, said["betti_1"])
+    show_decomposition(signals, found, said)
+    show_filling(said["critical_triangles"])
     show_choice(toy, signals)
 
 

@@ -25,7 +25,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import common
 import hodgecover
@@ -34,36 +33,23 @@ import torch
 from model_io import InputError, LayerPass, Model
 
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (weight (o, i), norms (i,)) -> kept entries (o, i) bool
-MATRIX = re.compile(r"(.+)\.mlp\.(?:experts\.(?:(\d+)\.)?|(shared_expert)\.)(gate|up|gate_up|down)_proj(?:\.weight)?")
 
 
 # --------------------------------------------------------------------------------------------------------- the masks
 
 
-def scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Return |W_ij| |X_j|, or |W_ij| if all norms are 0: weight (o, i), norms (i,) -> (o, i) float64."""
-    return weight.abs().double() * (norms.double() if norms.any() else 1.0)
-
-
-def largest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Return which `count` entries of each row are the largest; of equal ones the first go. (o, i) -> (o, i) bool."""
-    least = score.sort(dim=1, stable=True).indices[:, :score.shape[1] - count]
-    return torch.ones_like(score, dtype=torch.bool).scatter(1, least, False)
-
-
-def keep_largest(weight: torch.Tensor, norms: torch.Tensor, count: int) -> torch.Tensor:
-    """Return which `count` entries of each row Wanda keeps: weight (o, i), norms (i,) -> (o, i) bool.
+def keep_largest(weight: torch.Tensor, norms: torch.Tensor, kept: int, group: int = 0) -> torch.Tensor:
+    """Return which entries Wanda keeps: of each row, or of each `group` consecutive entries of it, the `kept` ones of
+    largest |W_ij| |X_j|, or |W_ij| if all norms are 0; of equal ones the first go. weight (o, i), norms (i,) -> (o, i)
+    bool.
 
     >>> keep_largest(torch.tensor([[3.0, -2.0, 1.0]]), torch.tensor([1.0, 1.0, 9.0]), 2)
     tensor([[ True, False,  True]])
     """
-    return largest(scores(weight, norms), count)
-
-
-def keep_of_groups(weight: torch.Tensor, norms: torch.Tensor, kept: int, group: int) -> torch.Tensor:
-    """Return which entries Wanda keeps: `kept` of each `group` consecutive ones of a row, whose length is a multiple of
-    `group`. weight (o, i), norms (i,) -> (o, i) bool."""
-    return largest(scores(weight, norms).view(-1, group), kept).view(weight.shape)
+    score = weight.abs().double() * (norms.double() if norms.any() else 1.0)
+    score = score.view(-1, group or score.shape[1])
+    least = score.sort(dim=1, stable=True).indices[:, :score.shape[1] - kept]
+    return torch.ones_like(score, dtype=torch.bool).scatter(1, least, False).view(weight.shape)
 
 
 def keep_share(weight: torch.Tensor, norms: torch.Tensor, rate: float) -> torch.Tensor:
@@ -79,52 +65,34 @@ def keep_share(weight: torch.Tensor, norms: torch.Tensor, rate: float) -> torch.
 # -------------------------------------------------------------------------------------------------------- the layers
 
 
-class Norms(NamedTuple):
-    """|X_j|_2 of the inputs of a layer's matrices, over the tokens that each expert gets, on the CPU: of gate and up
-    projections (n, d) and of down projections (n, f); the same of the shared expert, (d,) and (its width,), or None."""
-
-    inputs: torch.Tensor
-    hidden: torch.Tensor
-    shared_inputs: torch.Tensor | None = None
-    shared_hidden: torch.Tensor | None = None
-
-
-def activation_norms(step: LayerPass) -> Norms:
-    """Return the norms of a sparse layer's pass; an expert that no token is routed to has norms 0."""
-    x, experts = step.x, step.layer.experts
+def activation_norms(step: LayerPass) -> dict[str, torch.Tensor]:
+    """Return |X_j|_2 of the inputs of a sparse layer's matrices, over the tokens that each expert gets, on the CPU:
+    `inputs` of gate and up projections (n, d), `hidden` of down projections (n, f), 0 for an expert without a token;
+    `shared inputs` (d,) and `shared hidden` (its width,) of a shared expert."""
+    x, w, experts, routed = step.x, step.layer.weights, step.layer.experts, step.gates > 0
     wide = model_io.widened(x.dtype)
-    routed = step.gates > 0
-    inputs = (routed.to(wide).T @ x.to(wide).square()).sqrt()
-    hidden = torch.stack([experts.hidden(e, x[routed[:, e]]).to(wide).norm(dim=0) for e in range(routed.shape[1])])
-    if "mlp.shared_expert.gate_proj.weight" not in step.layer.weights:
-        return Norms(inputs.cpu(), hidden.cpu())
-    shared_hidden = model_io.gated(x, step.layer.weights, "mlp.shared_expert").to(wide).norm(dim=0)
-    return Norms(inputs.cpu(), hidden.cpu(), x.to(wide).norm(dim=0).cpu(), shared_hidden.cpu())
+    hidden = [experts.hidden(e, x[own]).to(wide).norm(dim=0) for e, own in enumerate(routed.T)]
+    norms = {"inputs": (routed.to(wide).T @ x.to(wide).square()).sqrt(), "hidden": torch.stack(hidden)}
+    if "mlp.shared_expert.gate_proj.weight" in w:
+        norms["shared inputs"] = x.to(wide).norm(dim=0)
+        norms["shared hidden"] = model_io.gated(x, w, "mlp.shared_expert").to(wide).norm(dim=0)
+    return {name: norm.cpu() for name, norm in norms.items()}
 
 
-def expert_matrices(checkpoint: model_io.Checkpoint) -> dict[str, re.Match]:
-    """Return the tensors of routed and shared experts by name, matched: layer, number of the expert (None if fused or
-    shared), "shared_expert" or None, projection."""
-    return {name: match for name in checkpoint.tensors if (match := MATRIX.fullmatch(name))}
-
-
-def matrices_of_layer(checkpoint: model_io.Checkpoint, layer: str, norms: Norms
+def matrices_of_layer(checkpoint: model_io.Checkpoint, layer: str, norms: dict[str, torch.Tensor]
                       ) -> Iterator[tuple[str, int | None, torch.Tensor]]:
     """Yield (name, row of a fused tensor or None, norms of its inputs) of each matrix of a layer's experts."""
-    for name, match in expert_matrices(checkpoint).items():
-        of, expert, shared, projection = match.groups()
-        if of != layer:
-            continue
-        reads = "hidden" if projection == "down" else "inputs"
-        if shared:
-            yield name, None, getattr(norms, f"shared_{reads}")
-        elif expert is not None:
-            yield name, None, getattr(norms, reads)[int(expert)]
-        else:
-            yield from ((name, e, inputs) for e, inputs in enumerate(getattr(norms, reads)))
+    for name, match in common.expert_matrices(checkpoint).items():
+        reads = "hidden" if match["part"] == "down" else "inputs"
+        if match["layer"] == layer and match["shared"]:
+            yield name, None, norms[f"shared {reads}"]
+        elif match["layer"] == layer and match["expert"]:
+            yield name, None, norms[reads][int(match["expert"])]
+        elif match["layer"] == layer:
+            yield from ((name, e, inputs) for e, inputs in enumerate(norms[reads]))
 
 
-def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = hodgecover.no_tick) -> int:
+def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = lambda share: None) -> int:
     """Prune the experts of a checkpoint in its files, layer by layer, on the calibration tokens ids (B, L).
 
     Entries outside mask(weight, norms) become 0; the others keep their bits. Returns how many became 0 by the mask.
@@ -136,9 +104,9 @@ def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = h
             for name, row, inputs in matrices_of_layer(model.checkpoint, step.name, norms):
                 weight = model.checkpoint.load(name, row)
                 kept = mask(weight, inputs)
-                model.checkpoint.overwrite(name, weight.masked_fill(~kept, 0), row)
+                common.overwrite(model.checkpoint, name, weight.masked_fill(~kept, 0), row)
                 pruned += kept.logical_not().sum().item()
-            step.y.copy_(model.rerun(step).y)  # the next layer reads what the pruned one gives
+            step.y.copy_(common.rerun(model, step).y)  # the next layer reads what the pruned one gives
         tick((step.index + 1) / len(model.layer_names))
     return pruned
 
@@ -149,7 +117,7 @@ def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = h
 def parameters(model: Model) -> int:
     """Return the number of parameters of all routed and shared experts, zeros among them."""
     tensors = model.checkpoint.tensors
-    return sum(math.prod(tensors[name].shape) for name in expert_matrices(model.checkpoint))
+    return sum(math.prod(tensors[name].shape) for name in common.expert_matrices(model.checkpoint))
 
 
 def rate_of_rest(total_rate: float, before: int, after: int) -> float:
@@ -169,7 +137,7 @@ def rate_of_rest(total_rate: float, before: int, after: int) -> float:
 def check_groups(model: Model, kept: int, group: int) -> None:
     """Raise InputError if not N < M, or M does not divide the width of every expert's matrices."""
     tensors = model.checkpoint.tensors
-    widths = {tensors[name].shape[-1] for name in expert_matrices(model.checkpoint)}
+    widths = {tensors[name].shape[-1] for name in common.expert_matrices(model.checkpoint)}
     if not 0 < kept < group or any(width % group for width in widths):
         raise InputError(f"nm {kept}:{group}: N must be below M, and M divide the width of every expert's matrices, "
                          f"{', '.join(map(str, sorted(widths)))}")
@@ -203,7 +171,7 @@ def choose_mask(args: argparse.Namespace, model: Model, source: Model | None) ->
     if args.nm:
         check_groups(model, *args.nm)
         kept, group = args.nm
-        return {"nm": f"{kept}:{group}"}, partial(keep_of_groups, kept=kept, group=group)
+        return {"nm": f"{kept}:{group}"}, partial(keep_largest, kept=kept, group=group)
     if source is None:
         hodgecover.check_range("rate", args.rate, 0, 0.99)
         return {"rate": args.rate}, partial(keep_share, rate=args.rate)
@@ -227,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
     said, mask = choose_mask(args, model, source)
     ids = common.calibration_ids(model, args)
     settings = said | {"dtype": common.dtype_name(model), "seed": args.seed}
-    entry = common.entry("wanda.py", settings | hodgecover.describe_text(ids, args.calib), **read)
+    entry = common.entry("wanda.py", settings, ids, args.calib, **read)
 
     bar = hodgecover.progress_bar()
     with common.copied(model, args.out, entry) as output:

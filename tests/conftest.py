@@ -16,9 +16,6 @@ settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors here are small: more threads cost time, most of all on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import common  # noqa: E402  (the path is set above)
-import distil  # noqa: E402
-
 
 def named(name: str) -> Path:
     """A golden checkpoint: a small random one that transformers made."""
@@ -44,8 +41,9 @@ def refuse(*_, **__):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its path in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file of a folder, by its path in it; a file by itself."""
+    found = sorted(folder.rglob("*")) or [folder]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.is_file()}
 
 
 def record(folder: Path) -> dict:
@@ -81,10 +79,11 @@ def assert_survives_kills(monkeypatch, step: tuple[object, str], steps: int, com
 
 def assert_disk_changes_nothing(monkeypatch, command, *arguments: object, folder: Path) -> None:
     """Streams beyond --memory lie on the disk of the output; that changes no byte of it."""
+    import common  # the path is set above
     made, real = [], common.scratch
     monkeypatch.setattr(common, "scratch", lambda staging: made.append(staging) or real(staging))
     assert run(command, *arguments, "--out", folder / "all") == 0 and not made
-    monkeypatch.setattr(distil, "activation_bytes", lambda *_: 10**12)
+    monkeypatch.setattr(common, "activation_bytes", lambda *_: 10**12)
     assert run(command, *arguments, "--out", folder / "none") == 0
     assert [staging.parent for staging in made] == [folder]
     assert contents(folder / "none") == contents(folder / "all")

@@ -40,6 +40,11 @@ class Wrapped(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __getitem__(self, index):
+        """A list is an index tensor; torch would make that one where no mode sees it."""
+        parts = index if isinstance(index, tuple) else (index,)
+        return super().__getitem__(tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts))
+
     def __repr__(self):
         return f"Wrapped({self.held!r})"
 

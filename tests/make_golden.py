@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Makes tests/golden: small random checkpoints and the logits that transformers computes for them.
+"""Make tests/golden: small random checkpoints and the logits that transformers computes for them.
 
     pip install transformers && python tests/make_golden.py
 
@@ -63,7 +63,7 @@ CASES = {
 
 
 def shake(model: torch.nn.Module) -> None:
-    """Moves one-dimensional parameters off their initial values, and gives matrices, a router of zeros among them,
+    """Move one-dimensional parameters off their initial values, and give matrices, a router of zeros among them,
     values that matter."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,9 +74,9 @@ def shake(model: torch.nn.Module) -> None:
 
 
 def add_mtp(model: torch.nn.Module, path: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Adds a multi-token prediction head to the saved checkpoint, in a shard of its own under its published names.
+    """Add a multi-token prediction head to the saved checkpoint, in a shard of its own under its published names.
 
-    Returns its golden logits (B, L - 1, V) by name.
+    Return its golden logits (B, L - 1, V) by name.
     """
     text = model.config.get_text_config()
     text.num_mtp_layers, text.mtp_layer_types = 1, ["full_attention"]
@@ -106,7 +106,7 @@ def add_mtp(model: torch.nn.Module, path: Path, ids: torch.Tensor) -> dict[str, 
 
 @torch.no_grad()
 def make(name: str, config_class: type, options: dict, save: dict) -> None:
-    """One checkpoint folder with its golden logits."""
+    """Make a checkpoint folder with its golden logits."""
     torch.manual_seed(sum(name.encode()))
     config = config_class(**options)
     auto = AutoModelForImageTextToText if "vision_config" in options else AutoModelForCausalLM

@@ -5,14 +5,16 @@ import math
 from fractions import Fraction
 
 import hypothesis
+import mathx
 import torch
-from hodgecover import MoELayer
+from hodgecover import MoELayer, Signals, edges, merge_weights
 from hypothesis import strategies as st
 from model_io import Experts, rms_norm
 
 PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 9)}
 TRIPLES = {n: list(itertools.combinations(range(n), 3)) for n in range(2, 9)}
 SEEDS = st.integers(0, 2**31)
+NO_TRIANGLES = torch.empty(0, 3, dtype=torch.int64)
 
 
 def given(*drawn):
@@ -62,6 +64,23 @@ def cover_problems(draw):
     return saliency, families
 
 
+def on_edges(n: int, signal: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """An edge signal (E,) without signs after renumbering: vertex r is the old vertex old[r]."""
+    i, j = edges(n).T
+    table = signal.new_zeros(n, n)
+    table[i, j] = table[j, i] = signal
+    return table[old[i], old[j]]
+
+
+def renumbered(signals: Signals, label: torch.Tensor) -> Signals:
+    """The signals if expert v is called label[v], the triangles in lexicographic order again."""
+    old, n = label.argsort(), len(label)
+    triangles = label[signals.candidates].sort(1).values
+    rank = (triangles @ torch.tensor([n * n, n, 1])).argsort()
+    return Signals(signals.frequency[old], signals.saliency[old], on_edges(n, signals.barriers, old), triangles[rank],
+                   signals.triplets[rank])
+
+
 def rational_rank(matrix: torch.Tensor) -> int:
     """Rank of an integer matrix by Gaussian elimination over the rationals."""
     rows = [[Fraction(int(value)) for value in row] for row in matrix.tolist()]
@@ -95,6 +114,12 @@ def random_layer(seed: int = 0, n: int = 7, k: int = 2, renormalise: bool = Fals
     gates = torch.zeros(tokens, n, dtype=torch.float64).scatter(1, index, p)
     return MoELayer(Experts(normal(n, f, d) / 3, normal(n, f, d) / 3, normal(n, d, f) / 3), normal(tokens, d), gates,
                     normal(tokens, d), lambda y: rms_norm(y, weight, 1e-5), normal(vocab, d))
+
+
+def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: mathx.Sample | None = None, **more) -> torch.Tensor:
+    """Barriers of simplices (M, 2 or 3) by the sweep."""
+    rates = (layer.gates > 0).sum(0).cpu()
+    return mathx.sweep(layer, simplices, merge_weights(simplices, rates), sample, **more)
 
 
 def barrier_by_hand(layer: MoELayer, simplex: list[int]) -> float:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Budgets of layers: both searches by their definitions and against exhaustive ones, and what the command writes."""
 import doctest
+import hashlib
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 
 import baselines
 import budgets
+import common
 import export_plan
 import hodgecover
 import model_io
@@ -17,7 +19,8 @@ import pytest
 import rco
 import refit
 import torch
-from conftest import KINDS, PROSE, QUICK, assert_refused, contents, named, record, refuse, run, with_tokenizer
+from conftest import (KINDS, PROSE, QUICK, assert_refused, assert_survives_kills, contents, named, record, refuse, run,
+                      with_tokenizer)
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +37,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def reap_plans(model: Model, ids: torch.Tensor, keep: int) -> dict[str, hodgecover.LayerPlan]:
+def reap_plans(model: Model, ids: torch.Tensor, keep: int) -> dict[str, dict]:
     return dict(baselines.select_model(model, ids, "reap", keep))
 
 
@@ -139,7 +142,7 @@ def test_the_search_finds_the_best_of_all_in_a_model():
     assert value == max(values.values()) == values[best] and len({*values.values()}) == len(values) == 10
     base = reap_plans(model, ids, 4)
     plans = budgets.planned(model, base, orders, best, 4)
-    assert [len(plan.survivors) for plan in plans.values()] == [8 - gone for gone in best]
+    assert [len(plan["survivors"]) for plan in plans.values()] == [8 - gone for gone in best]
     logits = [each.logits(ids).softmax(-1) for each in (model, budgets.pruned(model, plans))]
     assert value == pytest.approx(torch.minimum(*logits).sum(-1).mean().item(), rel=1e-5)
 
@@ -151,7 +154,7 @@ def test_in_memory_is_what_the_written_checkpoint_is(path, tmp_path):
     model, ids = Model(path, torch.float64), some_ids()
     base = reap_plans(model, ids, 5)
     out = tmp_path / "out"
-    model_io.write_checkpoint(model.checkpoint, out, {name: plan.survivors for name, plan in base.items()}, {})
+    model_io.write_checkpoint(model.checkpoint, out, {name: plan["survivors"] for name, plan in base.items()}, {})
     written, memory = Model(out, torch.float64), budgets.pruned(model, base)
     for one, other in zip(written.stream(ids), memory.stream(ids), strict=True):
         assert torch.equal(one.y, other.y)
@@ -173,7 +176,7 @@ def masked_router(path, orders, budget) -> Model:
             layer.banned = gone.get(self.layer_names[index])
             return layer
 
-        def _run(self, index, layer, *given):
+        def run(self, index, layer, *given):
             real = model_io.route
 
             def route(x, layer, cfg):
@@ -184,7 +187,7 @@ def masked_router(path, orders, budget) -> Model:
                 return torch.zeros_like(logits).scatter(1, at, top)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(model_io, "route", route)
-                found = super()._run(index, layer, *given)
+                found = super().run(index, layer, *given)
             assert model_io.route is real
             return found
     return Masked(path, torch.float64)
@@ -209,10 +212,10 @@ def test_a_ragged_plan_is_refitted_in_memory(tmp_path):
     source, ids = Model(named("qwen3-plain-tied")), some_ids(8, 16)
     orders = budgets.decoder_orders(source, reap_plans(source, ids, 4))
     survivors = {name: sorted(order[:8 - gone]) for (name, order), gone in zip(orders.items(), (2, 5))}
-    output = budgets.Pruned(tmp_path / "copy", survivors)
-    before = model_io.compare(source, output, ids).kl
+    output = common.Pruned(tmp_path / "copy", survivors)
+    before = common.compare(source, output, ids).kl
     assert all(layer.after < layer.before for layer in refit.refit(source, output, ids))
-    assert model_io.compare(source, output, ids).kl < before
+    assert common.compare(source, output, ids).kl < before
     for index, name in enumerate(source.layer_names):
         old, new = source.layer(index).experts.down, Model(tmp_path / "copy").layer(index).experts.down
         same = [torch.equal(a, b) for a, b in zip(old, new)]
@@ -445,7 +448,7 @@ def test_every_family(family, tmp_path, quick, capsys):
     assert run(budgets, *arguments, "--out", tmp_path / "out", "--eval", held_out) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("found: ")]
     ids = model_io.sequences(source.encode([PROSE[:200]]), 16)
-    found = model_io.compare(source, Model(tmp_path / "out"), ids)
+    found = common.compare(source, Model(tmp_path / "out"), ids)
     assert f"-> {found.output_perplexity:.2f}, KL(source || output) {found.kl:.4f} nats" in said[0]
     layers = record(tmp_path / "out")["layers"]
     assert [layer["name"] for layer in layers] == [source.layer_names[i] for i in hodgecover.sparse_layers(source)]
@@ -466,7 +469,7 @@ def check_ragged(source, tmp_path, *search: object) -> None:
     assert sum(len(layer["survivors"]) for layer in decoder) == 4 * len(decoder)
     assert all(len(layer["survivors"]) >= 3 for layer in decoder)
     assert all(len(layer["survivors"]) == 4 for layer in entry["layers"] if layer not in decoder)
-    assert entry["settings"]["search"] == search[0] and entry["sha256"] == hodgecover.entry_hash(entry)
+    assert (entry["command"], entry["settings"]["search"]) == ("budgets.py", search[0])
 
 
 @pytest.mark.parametrize("name", ["qwen2-dense-between", "qwen3_5-vision-mtp"])
@@ -507,7 +510,8 @@ def test_a_budget_by_barriers(small, tmp_path, capsys):
     gone = budgets.barrier_budget([layer["diagnostics"]["mean_barrier"] for layer in given["layers"]], 8, 3, 4)
     for layer, ranked, count in zip(found["layers"], given["layers"], gone):
         assert layer["order"] == ranked["order"] and layer["survivors"] == sorted(layer["order"][:8 - count])
-    assert (found["settings"]["plan_sha256"], found["settings"]["search"]) == (given["sha256"], "barriers")
+    assert found["settings"]["plan_sha256"] == hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert found["settings"]["search"] == "barriers" and not {"tokens", "text"} & found["settings"].keys()
     assert f"experts kept in each layer: {8 - gone[0]} {8 - gone[1]}\n" in capsys.readouterr().out
 
     assert run(baselines, small, "--keep", 4, "--method", "reap", *text, "--out", tmp_path / "few") == 0
@@ -518,8 +522,8 @@ def test_a_budget_by_barriers(small, tmp_path, capsys):
         found["history"][-1]["layers"][1]["diagnostics"] = value
         damaged.write_text(json.dumps(found))
         for path in (damaged, tmp_path / "few" / "hodgecover.json"):
-            assert_refused(capsys, run(budgets, small, "barriers", "--keep", 4, "--plan", path, "--out", tmp_path / "a"),
-                           "has no mean barriers; give a plan of hodgecover.py")
+            status = run(budgets, small, "barriers", "--keep", 4, "--plan", path, "--out", tmp_path / "a")
+            assert_refused(capsys, status, "has no mean barriers; give a plan of hodgecover.py")
 
 
 def test_the_order_of_a_plan(small, tmp_path, quick, capsys):
@@ -534,8 +538,8 @@ def test_the_order_of_a_plan(small, tmp_path, quick, capsys):
         assert layer["survivors"] == sorted(layer["order"][:len(layer["survivors"])])
     said = capsys.readouterr().out
     source = Model(small)
-    uniform = budgets.Pruned(small, {name: sorted(order[:4]) for name, order in orders.items()})
-    kl = model_io.compare(source, uniform, model_io.sequences(source.encode([PROSE]), 16)).kl
+    uniform = common.Pruned(small, {name: sorted(order[:4]) for name, order in orders.items()})
+    kl = common.compare(source, uniform, model_io.sequences(source.encode([PROSE]), 16)).kl
     assert "fixed order, uniform: perplexity" in said and f"KL(source || output) {kl:.4f}" in said
 
 
@@ -545,25 +549,8 @@ def test_a_killed_search_continues_to_the_same_bytes(search, tmp_path, quick, mo
     (tmp_path / "text.txt").write_text(PROSE)
     source = with_tokenizer(named("olmoe-sharded"), tmp_path / "source")
     arguments = work(source, tmp_path, *search, keep=5)
-    assert run(budgets, *arguments, "--out", tmp_path / "undisturbed") == 0
-    module, name = (budgets, "esap") if search == EVO else (rco, "top_kl")
-    real, done = getattr(module, name), []
-
-    def killed_after_one(*given):
-        done.append(given)
-        if len(done) % 2 == 0:
-            raise KeyboardInterrupt
-        return real(*given)
-    monkeypatch.setattr(module, name, killed_after_one)
-    parts = 3 if search != EVO else 2
-    for _ in range(parts - 1):
-        assert run(budgets, *arguments, "--out", tmp_path / "out") == 130 and not (tmp_path / "out").exists()
-    assert run(budgets, *arguments, "--out", tmp_path / "out") == 0 and len(done) == 2 * parts - 1
-    found, wanted = tmp_path / "out", tmp_path / "undisturbed"
-    if found.is_dir():
-        assert contents(found) == contents(wanted)
-    else:
-        assert found.read_bytes() == wanted.read_bytes()
+    step, parts = ((budgets, "esap"), 2) if search == EVO else ((rco, "top_kl"), 3)
+    assert_survives_kills(monkeypatch, step, parts, budgets, *arguments, folder=tmp_path)
     assert not (tmp_path / "out-budgets").exists()
 
 
@@ -599,7 +586,7 @@ def test_on_another_device(search, small, tmp_path, quick):
 
 
 @pytest.mark.parametrize("options, says", [
-    (["evo", "--keep", 2], "--keep 2: the model has 8 experts"), (["rco", "--keep", 9], "--keep 9: the model has"),
+    (["evo", "--keep", 2], "--keep 2: must be from 3 to 8"), (["rco", "--keep", 9], "--keep 9: must be from 3 to 8"),
     (["rco", "--keep", 8], "--keep 8: no expert would go"), (["both", "--keep", 4], "invalid choice"),
     (["evo"], "required: --keep"), (["evo", "--keep", 4, "--steps", 9], "--steps: evo does not use it"),
     (["evo", "--keep", 4, "--ragged"], "--ragged: evo does not use it"),
@@ -630,9 +617,8 @@ def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkey
 
 
 def test_a_model_that_cannot_be_run_leaves_no_folder(small, tmp_path, capsys):
-    norm = "model.norm.weight"
-    checkpoint = Model(small).checkpoint
-    checkpoint.overwrite(norm, checkpoint.load(norm) * torch.nan)
+    norm, checkpoint = "model.norm.weight", Model(small).checkpoint
+    common.overwrite(checkpoint, norm, checkpoint.load(norm) * torch.nan)
     before = contents(tmp_path)
     assert_refused(capsys, run(budgets, *work(small, tmp_path, *EVO), "--out", tmp_path / "plan.json"), "NaN")
     assert contents(tmp_path) == before and not (tmp_path / "plan.json-budgets").exists()

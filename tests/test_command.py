@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import hodgecover
+import mathx
 import model_io
 import pytest
 import torch
 from conftest import PROSE, QUICK, ROOT, assert_refused, contents, record, refuse, run
 from hodgecover import Settings
-from model_io import InputError, Model
+from model_io import Checkpoint, InputError, Model
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(hodgecover.__file__)
@@ -38,7 +39,7 @@ def process(path: Path, *options: object) -> subprocess.Popen:
 
 def layers_in(cache: Path) -> list[str]:
     """The layers that a cache holds, a number a file."""
-    name = re.compile(r"model\.layers\.(\d)-[0-9a-f]{8}\.safetensors")
+    name = re.compile(r"model\.layers\.(\d)-[0-9a-f]{16}\.safetensors")
     return sorted(name.fullmatch(file.name)[1] for file in cache.iterdir())
 
 
@@ -50,16 +51,16 @@ def text_ids(path: Path) -> torch.Tensor:
 
 
 def test_the_record_says_what_was_done(small):
-    assert compress(small, "--router", "fold") == 0
+    assert compress(small) == 0
     out = small.parent / "out"
     raw, done = json.loads((out / "hodgecover.json").read_text()), record(out)
     assert raw["schema_version"] == 2 and len(raw["history"]) == 1 and done["command"] == "hodgecover.py"
     settings = done["settings"]
     assert (settings["keep"], settings["tokens"], settings["seq_len"], settings["dtype"]) == (4, 64, 32, "float32")
-    assert settings["text"] == ["text.txt"] and settings["router"] == "fold" and settings["alpha"] == 1
+    assert settings["text"] == ["text.txt"] and settings["vocab_sample"] == 512 and settings["alpha"] == 1
     assert settings["text_sha256"] == hashlib.sha256(text_ids(small).numpy().tobytes()).hexdigest()
     assert done["source"] == {"name": "small", "model_type": "olmoe", "num_experts": 8, "top_k": 3,
-                              "fingerprint": model_io.Checkpoint(small).fingerprint()}
+                              "fingerprint": Checkpoint(small).fingerprint()}
     assert [(layer["layer"], layer["name"]) for layer in done["layers"]] == [(0, "model.layers.0"),
                                                                             (1, "model.layers.1")]
     for layer in done["layers"]:
@@ -73,15 +74,14 @@ def test_the_record_says_what_was_done(small):
     assert str(small.parent) not in text and not re.search(r"\d\d:\d\d", text)
 
 
-def test_a_list_of_numbers_is_one_line():
-    value = {"a": [1, 2.5], "b": [[1, 2], [3]], "c": {"x": 1, "y": None}, "d": ["a [1,  2]"], "e": [], "f": {},
-             "g": hodgecover.mathx.Retained(0.5, 0.25)}
-    text = hodgecover.to_json(value)
-    assert json.loads(text) == value | {"g": {"some": 0.5, "all": 0.25}}
-    for line in ('"a": [1, 2.5],', '"b": [[1, 2], [3]],', '"e": [],', '"g": {"some": 0.5, "all": 0.25}'):
+def test_a_list_of_numbers_is_one_line(small):
+    value = {"a": [1, 2.5], "b": [[1, 2], [3]], "c": {"x": 1, "y": None}, "d": ["a [1,  2]"], "e": [], "f": {}}
+    text = hodgecover.record_bytes(Checkpoint(small), value).decode()
+    assert json.loads(text)["history"] == [value]
+    for line in ('"a": [1, 2.5],', '"b": [[1, 2], [3]],', '"e": [],'):
         assert line in [found.strip() for found in text.splitlines()]
     with pytest.raises(ValueError):
-        hodgecover.to_json([float("nan")])
+        hodgecover.record_bytes(Checkpoint(small), {"a": [float("nan")]})
 
 
 def test_the_record_of_the_input_goes_on(small):
@@ -92,14 +92,14 @@ def test_the_record_of_the_input_goes_on(small):
     outputs = out, small.parent / "again"
     histories = [json.loads((path / "hodgecover.json").read_text())["history"] for path in outputs]
     assert histories[1][:1] == histories[0] and histories[1][1]["settings"]["keep"] == 3
-    assert histories[1][1]["source"]["fingerprint"] == model_io.Checkpoint(out).fingerprint()
+    assert histories[1][1]["source"]["fingerprint"] == Checkpoint(out).fingerprint()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1, "layers": []}',
                                      '{"schema_version": 2, "history": 1}'])
 def test_a_strange_record_is_refused_before_the_work(small, capsys, monkeypatch, content):
     (small / "hodgecover.json").write_text(content)
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     assert_refused(capsys, compress(small), "hodgecover.json: ")
     assert not (small.parent / "out").exists()
 
@@ -119,57 +119,28 @@ def test_the_output_holds_the_planned_survivors(family):
         assert all(torch.equal(a, b[layer["survivors"]]) for a, b in zip(kept.experts, source.experts))
 
 
-def test_folding_moves_the_gate_mass_to_the_redirect_target(family):
-    assert compress(family, "--router", "fold") == 0
-    out = family.parent / "out"
-    source, folded = Model(family), hodgecover.folded_model(out)
-    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    for layer in record(out)["layers"]:
-        index = source.layer_names.index(layer["name"])
-        p = (x @ source.layer(index).router.T).softmax(-1)
-        mass = {j: p[:, j].clone() for j in layer["survivors"]}
-        for i, j in layer["redirect"].items():
-            mass[j] += p[:, int(i)]
-        expected = torch.stack([mass[j] for j in layer["survivors"]], 1)
-        gates = model_io.route(x, folded.layer(index), folded.config)
-        top = expected.topk(3).indices
-        wanted = expected.gather(1, top)
-        if source.config.norm_topk_prob:
-            wanted = wanted / wanted.sum(1, keepdim=True)
-        torch.testing.assert_close(gates.gather(1, top), wanted)
-        assert ((gates > 0).sum(1) == 3).all()
-    ids = torch.arange(8)[None]
-    assert not torch.equal(folded.logits(ids), Model(out).logits(ids))
-
-
-def test_a_fold_of_a_checkpoint_without_one_is_named(small):
-    with pytest.raises(InputError, match="write the checkpoint with the router fold"):
-        hodgecover.folded_model(small)
-
-
 def test_the_same_command_gives_the_same_bytes(small):
     for name in ("first", "second"):
-        assert compress(small, "--router", "fold", "--out", small.parent / name, "--cache", small.parent / f"c-{name}"
-                        ) == 0
+        assert compress(small, "--out", small.parent / name, "--cache", small.parent / f"c-{name}") == 0
     assert contents(small.parent / "first") == contents(small.parent / "second")
 
 
-def test_the_library_call_is_the_command(small):
+def test_the_library_calls_are_the_command(small):
     assert compress(small) == 0
     model, ids = Model(small), text_ids(small)
-    plans = hodgecover.compress(model, ids, 4, str(small.parent / "called"), cache=str(small.parent / "own"))
-    assert layers_in(small.parent / "own") == ["0", "1"] and [plan.survivors for plan in plans.values()] == [
-        layer["survivors"] for layer in record(small.parent / "out")["layers"]]
-    called, out = contents(small.parent / "called"), contents(small.parent / "out")
-    assert called.pop("hodgecover.json") and out.pop("hodgecover.json") and called == out
+    plans = dict(hodgecover.plan_model(model, ids, 4, cache=small.parent / "own"))
+    entry = hodgecover.plan_entry(model, plans, 4, Settings(), ids, [small.parent / "text.txt"])
+    hodgecover.export(model, plans, small.parent / "called", entry)
+    assert layers_in(small.parent / "own") == ["0", "1"]
+    assert contents(small.parent / "called") == contents(small.parent / "out")
     with pytest.raises(InputError, match="not an empty folder"):
-        hodgecover.compress(model, ids, 4, small.parent / "called")
+        hodgecover.export(model, plans, small.parent / "called", entry)
 
 
 def test_the_source_is_never_written_to(small):
     times = [file.stat().st_mtime_ns for file in sorted(small.iterdir())]
     before = contents(small)
-    assert compress(small, "--router", "fold") == 0
+    assert compress(small) == 0
     assert contents(small) == before and [file.stat().st_mtime_ns for file in sorted(small.iterdir())] == times
 
 
@@ -196,42 +167,29 @@ def test_plan_only_writes_a_file_and_leaves_the_output_free(small, capsys):
 
 
 def test_lines_for_people(small, capsys):
-    text = small.parent / "text.txt"
-    assert compress(small, "--eval", text) == 0
-    said, out = capsys.readouterr().out, small.parent / "out"
-    assert len(re.findall(r"^ +\d  (\d\.\d{3} \(\d\.\d{3}\)  ){3}", said, re.M)) == 2
-    figures = re.search(r"perplexity: ([\d.]+) -> ([\d.]+), KL\(source \|\| output\) ([\d.]+) nats a token "
-                        r"\(1,696 tokens of text.txt\)", said)
-    before, after, kl = map(float, figures.groups())
-    ids = model_io.sequences(Model(small).encode([text.read_text()]), 32)
-    assert before == pytest.approx(Model(small).perplexity(ids), abs=0.01)
-    assert after == pytest.approx(Model(out).perplexity(ids), abs=0.01)
-    log_p, log_q = (Model(path).logits(ids).double().log_softmax(-1) for path in (small, out))
-    assert kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), abs=1e-4)
-    assert f"output: {out}" in said and re.search(r"weights: 0\.2 MB -> 0\.1 MB \(\d\d%\)", said)
-
-
-def test_the_fold_is_evaluated_as_a_fold(small, capsys):
-    text = small.parent / "text.txt"
-    assert compress(small, "--router", "fold", "--eval", text) == 0
-    said, out = capsys.readouterr().out, small.parent / "out"
-    after = float(re.search(r"-> ([\d.]+), KL", said)[1])
-    stored = [file.stat().st_size for file in (out / "model.safetensors", out / hodgecover.FOLD)]
-    assert f" -> {sum(stored) / 1e6:.1f} MB ({sum(stored) / (small / 'model.safetensors').stat().st_size:.0%})" in said
-    ids = model_io.sequences(Model(small).encode([text.read_text()]), 32)
-    assert after == pytest.approx(hodgecover.folded_model(out).perplexity(ids), abs=0.01)
+    assert compress(small) == 0
+    said, out = capsys.readouterr().out.splitlines(), small.parent / "out"
+    assert said[0] == hodgecover.LAYER_HEAD and len(said) == 6
+    for layer, line in zip(record(out)["layers"], said[1:3]):
+        assert re.fullmatch(r" +\d  \d\.\d{3} \(\d\.\d{3}\) +\d, \d +4 of 8 +\d\d\.\d%", line)
+        found = layer["diagnostics"]
+        assert line.split() == [
+            str(layer["layer"]), f"{found['eta']['harmonic']:.3f}", f"({found['eta_constant']['harmonic']:.3f})",
+            f"{found['covered_at']['edges']},", str(found["covered_at"]["triangles"]), "4", "of", "8",
+            f"{layer['routed_share']:.1%}"]
+    assert re.fullmatch(r"weights: 0\.2 MB -> 0\.1 MB \(\d\d%\)", said[3]) and said[4] == f"output: {out}"
+    assert said[5] == f"compare: python examples/evaluate.py {small} {out} --text FILE"
 
 
 def test_a_sampled_run_says_and_records_its_audit(small, capsys):
     assert compress(small, "--vocab-sample", 20) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
     audits = [layer["diagnostics"]["audit"] for layer in record(small.parent / "out")["layers"]]
-    pairs, shortfall, largest, rank = ([audit[of] for audit in audits] for of in (
-        "pairs", "shortfall", "largest", "rank_correlation"))
-    assert (f"samples of 20 outcomes, audited on {sum(pairs)} (token, simplex) pairs: barriers fall short by "
-            f"{sum(shortfall) / 2:.2%} on average, one is off by {max(largest):.1%} at most, "
-            f"rank correlation at least {min(rank):.4f}\n") in said
-    assert min(rank) < max(rank) - 1e-4 and min(largest) < max(largest) - 1e-3
+    for line, audit in zip((said[2], said[4]), audits, strict=True):
+        assert line.strip() == (
+            f"barriers by sample: {audit['shortfall']:.2%} below the exact ones on average, one {audit['largest']:.1%} "
+            f"off, rank correlation {audit['rank_correlation']:.4f}")
+    assert audits[0] != audits[1] and all(audit["pairs"] == 128 for audit in audits)
 
 
 def test_the_trained_checkpoint(tiny, tmp_path):
@@ -273,11 +231,12 @@ def test_the_cache_holds_a_file_a_layer_and_lies_beside_the_checkpoint(small, ca
 
 def test_other_choices_read_the_same_barriers(small, monkeypatch, capsys):
     assert compress(small) == 0
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     monkeypatch.setattr(Model, "layer", refuse)
     for number, other in enumerate((["--keep", 5], ["--edge-percent", 20, "--triangle-percent", 1],
                                     ["--lambda-edge", 3, "--lambda-triangle", 0, "--alpha", 0],
-                                    ["--order", "index"], ["--order", "random:3"])):
+                                    ["--order", "index"], ["--order", "random:3"],
+                                    ["--thresholds", 9, "--margin", 0.2])):
         assert compress(small, *other, "--plan-only", "--out", small.parent / f"{number}.json") == 0
     assert capsys.readouterr().err == ""
 
@@ -287,28 +246,23 @@ def test_a_copied_checkpoint_shares_the_cache(small, monkeypatch, capsys):
     assert compress(small) == 0
     copy = Path(shutil.copytree(small, small.parent / "elsewhere", copy_function=shutil.copyfile))
     os.utime(copy / "model.safetensors", (1, 1))
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     assert compress(copy, "--cache", small.parent / "small-barriers", "--out", small.parent / "o") == 0
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("other, says", [
-    (["--seed", 1], "calibration text, seed"), (["--tokens", 96], "calibration text"),
-    (["--seq-len", 16], "calibration text"), (["--max-triangles", 10], "max triangles"),
-    (["--dtype", "float64"], "dtype"), (["--vocab-sample", 64], "vocab sample"), (["--readout", "model"], "readout"),
-])
-def test_barriers_of_other_settings_are_not_used_and_not_lost(small, monkeypatch, capsys, other, says):
+@pytest.mark.parametrize("other", [
+    ["--seed", 1], ["--tokens", 96], ["--seq-len", 16], ["--max-triangles", 10], ["--dtype", "float64"],
+    ["--vocab-sample", 64], ["--readout", "model"]])
+def test_barriers_of_other_settings_are_not_used_and_not_lost(small, monkeypatch, capsys, other):
     (small.parent / "text.txt").write_text(PROSE + "The quick brown fox jumps over the lazy dog. " * 40)
     assert compress(small, "--layers", 1) == 0
-    cache = small.parent / "small-barriers"
-    mine = next(cache.iterdir())
     assert compress(small, "--layers", 1, *other) == 0
-    assert f"{mine}: made with other {says}; doing it again" in capsys.readouterr().err
-    assert layers_in(cache) == ["1", "1"]
+    assert layers_in(small.parent / "small-barriers") == ["1", "1"]
     monkeypatch.setattr(hodgecover, "measure_layer", refuse)
     for options in ([], other):
         assert compress(small, "--layers", 1, *options) == 0
-        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_the_cache_tells_the_same_tokens_in_other_sequences(small):
@@ -316,7 +270,7 @@ def test_the_cache_tells_the_same_tokens_in_other_sequences(small):
     assert hodgecover.cache_key(model, ids, Settings()) != hodgecover.cache_key(model, ids.view(4, 16), Settings())
 
 
-def test_barriers_of_other_weights_are_not_used(small, capsys):
+def test_barriers_of_other_weights_are_not_used(small):
     """One byte in the middle of one expert, size and time unchanged."""
     assert compress(small, "--layers", 1) == 0
     file = small / "model.safetensors"
@@ -324,42 +278,38 @@ def test_barriers_of_other_weights_are_not_used(small, capsys):
     tensors["model.layers.0.mlp.experts.3.up_proj.weight"][7, 7] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     os.utime(file, ns=(modified.st_atime_ns, modified.st_mtime_ns))
-    assert compress(small, "--layers", 1) == 0
-    assert "made with other weights; doing it again" in capsys.readouterr().err
+    assert compress(small, "--layers", 1) == 0 and layers_in(small.parent / "small-barriers") == ["1", "1"]
 
 
 def damaged(content: bytes) -> list[bytes]:
-    """Cut off anywhere, no file at all, or a bit other in the header's length, the header, a tensor, the last byte."""
-    flipped = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1:] for at in (0, 20, 400, len(content) - 1)]
+    """Cut off anywhere, too long, all zeros, or a bit other in the header: its length, a key, a name, a type."""
+    places = [0, *map(content.index, (b"weights", b"barriers", b"F64"))]
+    flipped = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1:] for at in places]
     return [b"", content[:7], content[:100], content[:-1], content + b"x", b"\0" * len(content), *flipped]
 
 
-def test_a_damaged_file_is_measured_again(small, capsys, caplog):
+def test_a_damaged_file_is_measured_again(small, capsys):
     assert compress(small) == 0
     plan, cache = contents(small.parent / "out"), small.parent / "small-barriers"
     file = min(cache.iterdir())
     whole = file.read_bytes()
     (cache / f".{file.name}.1234").write_bytes(whole[:100])  # what a killed run leaves
-    model, fields = Model(small), hodgecover.Signals._fields
-    key = hodgecover.cache_key(model, text_ids(small), Settings())
-    before = hodgecover.read_entry(cache, "model.layers.0", key, fields)
+    key = hodgecover.cache_key(Model(small), text_ids(small), Settings())
+    before = model_io.read_cached(cache, "model.layers.0", key)
+    assert model_io.read_cached(cache, "model.layers.0", key | {"seed": "1"}) is None
     for content in damaged(whole):
         file.write_bytes(content)
-        caplog.clear()
-        assert hodgecover.read_entry(cache, "model.layers.0", key, fields) is None
-        assert str(file) in caplog.text and "doing it again" in caplog.text
+        assert model_io.read_cached(cache, "model.layers.0", key) is None
     shutil.rmtree(small.parent / "out")
     capsys.readouterr()
-    assert compress(small) == 0
-    said = capsys.readouterr().err
-    assert "damaged" in said and said.count("\n") == 1
+    assert compress(small) == 0 and capsys.readouterr().err == ""
     assert contents(small.parent / "out") == plan
-    again = hodgecover.read_entry(cache, "model.layers.0", key, fields)
-    assert all(torch.equal(again[field], before[field]) for field in fields)
+    again = model_io.read_cached(cache, "model.layers.0", key)
+    assert all(torch.equal(again[name], before[name]) for name in hodgecover.Signals._fields)
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_the_work(small, monkeypatch, capsys):
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     (small.parent / "file").write_text("")
     for folder in (small.parent / "file", small.parent / "file" / "below"):
         assert_refused(capsys, compress(small, "--cache", folder), "--cache ")
@@ -384,7 +334,7 @@ def test_an_interrupted_run_goes_on_where_it_was(small, monkeypatch, capsys):
         return real(*arguments)
     monkeypatch.setattr(hodgecover, "measure_layer", measure)
     assert compress(small) == 130 and not (small.parent / "out").exists()
-    assert re.fullmatch("hodgecover.py: interrupted; the output is absent, .*\n", capsys.readouterr().err)
+    assert re.fullmatch("hodgecover.py: interrupted: the output is absent, .*\n", capsys.readouterr().err)
     assert compress(small) == 0 and len(calls) == 3
     assert contents(small.parent / "out") == contents(small.parent / "alone")
 
@@ -392,8 +342,8 @@ def test_an_interrupted_run_goes_on_where_it_was(small, monkeypatch, capsys):
 def test_a_killed_run_leaves_no_output_and_goes_on(small):
     """kill -9 as soon as the first layer is in the cache."""
     wait = "import os, signal, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {root!r}); import hodgecover; " \
-        "write = hodgecover.write_entry; " \
-        "hodgecover.write_entry = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL)); hodgecover.main()"
+        "write = hodgecover.model_io.write_cached; hodgecover.model_io.write_cached = lambda *a: " \
+        "(write(*a), os.kill(os.getpid(), signal.SIGKILL)); hodgecover.main()"
     arguments = ["hodgecover.py", small, "--keep", 4, "--out", small.parent / "out", "--calib",
                  small.parent / "text.txt", *QUICK]
     killed = subprocess.run([sys.executable, "-c", wait.format(root=str(ROOT)), *map(str, arguments)])
@@ -409,7 +359,7 @@ def test_processes_share_the_layers_of_one_cache(small, monkeypatch, capsys):
     said = [one.communicate() for one in processes]
     assert [one.returncode for one in processes] == [0, 0], said
     assert layers_in(small.parent / "small-barriers") == ["0", "1"]
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     assert compress(small) == 0 and capsys.readouterr().err == ""
 
 
@@ -420,7 +370,7 @@ def test_a_layer_that_another_process_measured_meanwhile_is_read(small, monkeypa
     late.mkdir()
     first, second = sorted(cache.iterdir())
     shutil.copy(first, late)
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     for index, _ in hodgecover.measure_model(Model(small), text_ids(small), Settings(), range(2), late):
         shutil.copy(second, late)
     assert index == 1
@@ -430,11 +380,11 @@ def test_of_two_runs_to_one_output_one_wins(small, monkeypatch, capsys):
     """The other comes first as this one is about to rename."""
     real = model_io.copy_small_files
 
-    def slow(source: Path, staging: Path, *more) -> None:
+    def slow(source: Path, staging: Path) -> None:
         monkeypatch.setattr(model_io, "copy_small_files", real)
         assert compress(small) == 0
         capsys.readouterr()
-        real(source, staging, *more)
+        real(source, staging)
     monkeypatch.setattr(model_io, "copy_small_files", slow)
     assert compress(small) == 2
     assert "name another" in capsys.readouterr().err and Model(small.parent / "out").config.num_experts == 4
@@ -465,7 +415,8 @@ def test_a_full_disk_is_one_line_and_the_cache_goes_on(small, size, layers, caps
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
     said = capsys.readouterr().err
-    assert status == 2 and said.count("\n") == 1 and "File too large; the output is whole or absent" in said
+    assert status == 2 and said.count("\n") == 1
+    assert re.search(r"File too large( \(os error 27\))?; the output is whole or absent$", said)
     assert layers_in(small.parent / "small-barriers") == layers
     assert {path.name for path in small.parent.iterdir()} == {"small", "text.txt", "small-barriers"}
 
@@ -476,24 +427,15 @@ def test_a_full_disk_is_one_line_and_the_cache_goes_on(small, size, layers, caps
 def test_out_of_memory_is_one_line(small, monkeypatch, capsys, error):
     def fail(*_):
         raise error
-    monkeypatch.setattr(hodgecover, "lens_kl", fail)
+    monkeypatch.setattr(mathx, "kl_of_merges", fail)
     assert_refused(capsys, compress(small), "--memory 200MB")
     assert not (small.parent / "out").exists()
 
 
 def test_other_errors_are_not_swallowed(small, monkeypatch):
-    monkeypatch.setattr(hodgecover, "lens_kl", refuse)
+    monkeypatch.setattr(mathx, "kl_of_merges", refuse)
     with pytest.raises(AssertionError, match="done again"):
         compress(small)
-
-
-def test_the_model_readout_is_refused_if_it_does_not_fit(small, monkeypatch, capsys):
-    """All weights in float32: 4 bytes each, as the file holds them."""
-    needed = sum(info.end - info.start for info in model_io.Checkpoint(small).tensors.values())
-    monkeypatch.setattr(hodgecover, "available_memory", lambda device: needed - 1)
-    assert_refused(capsys, compress(small, "--readout", "model"), "GB are free; use the readout lens")
-    monkeypatch.setattr(hodgecover, "available_memory", lambda device: needed)
-    assert compress(small, "--readout", "model") == 0
 
 
 def test_progress_tells_the_time_left(monkeypatch, capsys):
@@ -517,23 +459,19 @@ def test_auto_is_bfloat16_only_if_the_device_multiplies_it(monkeypatch):
         assert hodgecover.choose_dtype("auto", "cpu") == expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert hodgecover.choose_dtype("auto", "cpu", "model") == torch.float32
+    one = torch.ones(1)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: one)  # any device can be used
     assert hodgecover.choose_dtype("auto", "cuda:1") == torch.bfloat16
     assert hodgecover.choose_dtype("auto", "mps") == torch.float32
     assert hodgecover.choose_dtype("float64", "cuda") == torch.float64
 
 
-def test_calibration_is_sampled_by_seed_and_a_short_text_is_said(tiny, tmp_path, caplog):
+def test_calibration_is_sampled_by_seed_and_a_short_text_is_said(tiny, tmp_path, capsys):
     model = Model(tiny)
     first, other = (hodgecover.calibration_ids(model, [], 256, 128, seed) for seed in (0, 1))
     assert first.shape == other.shape == (2, 128) and not torch.equal(first, other)
-    assert hodgecover.calibration_ids(model, [], 383, 128).shape == (2, 128) and not caplog.text  # at most 383
+    assert hodgecover.calibration_ids(model, [], 383, 128).shape == (2, 128)  # at most 383
+    assert not capsys.readouterr().err
     (tmp_path / "short.txt").write_text("A short text. " * 100)
     assert len(hodgecover.calibration_ids(model, [tmp_path / "short.txt"], 2048, 128, 0)) < 16
-    assert "all used; 2048 were asked" in caplog.text
-
-
-def test_a_fold_is_no_input(small, capsys):
-    """An output would lose it."""
-    assert compress(small, "--router", "fold") == 0
-    capsys.readouterr()
-    assert_refused(capsys, compress(small.parent / "out", "--keep", 3, "--out", small.parent / "again"), "router fold")
+    assert "all used; 2048 were asked" in capsys.readouterr().err

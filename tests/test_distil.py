@@ -41,8 +41,8 @@ def perturbed(source: Path, folder: Path, size: float = 0.3, layers: str = "laye
     for name in model.layer_names[:model.config.num_layers]:
         if layers in name:
             weights = distil.layer_weights(model.layer(model.layer_names.index(name)))
-            model.store(name, {part: weight + size * weight.std() * torch.randn(weight.shape, generator=generator)
-                               for part, weight in weights.items() if weight.dim() > 1})
+            common.store(model, name, {part: weight + size * weight.std() * torch.randn(weight.shape, generator=generator)
+                                       for part, weight in weights.items() if weight.dim() > 1})
     return model
 
 
@@ -125,14 +125,13 @@ def test_the_losses_by_their_definitions(slope_of, tmp_path):
     path, ids = named("qwen2-renormalised"), some_ids()
     source, output = Model(path, torch.float64), perturbed(path, tmp_path / "ckpt")
     (_, slope), = slope_of(distil.distil, source, output, ids, plan_of())
-    assert slope(torch.arange(3)) == pytest.approx(model_io.compare(source, output, ids).kl, rel=1e-10)
+    assert slope(torch.arange(3)) == pytest.approx(common.compare(source, output, ids).kl, rel=1e-10)
     (_, slope), = slope_of(distil.distil, source, output, ids, plan_of(kl_weight=0.25))
-    wanted = 0.25 * model_io.compare(source, output, ids).kl + 0.75 * math.log(output.perplexity(ids))
+    wanted = 0.25 * common.compare(source, output, ids).kl + 0.75 * math.log(output.perplexity(ids))
     assert slope(torch.arange(3)) == pytest.approx(wanted, rel=1e-10)
     y, target = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     assert distil.stream_error(y, target).item() == pytest.approx(16 / 9 + 5 / 4)
-    assert distil.stream_errors(y, target, 1) == pytest.approx((16 / 9, 5 / 4))
-    assert distil.stream_errors(y, y, 2) == (0, None)
+    assert distil.mean_error(y, target) == pytest.approx((16 / 9 + 5 / 4) / 2) and distil.mean_error(y, y) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- the optimiser
@@ -201,14 +200,14 @@ def test_a_planted_perturbation_comes_back(tmp_path):
     """End to end, the KL; layer by layer, the error of each stream, and no more of the KL than that gives."""
     ids, source = some_ids(32, 16), Model(named("olmoe-plain"))
     perturbed(named("olmoe-plain"), tmp_path / "ckpt", 0.1)
-    before = model_io.compare(source, Model(tmp_path / "ckpt"), ids).kl
+    before = common.compare(source, Model(tmp_path / "ckpt"), ids).kl
     plan = plan_of(epochs=10, lr=0.01)
     for start in (distil.distil, distil.distil_layers):
         shutil.copytree(tmp_path / "ckpt", tmp_path / start.__name__)
         output = Model(tmp_path / start.__name__)
         layers = list(start(source, output, ids, 0, plan, torch.empty, lambda *_: None) or ())
         assert all(layer.after < 0.5 * layer.before for layer in layers)
-        assert model_io.compare(source, Model(tmp_path / start.__name__), ids).kl < 0.35 * before
+        assert common.compare(source, Model(tmp_path / start.__name__), ids).kl < 0.35 * before
 
 
 @pytest.mark.parametrize("name", ["olmoe-sharded", "qwen3_5-text"])
@@ -221,7 +220,8 @@ def test_a_layer_that_gets_worse_keeps_its_weights(name, tmp_path):
     for number, layer in enumerate(distil.distil_layers(source, output, ids, 1, plan, torch.empty, lambda *_: None)):
         assert layer.before == layer.after and layer.held_out_before == layer.held_out_after
         streams = [next(step.y for step in model.stream(ids) if step.index == number) for model in (output, source)]
-        assert distil.stream_errors(*streams, 24) == pytest.approx((layer.after, layer.held_out_after), rel=1e-5)
+        errors = [distil.mean_error(*parts) for parts in zip(*(y.tensor_split((24,)) for y in streams))]
+        assert errors == pytest.approx([layer.after, layer.held_out_after], rel=1e-5)
     assert contents(tmp_path / "ckpt") == given_files
 
 
@@ -236,7 +236,7 @@ def test_held_out_text_is_watched_and_not_trained_on(slope_of, monkeypatch, tmp_
     distil.distil(source, output, ids, 3, plan_of(epochs=2), torch.empty, lambda share, line="": lines.append(line))
     assert sorted(seen) == sorted([*range(9)] * 2)
     last = [line for line in lines if line][-1]
-    assert float(last.split("held-out KL ")[1]) == pytest.approx(model_io.compare(source, output, ids[9:]).kl, abs=1e-4)
+    assert float(last.split("held-out KL ")[1]) == pytest.approx(common.compare(source, output, ids[9:]).kl, abs=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_not_saved(mode, half, tmp_path
 def test_weights_that_are_not_finite_are_the_checkpoint_s_fault(half, tmp_path, capsys):
     model = Model(half[1])
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
-    model.checkpoint.overwrite(name, model.checkpoint.load(name) * torch.nan)
+    common.overwrite(model.checkpoint, name, model.checkpoint.load(name) * torch.nan)
     for mode, says in (([], "step 1 of 1: the loss"), (["--layerwise"], f"{half[1]}: model.layers.1 gives values")):
         capsys.readouterr()
         assert run(distil, *half, "--out", tmp_path / "out", *mode) == 2
@@ -361,7 +361,7 @@ def test_the_load_is_that_of_the_trained_layer_on_the_text(half, tmp_path, capsy
     assert run(distil, *half, "--out", tmp_path / "out", "--layerwise", "--train", "router", "--lr", 0.3, "--epochs", 4,
                "--eval", tmp_path / "held-out.txt") == 0
     said = [line.split("load: ")[1] for line in capsys.readouterr().out.splitlines() if "load: " in line]
-    ids = hodgecover.sample_ids(Model(half[0]), lambda: [PROSE], 128, 16, 0)
+    ids = hodgecover.calibration_ids(Model(half[0]), [tmp_path / "text.txt"], 128, 16)
     for line, step, before in zip(said, Model(tmp_path / "out").stream(ids), Model(half[1]).stream(ids), strict=True):
         counts = {}
         distil.add_load(counts, step.name, step.gates)
@@ -391,10 +391,11 @@ def test_a_killed_run_continues_to_the_same_bytes(mode, half, tmp_path, monkeypa
 
 def test_steps_of_another_problem_are_not_taken(half, tmp_path):
     source, model, ids = Model(half[0]), Model(half[1]), some_ids()
-    keys = [distil.distil_key(*given) for given in (
-        (source, model, ids, {"lr": 1}), (model, model, ids, {"lr": 1}), (source, source, ids, {"lr": 1}),
-        (source, model, ids + 1, {"lr": 1}), (source, model, ids.view(1, -1), {"lr": 1}),
-        (source, model, ids, {"lr": 2}))]
+    keys = [common.work_key(*given) for given in (
+        ({"lr": 1}, ids, source, model), ({"lr": 1}, ids, model, model), ({"lr": 1}, ids, source, source),
+        ({"lr": 1}, ids + 1, source, model), ({"lr": 1}, ids.view(1, -1), source, model),
+        ({"lr": 2}, ids, source, model), ({"lr": 1}, ids, source, Model(half[1], torch.float64)),
+        ({"lr": 1}, ids, source))]
     assert len({json.dumps(key) for key in keys}) == len(keys)
 
 
@@ -445,7 +446,7 @@ def test_on_another_device(half, tmp_path, mode):
 
 @pytest.mark.parametrize("mode, says", [([], "give --layerwise"), (["--layerwise"], "train fewer parts")])
 def test_what_does_not_fit_is_refused_before_the_work(mode, says, half, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hodgecover, "available_memory", lambda device: 10**5)
+    monkeypatch.setattr(common, "available_memory", lambda device: 10**5)
     monkeypatch.setattr(Model, "stream", refuse)
     capsys.readouterr()
     assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out", *mode), says)
@@ -522,12 +523,6 @@ def test_a_source_that_is_smaller_is_refused(command, options, half, tmp_path, c
     capsys.readouterr()
     swapped = [half[1], half[0], *half[2:]]
     assert_refused(capsys, run(command, *swapped, "--out", tmp_path / "out"), "has more or wider experts than")
-
-
-def test_a_source_with_a_fold_is_refused(half, tmp_path, capsys):
-    (half[0] / "hodgecover-fold.st").write_bytes(b"")
-    capsys.readouterr()
-    assert_refused(capsys, run(distil, *half, "--out", tmp_path / "out"), "router fold")
 
 
 def test_another_model_is_refused(half, tmp_path, capsys):

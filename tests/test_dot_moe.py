@@ -225,7 +225,7 @@ def test_planted_experts_are_found(way, epochs, found, tmp_path, monkeypatch):
             patch.setattr(dot_moe, "start", lambda *of: real(*of)._replace(**given))
             splits = way(model, ids, 0, Want(4, 1, "dot"), plan, torch.empty, lambda *_: None)
         dot_moe.export(model, splits, 1, tmp_path / out, {})
-        return splits["model.layers.0"], model_io.compare(model, Model(tmp_path / out), ids).kl
+        return splits["model.layers.0"], common.compare(model, Model(tmp_path / out), ids).kl
     split, kl = learned("given-router", router=(0.1 * torch.eye(4, 32)).requires_grad_())
     assert sum(block[split.expert == e].bincount().max().item() for e in range(4)) >= found * 24
     _, random = learned("random", scores=None, expert=dot_moe.random_split(24, 4, 0))
@@ -251,14 +251,14 @@ def test_the_losses_by_their_definitions(tmp_path):
     model, ids, want = Model(DENSE[0], torch.float64), some_ids(), Want(8, 3, "random")
     splits, charges, h = {}, [], model.embed(ids)
     for step in model.stream(ids):
-        splits[step.name] = dot_moe.start(step, 36, want, step.index).settled()
+        splits[step.name] = dot_moe.start(step, want, step.index).settled()
         passed = dot_moe.run_split(h, step.layer, splits[step.name], 1.0, 3, model.config)
         h, charges = passed.y.view_as(h), [*charges, passed.charge.item()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dot_moe, "SPREAD", 2.0**-16)
         dot_moe.export(model, splits, 3, tmp_path / "out", {})
     output = Model(tmp_path / "out", torch.float64)
-    wanted = 2 * model_io.compare(model, output, ids).kl + math.log(output.perplexity(ids)) + sum(charges) / 2
+    wanted = 2 * common.compare(model, output, ids).kl + math.log(output.perplexity(ids)) + sum(charges) / 2
     assert caught_loss(dot_moe.align, model, ids, want)[0] == pytest.approx(wanted, rel=1e-4)
     first, sparse = (next(each.stream(ids)).y for each in (model, output))
     wanted = (sparse - first).square().sum(1).div(first.square().sum(1)).mean().item() + charges[0]
@@ -370,7 +370,7 @@ def test_the_output_has_each_neuron_once_and_all_else_as_it_was(path, dense, mod
     assert entry["source"]["num_experts"] == 0 and entry["source"]["fingerprint"] == model.checkpoint.fingerprint()
     assert {"experts": 8, "top_k": 4, "split": "dot", "layerwise": bool(mode)}.items() <= entry["settings"].items()
     ids = model_io.sequences(model.encode([PROSE[::-1]]), 16)
-    found = model_io.compare(model, output, distil.evaluate.evenly_spaced(ids, 512))
+    found = common.compare(model, output, common.evenly_spaced(ids, 512))
     assert entry["held_out"][0]["kl"] == pytest.approx(found.kl, abs=1e-9)
     small_files = {name for name in given_files if ".safetensors" not in name}
     assert {name for name in contents(tmp_path / "out") if ".safetensors" not in name} == small_files | {
@@ -382,13 +382,21 @@ def test_the_output_has_each_neuron_once_and_all_else_as_it_was(path, dense, mod
 def test_other_ways_train_the_router_alone(dense, split, mode, tmp_path):
     assert run(dot_moe, *dense, "--out", tmp_path / "out", "--split", split, *mode) == 0
     model, told = Model(dense[0], torch.float32), record(tmp_path / "out")["layers"]
-    ids = hodgecover.sample_ids(model, lambda: [PROSE], 128, 16, 0)
+    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 128, 16)
     for step, layer in zip(model.stream(ids), told, strict=True):
-        expert = dot_moe.start(step, 128, Want(8, 4, split), step.index).expert
+        expert = dot_moe.start(step, Want(8, 4, split), step.index).expert
         assert [(expert == e).nonzero().flatten().tolist() for e in range(8)] == layer["experts"]
-        start = dot_moe.start(step, 128, Want(8, 4, split), step.index).router
+        start = dot_moe.start(step, Want(8, 4, split), step.index).router
         router = Model(tmp_path / "out").checkpoint.load(f"{step.name}.mlp.gate.weight")
         assert 0.1 < functional.cosine_similarity(router, start).mean() < 0.999
+
+
+@MODES
+def test_to_watch_held_out_text_changes_no_weight(dense, mode, tmp_path):
+    for name, options in (("plain", []), ("watched", ["--eval", tmp_path / "held-out.txt"])):
+        assert run(dot_moe, *dense, "--out", tmp_path / name, "--epochs", 2, *options, *mode) == 0
+    plain, watched = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("plain", "watched"))
+    assert plain == watched
 
 
 @MODES
@@ -483,12 +491,12 @@ def test_bad_input_gets_one_line_before_the_work(tmp_path, capsys, monkeypatch, 
     assert contents(tmp_path) == before
 
 
-def test_a_width_that_stock_products_refuse_is_said(dense, tmp_path, caplog):
-    for experts, said in ((8, "width 3: no multiple of 8"), (3, "")):
+def test_a_width_that_stock_products_refuse_is_said(dense, tmp_path, capsys):
+    for experts, says in ((8, "width 3: no multiple of 8"), (3, "")):
         assert run(dot_moe, *dense, "--experts", experts, "--top-k", 2, "--split", "random", "--out",
                    tmp_path / str(experts)) == 0
-        assert said in caplog.text and bool(caplog.text) == bool(said)
-        caplog.clear()
+        said = capsys.readouterr().err
+        assert says in said and bool(said) == bool(says)
 
 
 def test_a_sparse_checkpoint_is_refused(tmp_path, capsys):
@@ -499,7 +507,7 @@ def test_a_sparse_checkpoint_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("mode, says", [([], "give --layerwise"), (["--layerwise"], "give fewer --experts")])
 def test_what_does_not_fit_is_refused_before_the_work(mode, says, dense, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hodgecover, "available_memory", lambda device: 10**5)
+    monkeypatch.setattr(common, "available_memory", lambda device: 10**5)
     monkeypatch.setattr(Model, "stream", refuse)
     assert_refused(capsys, run(dot_moe, *dense, "--out", tmp_path / "out", *mode), says)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out-dot-moe").exists()

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
 """examples/evaluate.py: its numbers against plain ones, its samples, what it refuses."""
 import dataclasses
-import doctest
 import json
 import re
 import shutil
 from pathlib import Path
 
+import common
 import evaluate
 import hodgecover
 import model_io
 import pytest
 import torch
-from conftest import GOLDEN, PROSE, QUICK, assert_refused, contents, named, refuse, run, with_tokenizer
+from conftest import GOLDEN, PROSE, assert_refused, contents, named, refuse, run, with_tokenizer
 from model_io import Checkpoint, Model
 from safetensors.torch import load_file, save_file
 
@@ -119,44 +119,25 @@ def test_zeros_in_the_experts_are_shown_if_there_are_some(name, tmp_path, capsys
             if "down_proj" in tensor:
                 weight[..., :weight.shape[-1] // (2 if "shared" in tensor else 4)] = 0
                 zeroed += (weight == 0).sum().item()
-                checkpoint.overwrite(tensor, weight)
+                common.overwrite(checkpoint, tensor, weight)
     share = zeroed / total
     assert 0.05 < share < 0.15 and evaluate.expert_zeros(Model(output)) == pytest.approx(share)
     said = evaluated(capsys, output, source)["zeros in the experts"]
     assert said == [f"{share:.1%}", f"{evaluate.expert_zeros(Model(source)):.1%}"]
 
 
-def test_a_fold_is_run_if_asked_for(small, capsys):
-    out = small.parent / "out"
-    assert run(hodgecover, small, "--keep", 4, "--router", "fold", "--out", out, "--calib", small.parent / "text.txt",
-               *QUICK) == 0
-    said = capsys.readouterr()
-    ids = model_io.sequences(Model(small).encode([PROSE]), 32)[[0, 17, 35]]
-    for fold, output in (["--fold"], hodgecover.folded_model(out, torch.float64)), ([], Model(out, torch.float64)):
-        assert run(evaluate, small, out, "--text", small.parent / "text.txt", *ROOM, *fold) == 0
-        said = capsys.readouterr()
-        kl = plain_numbers(Model(small, torch.float64), output, ids)[2]
-        assert f" {kl:.4f}  nats a token" in said.out
-        assert ("without --fold it is run" in said.err) == (not fold)
-    assert_refused(capsys, run(evaluate, out, small, "--text", small.parent / "text.txt"), "has the router fold")
-
-
 def test_progress_is_shown_for_each_layer(small):
     shown = []
-    model_io.compare(Model(small), Model(small), torch.arange(64).view(2, 32), shown.append)
+    common.compare(Model(small), Model(small), torch.arange(64).view(2, 32), shown.append)
     assert shown == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 10, 11])
 def test_evenly_spaced(count):
-    found = evaluate.evenly_spaced(torch.arange(10)[:, None], count).flatten()
+    found = common.evenly_spaced(torch.arange(10)[:, None], count).flatten()
     gaps = found.diff()
     assert found[0] == 0 and len(found) == min(count, 10) and (gaps > 0).all()
     assert len(found) < 2 or gaps.max() - gaps.min() <= 1 and 10 - found[-1] - gaps.max() in (0, 1)
-
-
-def test_the_documentation():
-    assert doctest.testmod(evaluate).failed == 0
 
 
 # -------------------------------------------------------------------------------------------------------- its samples
@@ -165,7 +146,7 @@ def test_the_documentation():
 def with_head(path: Path, factor: float) -> Model:
     """The checkpoint with its head times a factor."""
     checkpoint = Checkpoint(path)
-    checkpoint.overwrite("lm_head.weight", checkpoint.load("lm_head.weight") * factor)
+    common.overwrite(checkpoint, "lm_head.weight", checkpoint.load("lm_head.weight") * factor)
     return Model(path, torch.float64)
 
 
@@ -236,7 +217,7 @@ def other_tokenizer(path: Path) -> None:
     (lambda path: (path.parent / "text.txt").unlink(), [], "text.txt"),
     (lambda path: (path / "model.safetensors").unlink(), [], "copy: no weights"),
     (None, ["--max-tokens", 31], "--max-tokens 31: must be at least seq_len (32)"),
-    (None, ["--seq-len", 1], "--seq-len 1: must be at least 2"), (None, ["--fold"], "hodgecover-fold.st"),
+    (None, ["--seq-len", 1], "--seq-len 1: must be at least 2"),
     (None, ["--sample", -1], "--sample -1: must be from 0"), (None, ["--seed", -1], "--seed -1: must be from 0"),
     (None, ["--memory", "1GB"], "unrecognized arguments: --memory"), (None, ["--calib", "x"], "unrecognized arguments"),
 ])

@@ -36,7 +36,6 @@ def audited():
 
 # ------------------------------------------------------------------------------------------------------- the audit
 
-
 def test_the_audit_compares_each_order_with_the_default(audited):
     """Against plans made one by one, their decompositions by least squares."""
     signals, _, found = audited
@@ -47,46 +46,45 @@ def test_the_audit_compares_each_order_with_the_default(audited):
     for order, facts in orders.items():
         chosen = Settings(max_triangles=10, order=order)
         made = hodgecover.decompose(signals, chosen)
-        b = made.signals.barriers
+        b = made.signs * signals.barriers
         gradient = made.d1.T @ torch.linalg.lstsq(made.d1.T, b).solution
         assert facts.gradient == pytest.approx((gradient.square().sum() / b.square().sum()).item())
         assert facts.gradient + facts.curl + facts.harmonic == pytest.approx(1)
-        ones = torch.ones(28, dtype=torch.float64)
         both = torch.cat([made.d1.T, made.d2], dim=1)
-        rest = ones - both @ torch.linalg.lstsq(both, ones, driver="gelsd").solution
+        rest = made.signs - both @ torch.linalg.lstsq(both, made.signs, driver="gelsd").solution
         assert facts.constant == pytest.approx((rest.square().sum() / 28).item())
         plan = hodgecover.plan_from_signals(signals, 4, chosen)
-        critical = {tuple(edge) for edge in plan.diagnostics.critical_edges}
-        usual = {tuple(edge) for edge in default.diagnostics.critical_edges}
+        critical, usual = ({tuple(edge) for edge in each["diagnostics"]["critical_edges"]} for each in (plan, default))
         assert facts.edges_shared == len(critical & usual) / len(critical)
-        assert facts.survivors_shared == len({*plan.survivors} & {*default.survivors}) / 4
-        simplices = plan.diagnostics.critical_edges + plan.diagnostics.critical_triangles
-        covered = [picks for picks in range(9) if all({*simplex} & {*plan.order[:picks]} for simplex in simplices)]
+        assert facts.survivors_shared == len({*plan["survivors"]} & {*default["survivors"]}) / 4
+        simplices = plan["diagnostics"]["critical_edges"] + plan["diagnostics"]["critical_triangles"]
+        covered = [picks for picks in range(9) if all({*simplex} & {*plan["order"][:picks]} for simplex in simplices)]
         assert facts.covered_at == covered[0]
     assert (found.saliency.edges_shared, found.saliency.survivors_shared) == (1, 1)
     assert len({facts.harmonic for facts in orders.values()}) > 3
     top = sorted(range(8), key=lambda e: -signals.saliency[e])[:4]
-    assert found.top_by_saliency == len({*top} & {*default.survivors}) / 4
+    assert found.top_by_saliency == len({*top} & {*default["survivors"]}) / 4
 
 
 def test_the_audit_shows_where_redirects_go(audited):
     """By the paper's rule, by the residual of the additive model, and by the router's rows, word by word."""
     signals, rows, found = audited
-    plan = found.plan
-    pairs = mathx.edges(8)
+    plan, pairs = found.plan, hodgecover.edges(8)
+    kept = plan["survivors"]
     ends = torch.zeros(28, 8, dtype=torch.float64).scatter(1, pairs, 1.0)
     residual = signals.barriers - ends @ torch.linalg.lstsq(ends, signals.barriers).solution
     left = {tuple(pair): value for pair, value in zip(pairs.tolist(), residual.tolist())}
     cosine = torch.nn.functional.cosine_similarity(rows[:, None].double(), rows[None].double(), dim=2)
-    dropped = [e for e in range(8) if e not in plan.survivors]
-    by_rule = {"the paper's rule": [plan.redirect[e] for e in dropped],
-               "least barrier without its additive part": [min(plan.survivors, key=lambda j: left[min(e, j), max(e, j)])
-                                              for e in dropped],
-               "nearest router row": [max(plan.survivors, key=lambda j: cosine[e, j]) for e in dropped]}
+    dropped = [e for e in range(8) if e not in kept]
+    by_rule = {"the paper's rule": [plan["redirect"][e] for e in dropped],
+               "least barrier without its additive part": [min(kept, key=lambda j: left[min(e, j), max(e, j)])
+                                                           for e in dropped],
+               "nearest router row": [max(kept, key=lambda j: cosine[e, j]) for e in dropped]}
     expected = {rule: (len({*targets}), max(map(targets.count, targets))) for rule, targets in by_rule.items()}
     assert found.redirects == expected
     assert len({*expected.values()}) > 1
-    assert expected["the paper's rule"] == (plan.diagnostics.redirect_targets, plan.diagnostics.redirect_largest)
+    said = plan["diagnostics"]
+    assert expected["the paper's rule"] == (said["redirect_targets"], said["redirect_largest"])
 
 
 def test_redirects_of_nothing():
@@ -106,7 +104,7 @@ def test_the_printed_summary_is_the_audit_s(small, tmp_path, monkeypatch, capsys
     text = ["--calib", tmp_path / "text.txt", *QUICK]
     assert run(hodgecover, small, "--keep", 4, "--plan-only", *text) == 0
     capsys.readouterr()
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     assert run(audit, small, "--keep", 4, "--orders", 3, *text) == 0
     said = capsys.readouterr().out
     model = Model(small)
@@ -116,10 +114,15 @@ def test_the_printed_summary_is_the_audit_s(small, tmp_path, monkeypatch, capsys
     for index, signals in hodgecover.measure_model(model, ids, Settings(), [0, 1], cache):
         found = audit.audit_layer(signals, model.checkpoint.load(f"model.layers.{index}.mlp.gate.weight"), 4, 3)
         harmonic = [facts.harmonic for facts in found.random]
-        additive = found.plan.diagnostics.additive
+        said_of = found.plan["diagnostics"]
+        additive = said_of["additive"]
+        eta = [f"{said_of['eta'][part]:.3f} ({said_of['eta_constant'][part]:.3f})" for part in plot_diagnostics.PARTS]
+        covered = said_of["covered_at"]
+        assert [str(index), *eta, str(said_of["betti_1"]), str(said_of["triangles"]), f"{said_of['discordance']:.1%}",
+                str(covered["edges"]), str(covered["triangles"]), f"{found.plan['routed_share']:.1%}"] in rows
         assert [str(index), f"{found.saliency.harmonic:.2f}", f"{found.saliency.constant:.2f}",
                 f"{min(harmonic):.2f} to {max(harmonic):.2f}"] in [row[:4] for row in rows]
-        summary = next(row for row in rows if row[0] == str(index) and len(row) == 10)
+        summary = next(row for row in rows[::-1] if row[0] == str(index) and len(row) == 10)
         assert summary[6:8] == [f"{1 - additive['energy']:.1%}", f"{1 - additive['variance']:.1%}"]
         assert summary[8:] == [f"{found.saliency.covered_at} of 4", f"{found.top_by_saliency:.0%}"]
         assert [str(index), *(f"{of.targets} ({of.busiest})" for of in found.redirects.values())] in rows
@@ -141,31 +144,24 @@ def test_the_end_of_the_model_on_request(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--keep", 2], "--keep 2: the model has"), (["--keep", 4, "--orders", 0], "--orders 0: must be"),
+    (["--keep", 2], "--keep 2: must be from 3 to 8"), (["--keep", 4, "--orders", 0], "--orders 0: must be"),
     (["--keep", 4, "--end-to-end", -1], "--end-to-end -1: must be"), (["--keep", 4, "--out", "x"], "--out"),
     (["--keep", 4, "--tokens", 1], "--tokens 1: must be"), (["--keep", 4, "--vocab-sample", -1], "--vocab-sample -1"),
     (["--keep", 4, "--end-to-end", 8, "--dtype", "bfloat16"], "bfloat16"), ([], "--keep"),
 ])
 def test_the_audit_refuses_wrong_choices_before_the_work(small, tmp_path, monkeypatch, capsys, options, says):
-    monkeypatch.setattr(hodgecover, "lens_barriers", refuse)
+    monkeypatch.setattr(mathx, "sweep", refuse)
     text = ["--calib", tmp_path / "text.txt", "--tokens", 64, "--seq-len", 32]
     assert_refused(capsys, run(audit, small, *text, *options), says)
 
 
-def test_the_audit_refuses_a_fold_that_it_would_not_apply(small, capsys):
-    (small / hodgecover.FOLD).touch()
-    assert_refused(capsys, run(audit, small, "--keep", 4), "has the router fold")
-
-
 def test_barriers_lie_beside_a_checkpoint_named_by_dots(small):
     (small / "folder").mkdir()
-    for name in ("barriers", "samples"):
-        found = common.barrier_cache(Model(small / "folder" / ".."), argparse.Namespace(cache=None), name)
-        assert found == small.with_name(f"small-{name}")
+    found = common.barrier_cache(Model(small / "folder" / ".."), argparse.Namespace(cache=None))
+    assert found == small.with_name("small-barriers")
 
 
 # -------------------------------------------------------------------------------------------------- the three-cycle
-
 
 @pytest.fixture(scope="module")
 def toy():
@@ -226,7 +222,7 @@ def test_the_lecture_says_how_often_the_toy_holds(toy, monkeypatch, capsys):
         measured = hodgecover.measure_layer(three_cycle.moe_layer(other), three_cycle.SETTINGS)
         plan = hodgecover.plan_from_signals(measured, 3, three_cycle.SETTINGS)
         top = sorted(range(6), key=lambda e: -measured.saliency[e])[:3]
-        difference = plain_damage(other, plan.survivors) - plain_damage(other, sorted(top))
+        difference = plain_damage(other, plan["survivors"]) - plain_damage(other, sorted(top))
         better, worse = better + (difference < -1e-9), worse + (difference > 1e-9)
     assert f"in {better}, more in {worse}, the same in {8 - better - worse}." in said and better and worse
     for method, text in three_cycle.METHODS.items():
@@ -239,7 +235,6 @@ def test_the_lecture_says_how_often_the_toy_holds(toy, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- the plots
-
 
 @pytest.fixture
 def planned(small, tmp_path):
@@ -260,11 +255,10 @@ def test_plots_take_reap_s_retained_energy_from_the_barriers(planned, tmp_path):
     for layer in entries[1]["layers"]:
         signals = plot_diagnostics.cached(folder, entries[0], layer)
         made = hodgecover.decompose(signals)
-        survivors = [made.expert_of.tolist().index(e) for e in layer["survivors"]]
-        expected.append(mathx.retained(made.parts.harmonic, mathx.edges(8), survivors))
+        expected.append(mathx.retained(made.parts.harmonic, hodgecover.edges(8), layer["survivors"]))
         assert found["layers"][layer["layer"]]["survivors"] == layer["survivors"]
     for kind in ("some", "all"):
-        mean = sum(getattr(kept, kind) for kept in expected) / 2
+        mean = sum(kept[kind] for kept in expected) / 2
         assert plot_diagnostics.mean_retained(found, "harmonic", kind) == pytest.approx(mean)
 
 
@@ -291,7 +285,7 @@ def test_the_matrix_of_barriers_has_the_survivors_first(planned, tmp_path):
                for a, b in itertools.pairwise(part))
     barriers = plot_diagnostics.cached(planned.with_name("small-barriers"), entry, layer).barriers
     matrix = plot_diagnostics.barrier_matrix(barriers, order)
-    for value, (i, j) in zip(barriers.tolist(), mathx.edges(8).tolist()):
+    for value, (i, j) in zip(barriers.tolist(), hodgecover.edges(8).tolist()):
         assert matrix[order.index(i), order.index(j)] == matrix[order.index(j), order.index(i)] == value
     assert matrix.diagonal().isnan().all()
 

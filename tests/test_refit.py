@@ -226,7 +226,7 @@ def test_spoilt_down_projections_come_back(name, tmp_path):
     model, ids = Model(named(name), torch.float64), some_ids(16)
     spoilt = Model(dropped(named(name), tmp_path / "all", [*range(8)]), torch.float64)
     for index in hodgecover.sparse_layers(model):
-        spoilt.store_down(model.layer_names[index], spoilt.layer(index).experts.down * 1.1 + 0.01)
+        common.store_down(spoilt, model.layer_names[index], spoilt.layer(index).experts.down * 1.1 + 0.01)
     nearly_free = partial(refit.refit_layer, ridge=1e-9, sweeps=25)
     for layer in refit.refit(model, spoilt, ids, nearly_free):
         assert layer.after < 1e-2 * layer.before
@@ -238,10 +238,10 @@ def test_a_checkpoint_without_the_multi_token_head_is_refitted(tmp_path):
     output = Model(dropped(model.checkpoint.path, tmp_path / "half"))
     with_head = [layer.name for layer in refit.refit(model, output, some_ids(2))]
     assert output.layer_names.pop().startswith("mtp.")
-    refit.common.check_source(output, model)
+    common.check_source(output, model)
     assert [layer.name for layer in refit.refit(model, output, some_ids(2))] == with_head[:-1]
     with pytest.raises(model_io.InputError, match="list of layers with experts"):
-        refit.common.check_source(model, output)
+        common.check_source(model, output)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -348,17 +348,10 @@ def test_a_killed_run_continues_from_the_layers_that_are_done(work, tmp_path, mo
     assert ([path.name for path in folder.iterdir()] == ["notes.txt"]) if cache else not folder.exists()
 
 
-def test_layers_of_another_problem_are_not_taken(work, tmp_path, monkeypatch):
-    """Another source, checkpoint, text or dtype, by its key."""
-    source, ckpt, *_ = work
-    models, ids = (Model(source), Model(ckpt)), some_ids(2)
-    key = refit.refit_key(*models, ids)
-    others = [refit.refit_key(models[0], models[0], ids), refit.refit_key(models[1], models[1], ids),
-              refit.refit_key(*models, ids + 1), refit.refit_key(*models, ids.view(1, -1)),
-              refit.refit_key(models[0], Model(ckpt, torch.float64), ids)]
-    monkeypatch.setattr(refit, "RIDGE", 0.4)
-    others.append(refit.refit_key(*models, ids))
-    monkeypatch.undo()
+def test_layers_of_another_problem_are_not_taken(work, tmp_path):
+    """By their key."""
+    models, ids = (Model(work[0]), Model(work[1])), some_ids(2)
+    key, other = (common.work_key({"ridge": ridge}, ids, *models) for ridge in (0.3, 0.4))
     step = layer_pass(0)
     (tmp_path / "cache").mkdir()
     told = []
@@ -366,9 +359,8 @@ def test_layers_of_another_problem_are_not_taken(work, tmp_path, monkeypatch):
     assert told == [step.index]
     again = refit.resumable(refuse, tmp_path / "cache", key, refuse)
     assert torch.equal(again(step, None), kept)
-    for other in others:
-        with pytest.raises(AssertionError, match="done again"):
-            refit.resumable(refuse, tmp_path / "cache", other, [].append)(step, None)
+    with pytest.raises(AssertionError, match="done again"):
+        refit.resumable(refuse, tmp_path / "cache", other, [].append)(step, None)
 
 
 def test_activations_beyond_the_memory_lie_on_disk_and_change_nothing(work, tmp_path, monkeypatch):
@@ -390,7 +382,7 @@ def test_pruned_entries_stay_pruned(name, tmp_path):
     for index in hodgecover.sparse_layers(model):
         down = model.layer(index).experts.down
         down[1:, :, ::2] = 0
-        model.store_down(model.layer_names[index], down)
+        common.store_down(model, model.layer_names[index], down)
     assert run(refit, source, tmp_path / "half", "--calib", tmp_path / "text.txt", *QUICK, "--tokens", 512,
                "--out", tmp_path / "out") == 0
     for index in hodgecover.sparse_layers(model):
@@ -431,7 +423,7 @@ def test_a_checkpoint_of_another_source_is_refused(work, tmp_path, capsys, monke
     """As far as shapes tell: another family is none, other weights of the same shape are not seen."""
     other = with_tokenizer(named(other), tmp_path / "other")
     if says is None:
-        return refit.common.check_source(Model(work[1]), Model(other))
+        return common.check_source(Model(work[1]), Model(other))
     monkeypatch.setattr(Model, "stream", None)
     assert_refused(capsys, run(refit, other, *work[1:], "--out", tmp_path / "out"), says)
 
@@ -441,14 +433,6 @@ def test_a_checkpoint_of_another_source_is_refused(work, tmp_path, capsys, monke
     ({"num_layers": 3}, "number of decoder layers is 2; must be 3")])
 def test_a_checkpoint_of_other_shapes_is_refused(work, change, says):
     source, model = Model(work[0]), Model(work[1])
-    source.config = refit.model_io.Config(**(vars(source.config) | change))
+    source.config = model_io.Config(**(vars(source.config) | change))
     with pytest.raises(model_io.InputError, match=says):
-        refit.common.check_source(model, source)
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["source", "checkpoint"])
-def test_a_fold_is_refused(work, tmp_path, capsys, monkeypatch, which):
-    monkeypatch.setattr(Model, "stream", None)
-    (work[which] / "hodgecover-fold.st").write_bytes(b"")
-    assert_refused(capsys, run(refit, *work, "--out", tmp_path / "out"), f"{work[which]}: has the router fold")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out-refit").exists()
+        common.check_source(model, source)
