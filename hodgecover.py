@@ -4,15 +4,15 @@
     python hodgecover.py examples/tiny-olmoe --keep 32
 
 The file is the paper, top to bottom: 1 calibrate, 2 barriers, 3 complex, 4 decompose, 5 select, 6 redirect; then the
-plan of a layer, a whole model, the record and the command line. Everything is by expert, in the checkpoint's own
-numbering. `mathx.py` has the fast form of the barriers, the Betti curve and the audit; `model_io.py` the checkpoints.
+plan of a layer, a whole model, the record and the command line. Experts keep the checkpoint's own numbers. `mathx.py`
+has the fast form of the barriers, the Betti curve and the audit; `model_io.py` the checkpoints.
 
     n  experts of a layer         k  experts per token (top-k)      K  survivors
-    T  calibration tokens         d  hidden size, f  width          V  vocabulary
+    T  calibration tokens         d  hidden size, f  an expert's    V  vocabulary size
     E  n (n - 1) / 2 edges        F  triangles                      M  simplices of one size
 
-Sections and equations are the paper's. Left out: its allocator of a budget across layers, since `num_experts` is one
-number in these configurations. Wanda on the survivors (4.2) is a command of its own, examples/wanda.py.
+E_e(x) is the output of expert e; E*, T* are sets (4.1). Sections and equations are the paper's. Left out: its allocator
+across layers (B), since a configuration has one `num_experts`. Wanda on the survivors (4.2) is examples/wanda.py.
 """
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def setting(default, says: str, low: float = 0, high: float = math.inf, pattern:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every choice of the method, an option each. All values are ours; so are the quantities, unless a section of the
-    paper is named. Raises InputError for a value out of range."""
-    readout: str = setting("lens", "compare next-token distributions at the layer, or after all later ones, far slower "
-                           "(3.1): lens or model", pattern="lens|model", measured=True)
-    vocab_sample: int = setting(512, "outcomes to read a token out on, weighted and audited; 0: all", measured=True)
+    """Every choice of the method, an option each. The defaults are ours, and so is a choice whose help names no section
+    or equation of the paper. Raises InputError for a value out of range."""
+    readout: str = setting("lens", "next-token distributions (3.1): the logit lens at the layer or, far slower, at the "
+                           "model's end: lens or model", pattern="lens|model", measured=True)
+    vocab_sample: int = setting(512, "next tokens sampled for a KL (lens), weighted and audited; 0: all", measured=True)
     max_triangles: int = setting(500, "candidate triangles (A.9)", measured=True)
     thresholds: int = setting(80, "thresholds of the filtration (A.9)", low=2)
     order: str = setting("saliency", "order of the experts that gives edges their signs (3.2): saliency, index or "
                          "random:SEED", pattern=r"saliency|index|random:\d{1,18}")
-    margin: float = setting(0.1, "by which a triplet exceeds its edges to count as discordant (3.4)")
-    edge_percent: float = setting(5.0, "harmonic-critical edges E* (4.1)", high=100)
-    triangle_percent: float = setting(5.0, "triplet-critical triangles T* (4.1)", high=100)
+    margin: float = setting(0.1, "share by which a triplet exceeds its worst edge to count as discordant (3.4)")
+    edge_percent: float = setting(5.0, "percent of the edges in E*, the harmonic-critical ones (4.1)", high=100)
+    triangle_percent: float = setting(5.0, "percent of the triangles in T*, the triplet-critical ones (4.1)", high=100)
     lambda_edge: float = setting(1.0, "weight of the cover of E* (equation 10)")
     lambda_triangle: float = setting(1.0, "weight of the cover of T* (equation 10)")
     alpha: float = setting(1.0, "harmonic penalty of the redirect (4.1)")
@@ -94,12 +94,12 @@ MEASURED = {field.name for field in dataclasses.fields(Settings) if field.metada
 # ----------------------------------------------------------------------------------------------------- 1 calibrate
 
 class MoELayer(NamedTuple):
-    """One layer on the calibration tokens: all that its barriers depend on."""
-    experts: Experts  # gate (n, f, d), up (n, f, d), down (n, d, f)
+    """One layer on the calibration tokens: all that its barriers depend on. All but the experts have one dtype."""
+    experts: Experts  # gate (n, f, d), up (n, f, d), down (n, d, f); experts(e, x) is E_e(x)
     x: torch.Tensor  # input of the MoE block (T, d)
-    gates: torch.Tensor  # gate weights as the model applies them (T, n), zero off the top-k
+    gates: torch.Tensor  # gate weights as the model applies them (T, n), > 0 on the top-k, else 0
     y: torch.Tensor  # residual stream after the layer (T, d)
-    norm: Callable[[torch.Tensor], torch.Tensor]  # what the head reads of a stream: the model's final norm
+    norm: Callable[[torch.Tensor], torch.Tensor]  # what the head reads: of some rows, widened (lens); of all T (model)
     unembedding: torch.Tensor  # the model's head W_U (V, d)
 
     def tokens(self, which: slice | torch.Tensor) -> MoELayer:
@@ -129,8 +129,8 @@ def merge_weights(simplices: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
 
 
 def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
-    """The barrier of a simplex, a scalar in nats, as section 3.1 defines it: merge the weights, run the layer, compare
-    the next-token distributions.
+    """The barrier of a simplex S, a scalar in nats (3.1): average the parameters of its experts, run the layer, compare
+    the next-token distributions. Ours: to read them by the logit lens, and how E_S is gated.
 
         b_S = mean_t KL( p_t || p_S,t ),   p = softmax(W_U norm(y))
         y_S = y + (sum_S g_e) E_S(x) - sum_S g_e E_e(x)
@@ -139,24 +139,25 @@ def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
     `norm` runs all later layers first, this is the barrier at the end of the model."""
     experts, x, gates = layer.experts, layer.x, layer.gates
     weights = merge_weights(torch.tensor([simplex]), (gates > 0).sum(0).cpu())[0].to(x)
-    merged = Experts(*(torch.tensordot(weights, part[simplex].to(x), 1)[None] for part in experts))
+    merged = Experts(*(torch.tensordot(weights, part[simplex].to(x), 1)[None] for part in experts))  # one, E_S
     y_merged = layer.y + gates[:, simplex].sum(1, keepdim=True) * merged(0, x)
     for e in simplex:
         y_merged = y_merged - gates[:, e, None] * experts(e, x)
-    log_p, log_q = ((layer.norm(y) @ layer.unembedding.T).double().log_softmax(-1) for y in (layer.y, y_merged))
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    log_p, log_p_S = ((layer.norm(y) @ layer.unembedding.T).double().log_softmax(-1) for y in (layer.y, y_merged))
+    return (log_p.exp() * (log_p - log_p_S)).sum(-1).mean()
 
 
 class Signals(NamedTuple):
-    """What was measured on a layer: its plan for any K, order, percentages and weights depends on nothing else."""
+    """What is measured on a layer, and all that its plan needs besides K and the settings that are not in MEASURED."""
     frequency: torch.Tensor  # tokens routed to each expert (n,)
     saliency: torch.Tensor  # REAP saliency (n,)
     barriers: torch.Tensor  # of the pairs `edges(n)` (E,), nats
     candidates: torch.Tensor  # candidate triangles, rows ascending (F, 3)
     triplets: torch.Tensor  # their barriers (F,), nats
-    audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)  # KL by samples of the vocabulary, and exactly (R, 2)
+    audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)  # KL of R merges at a token: sampled, exact (R, 2)
 
 
+@torch.no_grad()
 def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int = MEMORY,
                   tick: Tick = lambda share: None) -> Signals:
     """Saliency, the barriers of all pairs, and those of the candidate triangles. `memory` is the bytes of the sweep's
@@ -174,7 +175,7 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
             tick((number + 1) / len(simplices))
         return barriers
     pairs = edges(len(frequency))
-    share = len(pairs) / (len(pairs) + settings.max_triangles)
+    share = len(pairs) / max(len(pairs) + settings.max_triangles, 1)
     barriers = barriers_of(pairs, lambda done: tick(share * done))
     candidates = candidate_triangles(barriers, saliency, settings.max_triangles, settings.seed)
     triplets = barriers_of(candidates, lambda done: tick(share + (1 - share) * done))
@@ -216,22 +217,22 @@ def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, to
 def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
     """Stage 1 of the curation (A.9): 3-cliques of the graph of edges with barrier <= median (the lower of two), (F, 3).
     More than `limit` are sampled without replacement from their list in order of saliency, so that the numbering of the
-    experts does not matter."""
+    experts matters only where saliencies tie."""
     n = len(saliency)
     pairs = edges(n)[barriers <= barriers.median()]
     triangles = mathx.cliques(n, pairs)
     if len(triangles) > limit:
         place = saliency.sort(stable=True).indices.argsort()[triangles].sort(1).values
         by_saliency = (place @ torch.tensor([n * n, n, 1])).argsort()
-        keep = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:limit]
-        triangles = triangles[by_saliency[keep].sort().values]
+        drawn = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:limit]
+        triangles = triangles[by_saliency[drawn].sort().values]
     return triangles
 
 
 def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
-    """The sign of each edge (i, j), i < j, (E,): +1 if expert i comes first in the total order, -1 if j does (3.2). The
-    paper fixes any order. It matters: barriers have no sign, so that another order gives the same edges other signs,
-    other Hodge parts and other critical edges."""
+    """Orientation (3.2) of each edge (i, j), i < j, a sign (E,): +1 if expert i comes first in the total order, -1 if j
+    does. The paper fixes any order. Ours (least salient first) matters: barriers have no sign, so that another order
+    gives the same edges other signs, other Hodge parts and other critical edges."""
     n = len(saliency)
     if order.startswith("random:"):
         place = torch.randperm(n, generator=torch.Generator().manual_seed(int(order[7:]))).argsort()
@@ -241,7 +242,7 @@ def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
     return (place[j] - place[i]).sign().double()
 
 
-# ------------------------------------------------------------------------------------------- 4 decompose (section 3.3)
+# ------------------------------------------------------------------------------------ 4 decompose (sections 3.2, 3.3)
 
 class HodgeParts(NamedTuple):
     """The three parts of an edge signal, (E,) each: mutually orthogonal, and they sum to the signal."""
@@ -251,23 +252,23 @@ class HodgeParts(NamedTuple):
 
     def shares(self) -> dict[str, float]:
         """eta, the shares of the signal's energy |b|^2 (equation 8 and its companions); all 0 if b = 0."""
-        energy = max(sum(self).square().sum().item(), TINY)
+        energy = max(sum(self).square().sum().item(), TINY)  # the parts sum to b
         return {name: part.square().sum().item() / energy for name, part in self._asdict().items()}
 
 
-def hodge_decompose(signal: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> HodgeParts:
-    """Hodge decomposition of an edge signal (E,) float64 (theorem 1, and the projections of A.5).
+def hodge_decompose(b: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> HodgeParts:
+    """Hodge decomposition of an edge signal b (E,) float64 (theorem 1, and the projections of A.5).
 
-    gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl: what neither a vertex
-    potential nor a triangle boundary explains (proposition 1). Only n x n and F x F pseudo-inverses are formed.
+    gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl, in the kernel of the
+    Laplacian d1' d1 + d2 d2' (3.2): what no vertex potential plus triangle boundary explains (proposition 1).
 
     >>> d1, d2 = boundary_matrices(3, torch.empty(0, 3, dtype=torch.int64))  # an unfilled 3-cycle
     >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
     [1.0, -1.0, 1.0]
     """
-    gradient = d1.T @ (torch.linalg.pinv(d1 @ d1.T, hermitian=True) @ (d1 @ signal))
-    curl = d2 @ (torch.linalg.pinv(d2.T @ d2, hermitian=True) @ (d2.T @ signal))
-    return HodgeParts(gradient, curl, signal - gradient - curl)
+    gradient = d1.T @ (torch.linalg.pinv(d1 @ d1.T, hermitian=True) @ (d1 @ b))
+    curl = d2 @ (torch.linalg.pinv(d2.T @ d2, hermitian=True) @ (d2.T @ b))
+    return HodgeParts(gradient, curl, b - gradient - curl)
 
 
 class Complex(NamedTuple):
@@ -276,24 +277,22 @@ class Complex(NamedTuple):
     triplets: torch.Tensor  # their barriers (F,)
     tau: float  # tau*, the first of evenly spaced thresholds that maximises beta_1 of K_tau
     betti_curve: torch.Tensor  # beta_1 of K_tau at each threshold
-    d1: torch.Tensor
-    d2: torch.Tensor
-    signs: torch.Tensor
-    parts: HodgeParts
+    d1: torch.Tensor  # boundary operators of the complex (n, E)
+    d2: torch.Tensor  # and (E, F)
+    signs: torch.Tensor  # orientation of each edge (E,)
+    parts: HodgeParts  # of signs * barriers
 
 
 def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
     """Build the complex (3.2): all edges, and the candidates with barrier <= tau* (stage 2 of A.9); give the barriers
-    their signs, and decompose them (3.3). K_tau has only the edges up to tau: the complex has another beta_1."""
+    their signs, and decompose them (3.3). K_tau lacks the edges above tau, so the complex can have another beta_1."""
     n, b = len(signals.saliency), signals.barriers
-    low, high = (limit(torch.cat((b, signals.triplets))).item() for limit in (torch.min, torch.max))
-    taus = torch.linspace(low, high, settings.thresholds, dtype=torch.float64)
-    d1, d2 = boundary_matrices(n, signals.candidates)
-    curve = mathx.betti_curve(edges(n), d2, b, signals.triplets, taus)
+    taus = torch.linspace(*torch.cat((b, signals.triplets)).aminmax(), settings.thresholds, dtype=torch.float64)
+    curve = mathx.betti_curve(edges(n), boundary_matrices(n, signals.candidates)[1], b, signals.triplets, taus)
     tau = taus[curve.argmax()].item()
     inside = signals.triplets <= tau
+    d1, d2 = boundary_matrices(n, signals.candidates[inside])
     signs = edge_signs(settings.order, signals.saliency)
-    d2 = d2[:, inside]
     return Complex(signals.candidates[inside], signals.triplets[inside], tau, curve, d1, d2, signs,
                    hodge_decompose(signs * b, d1, d2))
 
@@ -301,21 +300,21 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
 # --------------------------------------------------------------------------------- 5 select, 6 redirect (section 4.1)
 
 def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
-    """Positions of the top `percent` % of values (M,), rounded up, ascending; ties go to the first. Values up to
-    `floor` are never critical: rounding must not elect the edges of a signal that has no harmonic part."""
+    """Positions, ascending, of the top `percent` % of values (M,), their number rounded up; ties go to the first. None
+    is <= `floor`: rounding errors must not elect the edges of a signal that has no harmonic part."""
     count = math.ceil(len(values) * percent / 100 - 1e-9)
     top = values.sort(descending=True, stable=True).indices[:count]
     return top[values[top] > floor].sort().values
 
 
 def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], keep: int) -> list[int]:
-    """`keep` times the vertex of largest marginal gain, ties to the lowest (equation 11), in the coverage objective
-    (equation 10): the sum of the saliencies (n,) plus, for each family of critical simplices (M, 2 or 3), its weight
-    times the share that has a chosen vertex. Reaches at least 1 - 1/e of the best set of that size (proposition 2). Its
-    prefixes are the choices for smaller K.
+    """Greedy cover: from S empty, add `keep` times the vertex of largest marginal gain F(S + v) - F(S) (equation 11),
+    ties to the lowest. F(S) = sum_S saliency + sum over the families of weight |simplices that meet S| / |simplices|
+    (equation 10), 0 for an empty family; saliency (n,), simplices (M, 2 or 3). Reaches at least 1 - 1/e of the largest
+    F(S) with |S| = keep (proposition 2). The picks for a smaller K are a prefix.
 
     >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
-    >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # {0, 1} ties by incidence count but covers only 3 edges
+    >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # each is on 2 edges, but {0, 1} covers 3 of 4
     [0, 2]
     """
     picks: list[int] = []
@@ -330,9 +329,9 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
 
 
 def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:
-    """Where each dropped expert goes: argmin over survivors j of b_ij (1 + alpha |b_harm,ij| / |b|), ties to the
-    lowest. The factor is 1 if |b| < 1e-12. |b| is the norm over all E edges, so that the factor is near 1 unless alpha
-    is of the size of sqrt(E)."""
+    """Where a dropped expert e goes (4.1): argmin over survivors j of b_ej (1 + alpha |b_harm,ej| / |b|), ties to the
+    lowest; the factor is 1 if |b| < 1e-12. For the record alone: the output loses the router rows of dropped experts
+    and adds them to no survivor's. |b| is over all E edges, so that the factor is near 1 unless alpha is large."""
     norm = barriers.norm()
     cost = barriers * (1 + alpha * harmonic.abs() / norm) if norm >= 1e-12 else barriers
     n = (1 + math.isqrt(1 + 8 * len(barriers))) // 2  # from E = n (n - 1) / 2
@@ -359,14 +358,14 @@ def select(signals: Signals, found: Complex, settings: Settings = Settings(), si
 # ------------------------------------------------------------------------------------------- the plan and its report
 
 def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(),
-                      select: Callable[[Signals, Complex, Settings], tuple] = select) -> dict:
+                      selector: Callable[[Signals, Complex, Settings], tuple] = select) -> dict:
     """The plan of a layer, as its record has it: decompose, select, redirect, diagnose (examples/README.md has the
     schema). Raises InputError if `keep` is not from 1 to n, and for fewer than two experts."""
     n = len(signals.saliency)
     if not 1 <= keep <= n or n < 2:
         raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, and these at least two")
     found = decompose(signals, settings)
-    picks, pairs, triangles = select(signals, found, settings)
+    picks, pairs, triangles = selector(signals, found, settings)
     targets = redirect(picks[:keep], signals.barriers, found.parts.harmonic, settings.alpha)
     plan = plan_of(picks, targets, keep, signals.frequency, signals.saliency)
     return plan | {"diagnostics": diagnose(signals, found, (picks, pairs, triangles), targets, keep, settings.margin)}
@@ -382,12 +381,12 @@ def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: tor
 
 
 def diagnose(signals: Signals, found: Complex, selection: tuple, targets: dict, keep: int, margin: float) -> dict:
-    """What the barriers of a layer say (3.4), and what the decomposition cannot say (the audit, ours)."""
+    """Diagnostics: eta and discordance (3.4), beta_1 (3.3), retained energy (abstract); all others are ours."""
     n, b, (picks, pairs, triangles) = len(signals.saliency), signals.barriers, selection
     worst = b[mathx.faces(n, signals.candidates)].amax(1)  # of the edges of each candidate
-    taken = [list(targets.values()).count(target) for target in set(targets.values())]
-    energies = {name: (part, edges(n)) for name, part in found.parts._asdict().items()}
-    energies["triplet"] = found.triplets, found.triangles
+    loads = [list(targets.values()).count(target) for target in set(targets.values())]  # redirects to a survivor
+    components = {name: (part, edges(n)) for name, part in found.parts._asdict().items()}
+    components["triplet"] = found.triplets, found.triangles
     constant = hodge_decompose(found.signs, found.d1, found.d2)  # of barriers that say nothing
     return {
         "eta": found.parts.shares(), "eta_constant": constant.shares(),
@@ -398,8 +397,8 @@ def diagnose(signals: Signals, found: Complex, selection: tuple, targets: dict, 
         "discordance_quantiles": mathx.quartiles((signals.triplets / worst)[worst > 0]),
         "critical_edges": pairs.tolist(), "critical_triangles": triangles.tolist(),
         "covered_at": {"edges": mathx.covered_at(picks, pairs), "triangles": mathx.covered_at(picks, triangles)},
-        "retained": {name: mathx.retained(*pair, picks[:keep]) for name, pair in energies.items()},
-        "redirect_targets": len(taken), "redirect_largest": max(taken, default=0), "mean_barrier": b.mean().item(),
+        "retained": {name: mathx.retained(*pair, picks[:keep]) for name, pair in components.items()},
+        "redirect_targets": len(loads), "redirect_largest": max(loads, default=0), "mean_barrier": b.mean().item(),
         "audit": mathx.shortfall(*signals.audit.unbind(1)) if len(signals.audit) else None}
 
 
@@ -449,7 +448,7 @@ def end_of_model(model: Model, ids: torch.Tensor, index: int, norm: Callable) ->
 
 def text_hash(ids: torch.Tensor) -> str:
     """SHA-256 of token ids."""
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(ids.cpu().long().numpy().tobytes()).hexdigest()
 
 
 def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
@@ -461,10 +460,10 @@ def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, 
 
 def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int], cache: Path | None = None,
                   memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[int, Signals]]:
-    """Signals of layers (ascending indices), from the cache or from one forward pass over ids (B, L), which stops at the
-    last one that needs it. What is measured goes into the cache at once."""
+    """Signals of layers (ascending indices), from the cache or from one forward pass over ids (B, L), which stops at
+    the last one that needs it. What is measured goes into the cache at once."""
     if cache:
-        model_io.make_cache(cache)
+        model_io.make_cache(cache := Path(cache))
     key = cache_key(model, ids, settings) if cache else {}
     stream, head = model.stream(ids), None
     for number, index in enumerate(layers):
@@ -484,7 +483,8 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
 
 def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings = Settings(), cache: Path | None = None,
                memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[str, dict]]:
-    """(name, plan) of each sparse layer, from calibration on ids (B, L). Raises InputError as its parts do."""
+    """(name, plan) of each sparse layer, from calibration on ids (B, L): a dict of them is what `export` takes. Raises
+    InputError as its parts do, when the first one is asked for."""
     check_keep(model, keep)
     for index, signals in measure_model(model, ids, settings, sparse_layers(model), cache, memory, tick):
         yield model.layer_names[index], plan_from_signals(signals, keep, settings)
@@ -505,7 +505,7 @@ def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: 
 
 def plan_entry(model: Model, plans: dict[str, dict], keep: int, settings: Settings, ids: torch.Tensor | None,
                files: Sequence[Path] = (), command: str = "hodgecover.py", **more: object) -> dict:
-    """The entry of a record's history that holds plans by layer name."""
+    """The entry of a record's history that holds plans by layer name; `files` name the text, as in `record_entry`."""
     said = {"keep": keep, **more} | dataclasses.asdict(settings) | {"dtype": str(model.dtype).removeprefix("torch.")}
     layers = [{"layer": model.layer_names.index(name), "name": name} | plan for name, plan in plans.items()]
     return record_entry(command, said, ids, files, source=model) | {"layers": layers}
@@ -529,9 +529,9 @@ def record_bytes(checkpoint: model_io.Checkpoint, entry: dict) -> bytes:
 
 
 def export(model: Model, plans: dict[str, dict], out: Path, entry: dict) -> None:
-    """Write the checkpoint that keeps the survivors of plans by layer name, and its record, to the folder `out`."""
+    """Write the checkpoint that keeps the survivors of all sparse layers' plans, by name, and its record, to `out`."""
     survivors = {name: plan["survivors"] for name, plan in plans.items()}
-    model_io.write_checkpoint(model.checkpoint, out, survivors, {RECORD: record_bytes(model.checkpoint, entry)})
+    model_io.write_checkpoint(model.checkpoint, Path(out), survivors, {RECORD: record_bytes(model.checkpoint, entry)})
 
 
 def refuse_inside(model: Model, path: Path, parameter: str) -> None:

@@ -5,7 +5,7 @@ change of logits; samples of the vocabulary; Betti numbers of a filtration; the 
     n experts of a layer     T tokens              V vocabulary       d hidden size, f width of an expert
     M simplices of one size  R touched (token, simplex) pairs         E edges, F triangles
 
-A `layer` is anything with the fields of `hodgecover.MoELayer`. Sections are the paper's (arXiv 2605.13997).
+A `layer` has the fields and the `tokens` of `hodgecover.MoELayer`. Sections are the paper's (arXiv 2605.13997).
 """
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
 
     Returns (M,) float64 on the CPU, nats.
     """
+    layer = layer._replace(gates=layer.gates.cpu())  # waits for the device once
     touched = touching(members, layer.gates)
     total = torch.zeros(len(members), dtype=torch.float64)
     step = tokens_at_once(layer, touched, members.shape[1], sample, memory)
@@ -278,7 +279,7 @@ def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sa
     ends = (p / tau).clamp_(max=1).cumsum(1)  # (T, V): where each outcome's stretch ends
     at = torch.arange(count, device=p.device) + offset.double()[:, None]
     outcomes = torch.searchsorted(ends, at, right=True).clamp_(max=p.shape[1] - 1)
-    weights = p.gather(1, outcomes).clamp(min=tau)
+    weights = p.gather(1, outcomes).clamp(min=tau).where(at < ends[:, -1:], tau)  # fewer than `count` may have p > 0
     return outcomes, weights.log().to(log_p.dtype)
 
 

@@ -418,14 +418,14 @@ def distil_layers(source: Model, output: Model, ids: torch.Tensor, held_out: int
         targets[0].layer.unload()
         name, final = steps[0].name, steps
 
-        def errors() -> list[float]:
-            return [mean_error(step.y, target.y) for step, target in zip(final, targets)]
-        before = after = errors()
+        def errors(passes: list[LayerPass]) -> list[float]:
+            return [mean_error(step.y, target.y) for step, target in zip(passes, targets)]
+        before = after = errors(steps)
         start = distil_layer(steps[0], targets[0].y, output, plan, lambda share: say((steps[0].index + share) / layers)
                              ) if before[0] > 0 else {}
         if start:
             final = [common.rerun(output, step, empty) for step in steps]
-            after = errors()
+            after = errors(final)
         if start and not after[0] < before[0]:
             hodgecover.warn(f"{name}: its stream error would be {after[0]:.5f}, not lower; it keeps its weights; a "
                             "lower --lr may help")

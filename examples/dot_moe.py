@@ -235,18 +235,13 @@ def run_split(h: torch.Tensor, layer: Layer, split: Split, temperature: float, t
     return SparsePass(y, taken, BALANCE * balance + Z * logits.logsumexp(-1).square().mean())
 
 
-def temperature_at(share: float) -> float:
-    """Return the temperature when this share of the steps is done.
+def of_step(step: int, steps: int) -> dict[str, float]:
+    """Return what the loss of a step is told, as `distil.train` wants it.
 
-    >>> [round(temperature_at(share), 3) for share in (0, 0.5, 1)]
+    >>> [round(of_step(step, 2)["temperature"], 3) for step in (0, 1, 2)]
     [1.0, 0.316, 0.1]
     """
-    return HOT * (COLD / HOT) ** share
-
-
-def of_step(step: int, steps: int) -> dict[str, float]:
-    """Return what the loss of a step is told, as `distil.train` wants it."""
-    return {"temperature": temperature_at(step / steps)}
+    return {"temperature": HOT * (COLD / HOT) ** (step / steps)}
 
 
 # -------------------------------------------------------------------------------------------------------- the training

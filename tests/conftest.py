@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ settings.register_profile("default", max_examples=60, deadline=None, derandomize
 settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors here are small: more threads cost time, most of all on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import hodgecover  # noqa: E402  (the path is set above)
+import model_io  # noqa: E402
+from model_io import Model  # noqa: E402
 
 
 def named(name: str) -> Path:
@@ -98,6 +103,23 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
         "post_processor": None, "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": {chr(32 + i): i for i in range(95)}, "unk_token": " "}}))
     return folder
+
+
+def some_ids(count: int = 3, length: int = 12) -> torch.Tensor:
+    """Random token ids of a golden checkpoint, (count, length)."""
+    return torch.randint(0, 96, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def sparse_names(model: Model) -> list[str]:
+    """The names of the layers that have experts."""
+    return [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
+
+
+def dropped(source: Path, out: Path, keep: Sequence[int] = (0, 2, 3, 5)) -> Path:
+    """A checkpoint of some of the experts, without a record: what any tool could have made."""
+    model = Model(source)
+    model_io.write_checkpoint(model.checkpoint, out, dict.fromkeys(sparse_names(model), [*keep]), {})
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """Distillation: gradients against finite differences, losses in closed form, and the command on every family."""
-import doctest
 import json
 import math
 import shutil
@@ -12,22 +11,17 @@ import common
 import distil
 import heapr
 import hodgecover
-import model_io
 import pytest
 import refit
 import torch
 import wanda
 from conftest import (KINDS, PROSE, assert_disk_changes_nothing, assert_refused, assert_survives_kills, contents,
-                      named, record, refuse, run, with_tokenizer)
+                      named, record, refuse, run, some_ids, with_tokenizer)
 from fake_device import Accelerator
 from model_io import InputError, Model
 from safetensors.torch import load_file
 
 QUICK = ["--tokens", 128, "--seq-len", 16, "--dtype", "float32"]  # 8 sequences: a step a pass
-
-
-def some_ids(count: int = 3, length: int = 12, vocab: int = 96) -> torch.Tensor:
-    return torch.randint(0, vocab, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def plan_of(**changes: object) -> distil.Plan:
@@ -41,8 +35,9 @@ def perturbed(source: Path, folder: Path, size: float = 0.3, layers: str = "laye
     for name in model.layer_names[:model.config.num_layers]:
         if layers in name:
             weights = distil.layer_weights(model.layer(model.layer_names.index(name)))
-            common.store(model, name, {part: weight + size * weight.std() * torch.randn(weight.shape, generator=generator)
-                                       for part, weight in weights.items() if weight.dim() > 1})
+            noise = {part: size * weight.std() * torch.randn(weight.shape, generator=generator)
+                     for part, weight in weights.items() if weight.dim() > 1}
+            common.store(model, name, {part: weights[part] + change for part, change in noise.items()})
     return model
 
 
@@ -529,7 +524,3 @@ def test_another_model_is_refused(half, tmp_path, capsys):
     other = with_tokenizer(named("qwen2-renormalised"), tmp_path / "other")
     capsys.readouterr()
     assert_refused(capsys, run(distil, other, *half[1:], "--out", tmp_path / "out"), "its family is olmoe; must be")
-
-
-def test_the_docstrings_examples_hold():
-    assert doctest.testmod(distil).failed == 0

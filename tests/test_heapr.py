@@ -14,17 +14,13 @@ import pytest
 import refit
 import torch
 from conftest import (KINDS, PROSE, QUICK, assert_refused, assert_survives_kills, contents, named, record, refuse,
-                      run, with_tokenizer)
+                      run, some_ids, sparse_names, with_tokenizer)
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_io import Experts, Model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-
-
-def some_ids(count: int = 2, length: int = 20) -> torch.Tensor:
-    return torch.randint(0, 96, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def random_layer(seed: int, n: int = 4, d: int = 5, f: int = 6, tokens: int = 30, top_k: int = 2):
@@ -165,7 +161,7 @@ def plain_backward(model: Model, ids: torch.Tensor) -> tuple[list[torch.Tensor],
 def test_the_sweep_gives_what_autograd_gives_through_the_whole_model(path, at_once, monkeypatch):
     """The gradient of the loss before each layer; and the scores, from the gradients of the experts' own outputs."""
     monkeypatch.setattr(heapr, "GRAPH_TOKENS", at_once)
-    model, ids, swept = Model(path, torch.float64), some_ids(3), []
+    model, ids, swept = Model(path, torch.float64), some_ids(3, 20), []
     real = heapr.back_through
 
     def watched(layer, config, h, slope):
@@ -188,7 +184,7 @@ def test_the_sweep_gives_what_autograd_gives_through_the_whole_model(path, at_on
             expected = 0.5 * hidden.square().mean(0) * torch.einsum("dj,dc,cj->j", down, fisher, down)
             torch.testing.assert_close(found[model.layer_names[index]][e], expected, rtol=1e-7, atol=1e-20)
             checked += 1
-    assert checked >= 8 and found.keys() == {model.layer_names[i] for i in hodgecover.sparse_layers(model)}
+    assert checked >= 8 and found.keys() == {*sparse_names(model)}
 
 
 @pytest.mark.parametrize("name", ["olmoe-plain", "qwen3_5-text"])
@@ -239,7 +235,7 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch):
         held.append(real(self, index))
         return held[-1]
     monkeypatch.setattr(Model, "layer", watched)
-    heapr.score_units(model, "heapr", some_ids())
+    heapr.score_units(model, "heapr", some_ids(2, 20))
     assert len(held) == 6  # each layer forward and back
     assert held[-1].experts is None
 
@@ -248,7 +244,7 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch):
 def test_the_activations_are_counted(name):
     """As many tensors (T, d) live at once as `activation_bytes` says: those that `empty` makes, beside
     the slope."""
-    model, ids, live, most = Model(named(name)), some_ids(), weakref.WeakSet(), 0
+    model, ids, live, most = Model(named(name)), some_ids(2, 20), weakref.WeakSet(), 0
 
     def empty(*shape, **kind):
         nonlocal most
@@ -307,7 +303,7 @@ def test_every_family(family, tmp_path):
     ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32)
     scores = heapr.score_units(Model(family), "heapr", ids)
     kept = {name: heapr.best_units(score, 11) for name, score in scores.items()}
-    assert kept.keys() == {model.layer_names[index] for index in hodgecover.sparse_layers(model)}
+    assert kept.keys() == {*sparse_names(model)}
     for name, info in model.checkpoint.tensors.items():
         if ".mlp.experts." not in name:
             assert torch.equal(model.checkpoint.load(name), output.checkpoint.load(name))
@@ -347,7 +343,7 @@ def test_nothing_gone_leaves_the_weights_bytes(family, tmp_path):
 
 @pytest.mark.parametrize("name", ["olmoe-plain", "qwen3_5-vision-mtp"])
 def test_each_score_chooses_by_itself(name):
-    model, ids = Model(named(name)), some_ids()
+    model, ids = Model(named(name)), some_ids(2, 20)
     found = {score: heapr.score_units(model, score, ids) for score in heapr.SCORES}
     for step in model.stream(ids):
         if step.gates is None:
@@ -389,7 +385,7 @@ def test_after_hodgecover_and_before_the_refit(small, tmp_path, capsys):
     output = Model(tmp_path / "refitted")
     assert (output.config.num_experts, output.config.expert_width) == (6, 10)
     assert all(layer["after"] < layer["before"] for layer in history[-1]["output_error"])
-    assert output.logits(some_ids()).isfinite().all()
+    assert output.logits(some_ids(2, 20)).isfinite().all()
 
 
 def test_a_width_that_transformers_does_not_take_by_default_is_told(small, tmp_path, capsys):

@@ -265,8 +265,8 @@ def test_plans_of_fewer_survivors_nest():
 
 
 def test_a_layers_line(capsys):
-    plan, model = hodgecover.plan_layer(random_layer(vocab=40), 3, Settings(vocab_sample=9)), Model(named("olmoe-plain"))
-    assert hodgecover.show_plans(model, iter([("model.layers.1", plan)]), print) == {"model.layers.1": plan}
+    plan, name = hodgecover.plan_layer(random_layer(vocab=40), 3, Settings(vocab_sample=9)), "model.layers.1"
+    assert hodgecover.show_plans(Model(named("olmoe-plain")), iter([(name, plan)]), print) == {name: plan}
     bar, head, line, audit = capsys.readouterr().out.splitlines()
     found, shortfall = plan["diagnostics"], plan["diagnostics"]["audit"]
     eta, constant = (f"{found[of]['harmonic']:.3f}" for of in ("eta", "eta_constant"))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The numerics of mathx.py: the sweep against the barrier's definition, KL, samples, ranks, the audit; accuracy, chunks,
-memory, ties. What the paper states of them is in test_paper.py."""
+"""The numerics of mathx.py: the sweep against the barrier's definition, KL, samples, ranks, the audit; accuracy,
+chunks, memory. What the paper states of them is in test_paper.py."""
 import doctest
 import itertools
 import math

@@ -10,21 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import model_io
 import pytest
 import torch
-from model_io import Checkpoint, InputError, Model
+from conftest import DENSE, GOLDEN, contents, named
+from model_io import NOTICE, Checkpoint, InputError, Model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-GOLDEN = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir())
-SPARSE = [path for path in GOLDEN if not path.name.startswith("dense-")]
-PLAIN = Path(__file__).parent / "golden" / "olmoe-plain"
+PLAIN, SHARDED, MTP = map(named, ("olmoe-plain", "olmoe-sharded", "qwen3_5-vision-mtp"))
 SURVIVORS = [5, 0, 3, 6]  # not in order: the output permutes them
-NOTICE = "> Four experts a layer are left."
 
 
-@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+@pytest.fixture(params=[*GOLDEN, *DENSE], ids=lambda path: path.name)
 def golden(request) -> Path:
     return request.param
 
@@ -70,30 +69,32 @@ def test_norms_and_router_are_computed_wide():
     assert torch.equal(renormalised, (top / top.sum(1, keepdim=True)).bfloat16())
 
 
-def test_a_fold_renormalises_where_the_model_does():
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(20, 32, generator=g)
-    layer = model_io.Layer(None, torch.randn(5, 32, generator=g), {},
-                           (torch.randn(3, 32, generator=g), torch.tensor([0, 0, 4])))
-    cfg = Model(PLAIN).config
-    gates = model_io.route(x, layer, dataclasses.replace(cfg, norm_topk_prob=True))
-    torch.testing.assert_close(gates.sum(1), torch.ones(20))
-    assert model_io.route(x, layer, cfg).sum(1).min() < 0.99
-
-
 def test_the_docstrings_examples_hold(monkeypatch):
     monkeypatch.chdir(Path(model_io.__file__).parent)
     assert doctest.testmod(model_io).failed == 0
 
 
 def test_the_multi_token_head_predicts_as_in_transformers():
-    path = PLAIN.parent / "qwen3_5-vision-mtp"
-    reference = load_file(path / "golden.safetensors")
-    model = Model(path)
+    reference = load_file(MTP / "golden.safetensors")
+    model = Model(MTP)
     *_, step = model.stream(reference["ids"])
     assert step.name == "mtp.layers.0" and step.index == model.config.num_layers
     logits = (step.norm(step.y) @ model.unembedding().T).view_as(reference["mtp_logits"])
     torch.testing.assert_close(logits, reference["mtp_logits"], rtol=0, atol=1e-4)
+
+
+def gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
+                     beta: torch.Tensor) -> torch.Tensor:
+    """The plain form: the recurrence that the docstring of `chunked_gated_delta_rule` has, token by token."""
+    state = value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, D of values)
+    out = torch.empty_like(value)
+    for t in range(value.shape[1]):
+        state = state * log_decay[:, t, :, None, None].exp()
+        error = value[:, t] - torch.einsum("bhk,bhkv->bhv", key[:, t], state)
+        correction = beta[:, t, :, None] * error
+        state = state + key[:, t, :, :, None] * correction[:, :, None, :]
+        out[:, t] = torch.einsum("bhk,bhkv->bhv", query[:, t], state)
+    return out
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
@@ -103,7 +104,7 @@ def test_the_chunked_delta_rule_is_the_recurrence(length, decay):
     q, k, v = (torch.randn(2, length, 3, width, generator=g, dtype=torch.float64) for width in (8, 8, 5))
     k = k / k.norm(dim=-1, keepdim=True)
     log_decay, beta = (torch.rand(2, length, 3, generator=g, dtype=torch.float64) for _ in range(2))
-    plain = model_io.gated_delta_rule(q, k, v, -decay * log_decay, beta)
+    plain = gated_delta_rule(q, k, v, -decay * log_decay, beta)
     torch.testing.assert_close(model_io.chunked_gated_delta_rule(q, k, v, -decay * log_decay, beta), plain)
 
 
@@ -142,14 +143,7 @@ def test_only_one_layer_is_in_memory(golden, monkeypatch):
 
 
 def loaded(layer: model_io.Layer) -> bool:
-    return any(part is not None for part in (layer.experts, layer.router, layer.fold)) or bool(layer.weights)
-
-
-def test_a_layer_unloads_all_its_weights():
-    weight = torch.ones(1)
-    layer = model_io.Layer(model_io.Experts(weight, weight, weight), weight, {"a": weight}, (weight, weight))
-    layer.unload()
-    assert vars(layer) == vars(model_io.Layer(None, None, {}))
+    return any(part is not None for part in (layer.experts, layer.router)) or bool(layer.weights)
 
 
 def test_passes_are_linked_and_a_change_goes_on(golden):
@@ -185,14 +179,14 @@ def test_many_sequences_go_through_a_layer_in_parts(golden, monkeypatch):
 @pytest.mark.parametrize("name", ["olmoe-sharded", "qwen3_5-vision-mtp"])
 def test_a_rerun_is_the_pass_of_the_new_weights(tmp_path, name):
     """The new y goes on into the next layer if the caller copies it; the stream unloads the new weights, too."""
-    path = shutil.copytree(PLAIN.parent / name, tmp_path / "c")
+    path = shutil.copytree(named(name), tmp_path / "c")
     model, ids = Model(path), load_file(path / "golden.safetensors")["ids"]
     fingerprint = model.checkpoint.fingerprint()
     steps = []
     for step in model.stream(ids):
         down = step.layer.experts.down * -2
-        assert torch.equal(model.store_down(step.name, down), down)
-        again = model.rerun(step)
+        assert torch.equal(common.store_down(model, step.name, down), down)
+        again = common.rerun(model, step)
         assert torch.equal(again.layer.experts.down, down) and torch.equal(again.x, step.x)
         assert not torch.equal(again.y, step.y) and again.h is step.h and again.name == step.name
         step.y.copy_(again.y)
@@ -204,22 +198,6 @@ def test_a_rerun_is_the_pass_of_the_new_weights(tmp_path, name):
     assert model.checkpoint.fingerprint() == Checkpoint(path).fingerprint()
 
 
-def test_a_fold_is_of_the_models_dtype_and_of_its_layer_alone(tmp_path):
-    rows, slots = torch.randn(3, 32, dtype=torch.float64), torch.tensor([0, 7, 7])
-    model = Model(PLAIN, torch.bfloat16, folds={"model.layers.1": (rows, slots)})
-    layers = [model.layer(index) for index in range(2)]
-    assert layers[0].fold is None and torch.equal(layers[1].fold[0], rows.bfloat16())
-    assert torch.equal(layers[1].fold[1], slots)
-    x = torch.randn(9, 32).bfloat16()
-    p = (x @ torch.cat((layers[1].router, rows.bfloat16())).T).softmax(-1, dtype=torch.float32)
-    mass = p[:, :8].clone()
-    mass[:, 0] += p[:, 8]
-    mass[:, 7] += p[:, 9] + p[:, 10]
-    gates = model_io.route(x, layers[1], model.config)
-    top = mass.topk(model.config.top_k).indices
-    torch.testing.assert_close(gates.gather(1, top), mass.gather(1, top).bfloat16())
-
-
 def test_perplexity_is_that_of_the_logits(tiny):
     model = Model(tiny)
     text = Path(model_io.__file__).read_text(encoding="utf-8")[:2000]
@@ -227,7 +205,6 @@ def test_perplexity_is_that_of_the_logits(tiny):
     log_p = model.logits(ids).double().log_softmax(-1)
     loss = [-log_p[b, t, ids[b, t + 1]] for b in range(len(ids)) for t in range(63)]
     assert model.perplexity(ids) == pytest.approx(torch.stack(loss).mean().exp().item(), rel=1e-6)
-    assert model.perplexity(text, seq_len=64) == model.perplexity(ids)
 
 
 def test_a_comparison_is_that_of_the_log_softmaxes(tmp_path):
@@ -236,7 +213,7 @@ def test_a_comparison_is_that_of_the_log_softmaxes(tmp_path):
     output = Model(rewrite(tmp_path / "c", lambda tensors: tensors | {
         "lm_head.weight": tensors["lm_head.weight"] * 0.7 + 0.1 * tensors["lm_head.weight"].roll(1, 0)}))
     log_p, log_q = (model.logits(ids).double().log_softmax(-1) for model in (source, output))
-    found = model_io.compare(source, output, ids)
+    found = common.compare(source, output, ids)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
     assert kl > 0.01 and found.kl == pytest.approx(kl, rel=1e-6)
     assert found.top_1 == (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item() and 0.2 < found.top_1 < 1
@@ -244,7 +221,7 @@ def test_a_comparison_is_that_of_the_log_softmaxes(tmp_path):
         loss = -log[:, :-1].gather(2, ids[:, 1:, None]).mean()
         assert perplexity == pytest.approx(loss.exp().item(), rel=1e-6)
     assert found.source_perplexity == source.perplexity(ids) and found.output_perplexity == output.perplexity(ids)
-    assert model_io.compare(source, source, ids)[2:] == (0, 1)
+    assert common.compare(source, source, ids)[2:] == (0, 1)
 
 
 def test_a_loss_beyond_the_range_of_exp_is_infinite(tmp_path):
@@ -252,12 +229,12 @@ def test_a_loss_beyond_the_range_of_exp_is_infinite(tmp_path):
     output = Model(rewrite(tmp_path / "c", lambda tensors: tensors | {
         "lm_head.weight": tensors["lm_head.weight"] * 1e6}))
     assert output.perplexity(ids) == float("inf")
-    assert model_io.compare(Model(PLAIN), output, ids).output_perplexity == float("inf")
+    assert common.compare(Model(PLAIN), output, ids).output_perplexity == float("inf")
 
 
 def test_a_comparison_asks_for_one_vocabulary(tiny):
     with pytest.raises(InputError, match="^output: its vocabulary has 96 tokens; it must have the source's 2048"):
-        model_io.compare(Model(tiny), Model(PLAIN), torch.ones(1, 4, dtype=torch.int64))
+        common.compare(Model(tiny), Model(PLAIN), torch.ones(1, 4, dtype=torch.int64))
 
 
 # -------------------------------------------------------------------------------------------------------- text
@@ -313,12 +290,17 @@ def test_sequences_are_whole_and_sampled_by_seed():
     assert len(model_io.sequences(ids, 10, 99)) == 10
     with pytest.raises(InputError, match="^the text has 103 tokens, too few for one sequence of seq_len 104; give"):
         model_io.sequences(ids, 104)
-    with pytest.raises(InputError, match="^seq_len 1: must be at least 2$"):
+    with pytest.raises(InputError, match="^seq_len 1: must be .* at least 2$"):
         model_io.sequences(ids, 1)
 
 
-def test_encode_ends_each_document(tiny):
-    model = Model(tiny)
+def decode(model: Model, ids: list[int]) -> str:
+    return model.use_tokenizer(lambda tokenizer: tokenizer.decode(ids))
+
+
+def test_encode_ends_each_document_and_decode_undoes_it(tiny):
+    model, text = Model(tiny), "def f(x):\n    return x + 1  # größer, 𝛼"
+    assert decode(model, model.encode([text]).tolist()) == text  # without the end of the text
     one, both = model.encode(["a b"]), model.encode(["a b", "c"])
     assert one[-1] == both[-1] == model.config.eos_token_id and both[: len(one)].tolist() == one.tolist()
     model.config = dataclasses.replace(model.config, vocab_size=int(one.max()))
@@ -326,18 +308,11 @@ def test_encode_ends_each_document(tiny):
         model.encode(["a b"])
 
 
-def test_decode_undoes_encode(tiny):
-    model = Model(tiny)
-    text = "def f(x):\n    return x + 1  # größer, 𝛼"
-    ids = model.encode([text]).tolist()
-    assert ids[-1] == model.config.eos_token_id and model.decode(ids) == text  # without the end of the text
-
-
 def test_a_tokenizer_that_does_not_work_is_named(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "c")
     for content in ("{}", "", "[1]"):
         (tmp_path / "c" / "tokenizer.json").write_text(content)
-        for use in (lambda model: model.encode(["a"]), lambda model: model.decode([1])):
+        for use in (lambda model: model.encode(["a"]), lambda model: decode(model, [1])):
             with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer that works"):
                 use(Model(tmp_path / "c"))
 
@@ -378,7 +353,7 @@ def test_padding_truncation_and_special_tokens_of_the_tokenizer_file_are_not_app
 # ----------------------------------------------------------------------------------------------------- writing
 
 
-@pytest.fixture(params=SPARSE, ids=lambda path: path.name)
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
 def compressed(request, tmp_path) -> tuple[Path, Path]:
     """A golden checkpoint with the small files that published ones have, and its compression to SURVIVORS."""
     source = tmp_path / "source"
@@ -397,7 +372,7 @@ def compressed(request, tmp_path) -> tuple[Path, Path]:
     (source / ".gitattributes").write_text("x")
     (source / "record.json").write_text("of an earlier run")
     survivors = dict.fromkeys(Model(source).layer_names, SURVIVORS)
-    model_io.write_checkpoint(Checkpoint(source), tmp_path / "out", survivors, {"record.json": b"{}"}, notice=NOTICE)
+    model_io.write_checkpoint(Checkpoint(source), tmp_path / "out", survivors, {"record.json": b"{}"})
     return source, tmp_path / "out"
 
 
@@ -447,20 +422,19 @@ def test_configuration_and_small_files_come_along(compressed):
     assert not names & {"pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf",
                         "rows.st", ".gitattributes", "golden.safetensors"}
     assert (out / "record.json").read_text() == "{}"
-    assert (out / "README.md").read_text() == f"---\nlicense: mit\n---\n{NOTICE}\n\n# Model\nscore 61.2\n"
+    assert (out / "README.md").read_text() == f"---\nlicense: mit\n---\n{NOTICE}# Model\nscore 61.2\n"
     assert out.stat().st_mode == source.stat().st_mode
 
 
-@pytest.mark.parametrize("card, notice, expected", [
-    ("# Model\n", "> Less.\n\n", "> Less.\n\n# Model\n"),
-    ("---\na: b\n---\n---\n", "> Less.", "---\na: b\n---\n> Less.\n\n---\n"),
-    ("---\na: b\n---\n# Model\n", "", "---\na: b\n---\n# Model\n"),
+@pytest.mark.parametrize("card, expected", [
+    ("# Model\n", f"{NOTICE}# Model\n"), (f"{NOTICE}# Model\n", f"{NOTICE}# Model\n"),
+    ("---\na: b\n---\n---\n", f"---\na: b\n---\n{NOTICE}---\n"), ("", NOTICE),
 ])
-def test_the_notice_is_at_the_head_of_the_card(tmp_path, card, notice, expected):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
+def test_the_notice_is_at_the_head_of_the_card_once(tmp_path, card, expected):
+    for name in "ab":
+        (tmp_path / name).mkdir()
     (tmp_path / "a" / "README.md").write_text(card)
-    model_io.copy_small_files(tmp_path / "a", tmp_path / "b", notice)
+    model_io.copy_small_files(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "README.md").read_text() == expected
 
 
@@ -469,17 +443,38 @@ def test_files_come_before_small_files_and_settings(tmp_path):
     shutil.copytree(PLAIN, tmp_path / "c")
     (tmp_path / "c" / "README.md").write_text("old")
     files = {"README.md": b"new", "generation_config.json": b"{}", "rows.st": b"1", "config.json": b"[]"}
-    model_io.write_checkpoint(Checkpoint(tmp_path / "c"), tmp_path / "out", {"model.layers.0": [1, 2]}, files,
-                              notice=NOTICE)
+    model_io.write_checkpoint(Checkpoint(tmp_path / "c"), tmp_path / "out", {"model.layers.0": [1, 2]}, files)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
 
 
-def test_without_survivors_it_is_a_plain_copy(golden, tmp_path):
-    model_io.write_checkpoint(Checkpoint(golden), tmp_path / "out", {}, {})
-    assert (tmp_path / "out" / "config.json").read_bytes() == (golden / "config.json").read_bytes()
-    before, after = source_tensors(golden), source_tensors(tmp_path / "out")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    Model(tmp_path / "out")
+def test_a_plain_copy_and_all_experts_kept_are_the_source(golden, tmp_path):
+    checkpoint, model, ids = Checkpoint(golden), Model(golden), load_file(golden / "golden.safetensors")["ids"]
+    everyone, logits = dict.fromkeys(model.layer_names, list(range(model.config.num_experts))), model.logits(ids)
+    for out, survivors in ((tmp_path / "copy", {}), (tmp_path / "all", everyone)):
+        model_io.write_checkpoint(checkpoint, out, survivors, {})
+        for file in checkpoint.metadata:
+            before, after = (load_file(folder / file) for folder in (golden, out))
+            assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert torch.equal(Model(out).logits(ids), logits)
+    assert (tmp_path / "copy" / "config.json").read_bytes() == (golden / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("path", [PLAIN, SHARDED], ids=lambda path: path.name)
+def test_files_that_are_links_to_other_names_are_read_and_exported(path, tmp_path):
+    """As in a hub's cache, whose blobs are named by their hashes."""
+    linked, blobs = tmp_path / "linked", tmp_path / "blobs"
+    blobs.mkdir()
+    linked.mkdir()
+    for number, file in enumerate(path.iterdir()):
+        shutil.copyfile(file, blobs / f"abc{number}")
+        (linked / file.name).symlink_to(Path("..") / "blobs" / f"abc{number}")
+    ids = load_file(path / "golden.safetensors")["ids"]
+    assert torch.equal(Model(linked).logits(ids), Model(path).logits(ids))
+    assert Checkpoint(linked).fingerprint() == Checkpoint(path).fingerprint()
+    outputs = [tmp_path / "of-links", tmp_path / "of-files"]
+    for source, out in zip((linked, path), outputs):
+        model_io.write_checkpoint(Checkpoint(source), out, dict.fromkeys(Model(path).layer_names, SURVIVORS), {})
+    assert contents(outputs[0]) == contents(outputs[1]) and not any(file.is_symlink() for file in outputs[0].iterdir())
 
 
 def test_layers_that_keep_different_numbers_are_refused(tmp_path):
@@ -492,15 +487,15 @@ def test_layers_that_keep_different_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["olmoe-plain", "qwen3_5-vision-mtp"])
 def test_edits_change_rows_on_the_way(tmp_path, name):
     """An edit is handed each row that is kept with its number in the source, or a whole tensor."""
-    source, seen = Model(PLAIN.parent / name), []
+    source, seen = Model(named(name)), []
 
     def edit(tensor: torch.Tensor, row: int) -> torch.Tensor:
         seen.append(row)
         return tensor.mT.contiguous().mT * (row + 2) if tensor.dim() > 1 else tensor * (row + 2)
     names = [key for key in source.checkpoint.tensors if re.search(
         r"layers\.1\.mlp\.(gate\.weight|experts\.(down_proj|3\.down_proj\.weight))", key)]
-    model_io.write_checkpoint(source.checkpoint, tmp_path / "out", dict.fromkeys(source.layer_names, SURVIVORS), {},
-                              dict.fromkeys(names, edit))
+    common.write_edited(source.checkpoint, tmp_path / "out", dict.fromkeys(source.layer_names, SURVIVORS), {},
+                        dict.fromkeys(names, edit))
     before, after = source.layer(1), Model(tmp_path / "out").layer(1)
     factors = torch.tensor(SURVIVORS) + 2.0
     torch.testing.assert_close(after.router, before.router[SURVIVORS] * factors[:, None])
@@ -568,8 +563,8 @@ def test_headers_are_padded_and_large_tensors_whole(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path)
     infos = checkpoint.tensors
     assert [info.start for info in infos.values()] == sorted(info.start for info in infos.values())
-    copies = {name: model_io.Copy(name, info) for name, info in infos.items()}
-    model_io.write_safetensors(tmp_path / "out.safetensors", copies, {}, checkpoint)
+    copies = {name: model_io.copied(checkpoint, name) for name in infos}
+    model_io.write_safetensors(tmp_path / "out.safetensors", copies, {})
     assert int.from_bytes((tmp_path / "out.safetensors").read_bytes()[:8], "little") % 8 == 0
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "out.safetensors").items())
 
@@ -596,71 +591,48 @@ def test_the_output_is_the_survivor_sub_moe(compressed, monkeypatch):
                                masked_logits(source, ids, SURVIVORS, monkeypatch), rtol=0, atol=1e-12)
 
 
-def test_keeping_all_experts_changes_nothing(golden, tmp_path):
-    checkpoint = Checkpoint(golden)
-    everyone = list(range(Model(golden).config.num_experts))
-    model_io.write_checkpoint(checkpoint, tmp_path / "out", dict.fromkeys(Model(golden).layer_names, everyone), {})
-    for file in checkpoint.metadata:
-        assert load_file(tmp_path / "out" / file).keys() == load_file(golden / file).keys()
-    ids = load_file(golden / "golden.safetensors")["ids"]
-    assert torch.equal(Model(tmp_path / "out").logits(ids), Model(golden).logits(ids))
-
-
-def test_the_output_appears_whole_or_not_at_all(golden, tmp_path, monkeypatch):
+def test_the_output_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(model_io, "copy_small_files", full)
     with pytest.raises(OSError):
-        model_io.write_checkpoint(Checkpoint(golden), tmp_path / "out", {"model.layers.0": [0]}, {})
+        model_io.write_checkpoint(Checkpoint(SHARDED), tmp_path / "out", {"model.layers.0": [0]}, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fingerprint_sees_every_byte_and_nothing_else(golden, tmp_path):
-    """Neither the place nor the time of modification of the files."""
-    copy = shutil.copytree(golden, tmp_path / "copy")
-    files = [*Checkpoint(golden).metadata, "config.json"]
+def test_a_fingerprint_sees_every_byte_and_nothing_else(tmp_path):
+    """Neither the place nor the time of modification of the files; but a byte in the middle of each, and which of two
+    shards of one size holds what."""
+    copy = shutil.copytree(SHARDED, tmp_path / "copy")
+    files = [*Checkpoint(SHARDED).metadata, "config.json"]
     for file in files:
         os.utime(copy / file, (1, 1))
-    seen = {Checkpoint(golden).fingerprint()}
+    seen = {Checkpoint(SHARDED).fingerprint()}
     assert Checkpoint(copy).fingerprint() in seen
-    for number, file in enumerate(files):
+    for file in files:
         content = bytearray((copy / file).read_bytes())
-        at = content.index(b":") + 1 if file == "config.json" else len(content) - 1 - 997 * number
+        at = content.index(b":") + 1 if file == "config.json" else len(content) // 2
         content[at] = ord("\t") if file == "config.json" else content[at] ^ 1
         (copy / file).write_bytes(content)
         seen.add(Checkpoint(copy).fingerprint())
-    assert len(seen) == len(files) + 1
+    one, two = copy / files[1], copy / files[2]
+    swapped = two.read_bytes(), one.read_bytes()
+    assert len(swapped[0]) == len(swapped[1])
+    one.write_bytes(swapped[0])
+    two.write_bytes(swapped[1])
+    assert len({*seen, Checkpoint(copy).fingerprint()}) == len(files) + 2
 
 
-def test_a_fingerprint_sees_one_byte_in_the_middle_of_a_large_tensor_and_is_computed_once(tmp_path, monkeypatch):
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return tensors | {"model.vision": torch.zeros(100_000)}
-    monkeypatch.setattr(model_io, "BLOCK_BYTES", 1 << 16)
-    checkpoint = Checkpoint(rewrite(tmp_path / "c", change))
-    first = checkpoint.fingerprint()
+def test_a_fingerprint_is_computed_once_until_a_tensor_is_overwritten(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(shutil.copytree(PLAIN, tmp_path / "c"))
+    first, norm = checkpoint.fingerprint(), checkpoint.load("model.norm.weight")
     with monkeypatch.context() as patch:
-        patch.setattr(model_io, "file_digest", None)
+        patch.setattr(model_io.hashlib, "file_digest", None)
         assert checkpoint.fingerprint() == first
-    info = checkpoint.tensors["model.vision"]
-    with open(tmp_path / "c" / info.file, "r+b") as file:
-        file.seek((info.start + info.end) // 2)
-        file.write(b"\1")
-    assert Checkpoint(tmp_path / "c").fingerprint() != first
-    checkpoint.overwrite("model.vision", torch.zeros(100_000))
-    assert checkpoint.fingerprint() == first
-    checkpoint.overwrite("model.norm.weight", torch.zeros(32))
+    common.overwrite(checkpoint, "model.norm.weight", norm * 0)
     assert checkpoint.fingerprint() not in (first, None)
-
-
-def test_a_fingerprint_knows_which_file_holds_what(tmp_path):
-    """Two shards of one size that swap their content are another checkpoint."""
-    path = shutil.copytree(PLAIN.parent / "olmoe-sharded", tmp_path / "c")
-    before, one, two = Checkpoint(path), *[path / f"model-0000{i}-of-00005.safetensors" for i in (2, 3)]
-    fingerprint = before.fingerprint()
-    contents = one.read_bytes(), two.read_bytes()
-    one.write_bytes(contents[1])
-    two.write_bytes(contents[0])
-    assert Checkpoint(path).fingerprint() != fingerprint
+    common.overwrite(checkpoint, "model.norm.weight", norm)
+    assert checkpoint.fingerprint() == first
 
 
 # ------------------------------------------------------------------------------------------------- wrong input
@@ -692,9 +664,12 @@ def test_a_fingerprint_knows_which_file_holds_what(tmp_path):
     ({"vocab_size": 95}, "by config.json it must be"),
     ({"model_type": ["olmoe"]}, "is not supported"),
     ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"quantised weights \(fp8\)"),
+    ({"head_dim": 2, "of": "qwen3-dense-first"}, r"q_proj.weight has shape .* by config.json it must be \[8, 32\]"),
+    ({"head_dim": 10, "of": "qwen3-dense-first"}, r"must be \[40, 32\]"),
+    ({"linear_key_head_dim": 7, "of": "qwen3_5-text"}, "linear_attn.* by config.json it must be"),
 ])
 def test_a_wrong_configuration_is_named(tmp_path, change, says):
-    shutil.copytree(PLAIN, tmp_path / "c")
+    shutil.copytree(named(change.get("of", "olmoe-plain")), tmp_path / "c")
     raw = json.loads((tmp_path / "c" / "config.json").read_text()) | change
     (tmp_path / "c" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
     with pytest.raises(InputError, match=says):
@@ -716,7 +691,7 @@ def test_configurations_of_transformers_4_and_their_defaults():
     config = model_io.read_config(raw)
     assert (config.rms_norm_eps, config.norm_topk_prob, config.tie_word_embeddings) == (1e-5, False, False)
     assert (config.rope_theta, config.clip_qkv, config.head_dim) == (10000, None, 8)
-    qwen = json.loads((PLAIN.parent / "qwen3_5-text" / "config.json").read_text())
+    qwen = json.loads((named("qwen3_5-text") / "config.json").read_text())
     assert model_io.read_config(qwen).rotary_dim == 8  # its own half of 16
     del qwen["rope_parameters"], qwen["rms_norm_eps"]
     config = model_io.read_config(qwen | {"rope_theta": 1e7})
@@ -758,11 +733,10 @@ def test_a_head_or_norm_that_is_not_finite_is_named(tmp_path, name):
         Model(rewrite(tmp_path / "c", change)).logits(torch.ones(1, 4, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_what_is_stored_is_read_again(path, tmp_path):
+def test_what_is_stored_is_read_again(golden, tmp_path):
     """All weights of a layer, doubled and then as they were; nothing else changes."""
-    shutil.copytree(path, tmp_path / "c")
-    model, source = Model(tmp_path / "c", torch.float64), Model(path, torch.float64)
+    shutil.copytree(golden, tmp_path / "c")
+    model, source = Model(tmp_path / "c", torch.float64), Model(golden, torch.float64)
     for index, name in enumerate(model.layer_names):
         layer = source.layer(index)
         weights = dict(layer.weights)
@@ -770,7 +744,7 @@ def test_what_is_stored_is_read_again(path, tmp_path):
             weights |= {f"mlp.experts.{part}": stack for part, stack in layer.experts._asdict().items()}
             weights["mlp.gate.weight"] = layer.router
         for factor in (2, 1):
-            model.store(name, {part: weight * factor for part, weight in weights.items()})
+            common.store(model, name, {part: weight * factor for part, weight in weights.items()})
             found = model.layer(index)
             for part, weight in found.weights.items():
                 near = 1e-6 if factor == 1 else 0.01  # a norm that is stored less 1 is rounded without it
@@ -787,7 +761,7 @@ def test_new_weights_that_overflow_are_refused_and_not_written(tmp_path):
     model = Model(rewrite(tmp_path / "c", half))
     before = model.checkpoint.fingerprint()
     with pytest.raises(InputError, match=r"down_proj.weight: its new weights overflow torch.float16"):
-        model.store_down("model.layers.0", model.layer(0).experts.down * 1e9)
+        common.store_down(model, "model.layers.0", model.layer(0).experts.down * 1e9)
     assert Checkpoint(tmp_path / "c").fingerprint() == before
 
 
@@ -802,11 +776,10 @@ def test_experts_are_held_in_bfloat16_only_if_all_are_stored_so(tmp_path):
             assert torch.equal(part[3], stored[3].bfloat16().to(dtype))
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_tensors_are_read_as_safetensors_reads_them(path):
-    checkpoint = Checkpoint(path)
+def test_tensors_are_read_as_safetensors_reads_them(golden):
+    checkpoint = Checkpoint(golden)
     for file in checkpoint.metadata:
-        for name, tensor in load_file(path / file).items():
+        for name, tensor in load_file(golden / file).items():
             assert torch.equal(checkpoint.load(name), tensor) and checkpoint.load(name).dtype == tensor.dtype
             assert torch.equal(checkpoint.load(name, len(tensor) - 1), tensor[-1])
 
@@ -822,31 +795,32 @@ def test_a_file_cut_off_while_in_use_is_named(tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="no tensor 'absent'"):
         Checkpoint(PLAIN).load("absent")
-    with pytest.raises(InputError, match=r"of shape \[32\] has no row 32"):
+    with pytest.raises(InputError, match=r"model.norm.weight is stored as F32 of shape \[32\]; .* and a row from 0"):
         Checkpoint(PLAIN).load("model.norm.weight", 32)
-    shutil.copytree(PLAIN, tmp_path / "c")
-    for text in ("[1]", "{", "[" * 100_000):
-        (tmp_path / "c" / "config.json").write_text(text)
-        with pytest.raises(InputError, match="config.json"):
-            Checkpoint(tmp_path / "c")
 
 
-def test_a_broken_index_or_weight_file_is_named(tmp_path):
+STORED = (PLAIN / model_io.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("file, broken, says", [
+    ("config.json", [b"[1]", b"{", b"[" * 100_000], "config.json"),
+    (model_io.WEIGHTS, [b"", STORED[:100], STORED[:-1], b"\xff" * 8 + STORED[8:]], "not a readable safetensors file"),
+    (model_io.INDEX, [b"{}", b'{"weight_map": []}'], "no weight_map"),
+    (model_io.INDEX, [json.dumps({"weight_map": {"a": name}}).encode() for name in (
+        "../golden/model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin")], "not the name of a safetens"),
+], ids=["configuration", "weights", "index", "shards"])
+def test_broken_files_are_named(tmp_path, file, broken, says):
     shutil.copytree(PLAIN, tmp_path / "c")
-    weights = (tmp_path / "c" / "model.safetensors").read_bytes()
-    for content in (b"", weights[:100], weights[:-1], b"\xff" * 8 + weights[8:]):
-        (tmp_path / "c" / "model.safetensors").write_bytes(content)
-        with pytest.raises(InputError, match="not a readable safetensors file"):
-            Checkpoint(tmp_path / "c")
-    (tmp_path / "c" / "model.safetensors").unlink()
-    for index in ("{}", '{"weight_map": []}'):
-        (tmp_path / "c" / model_io.INDEX).write_text(index)
-        with pytest.raises(InputError, match="no weight_map"):
+    if file == model_io.INDEX:
+        (tmp_path / "c" / model_io.WEIGHTS).unlink()
+    for content in broken:
+        (tmp_path / "c" / file).write_bytes(content)
+        with pytest.raises(InputError, match=says):
             Checkpoint(tmp_path / "c")
 
 
 def test_a_nested_configuration_ties_at_its_top():
-    raw = json.loads((PLAIN.parent / "qwen3_5-vision-mtp" / "config.json").read_text())
+    raw = json.loads((MTP / "config.json").read_text())
     raw["text_config"]["tie_word_embeddings"] = True
     assert not model_io.read_config(raw).tie_word_embeddings
     del raw["tie_word_embeddings"]
@@ -855,28 +829,15 @@ def test_a_nested_configuration_ties_at_its_top():
 
 
 def test_both_names_of_the_number_of_experts_change():
-    assert model_io.with_num_experts({"num_experts": 8, "num_local_experts": 8}, 4) == {
-        "num_experts": 4, "num_local_experts": 4}
-    assert model_io.with_num_experts({"text_config": {}, "num_experts": 8}, 4) == {"text_config": {}, "num_experts": 4}
+    both = {"num_experts": 8, "num_local_experts": 8}
+    assert model_io.expert_count_keys(both) == [*both] and model_io.expert_count_keys({}) == ["num_experts"]
+    assert model_io.with_keys(both, {"num_experts": 4}) == both | {"num_experts": 4}
+    assert model_io.with_keys({"text_config": both, "a": 1}, {"b": 2}) == {"text_config": both | {"b": 2}, "a": 1}
 
 
-@pytest.mark.parametrize("name, change, says", [
-    ("qwen3-dense-first", {"head_dim": 2}, "q_proj.weight has shape .* by config.json it must be \\[8, 32\\]"),
-    ("qwen3-dense-first", {"head_dim": 10}, "must be \\[40, 32\\]"),
-    ("qwen3_5-text", {"linear_key_head_dim": 7}, "linear_attn.* by config.json it must be"),
-])
-def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path, name, change, says):
-    shutil.copytree(PLAIN.parent / name, tmp_path / "c")
-    raw = json.loads((tmp_path / "c" / "config.json").read_text()) | change
-    (tmp_path / "c" / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(InputError, match=says):
-        Model(tmp_path / "c")
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_every_weight_is_checked_before_one_is_read(path):
+def test_every_weight_is_checked_before_one_is_read(golden):
     """Missing, of an integer type, or of one more in any dimension."""
-    model = Model(path)
+    model = Model(golden)
     tensors = model.checkpoint.tensors
     used = [name for name in tensors if not name.startswith("model.visual") and (
         name != "lm_head.weight" or not model.config.tie_word_embeddings)]
@@ -888,22 +849,12 @@ def test_every_weight_is_checked_before_one_is_read(path):
         optional = name.endswith(".bias") or re.search(r"mlp\.gate\.weight|A_log|experts\.gate_up_proj", name)
         for found in wrong + ([] if optional else [rest]):  # without those that tell the kinds of layers apart
             with pytest.raises(InputError, match=re.escape(name)):
-                model_io.check_tensors(path, found, model.prefix, model.config, model.layer_names)
-
-
-def test_a_shard_name_that_leaves_the_folder_is_refused(tmp_path):
-    shutil.copytree(PLAIN, tmp_path / "c")
-    (tmp_path / "c" / "model.safetensors").unlink(missing_ok=True)
-    for name in ("../golden/model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin"):
-        (tmp_path / "c" / model_io.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(InputError, match="not the name of a safetensors file"):
-            Checkpoint(tmp_path / "c")
+                model_io.check_tensors(golden, found, model.prefix, model.config, model.layer_names)
 
 
 def test_missing_weights_are_named(tmp_path):
     shutil.copytree(PLAIN, tmp_path / "c")
-    for file in (tmp_path / "c").glob("model*"):
-        file.unlink()
+    (tmp_path / "c" / model_io.WEIGHTS).unlink()
     with pytest.raises(InputError, match="no weights"):
         Model(tmp_path / "c")
     with pytest.raises(InputError, match="not a folder"):

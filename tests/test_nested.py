@@ -9,6 +9,7 @@ from pathlib import Path
 import baselines
 import common
 import distil
+import dot_moe
 import export_plan
 import heapr
 import hodgecover
@@ -16,16 +17,9 @@ import model_io
 import nested
 import pytest
 import torch
-from conftest import QUICK, assert_refused, assert_survives_kills, contents, record, refuse, run
+import wanda
+from conftest import QUICK, assert_refused, assert_survives_kills, contents, record, refuse, run, some_ids, sparse_names
 from model_io import Model
-
-
-def some_ids(count: int = 3, length: int = 12, vocab: int = 96) -> torch.Tensor:
-    return torch.randint(0, vocab, (count, length), generator=torch.Generator().manual_seed(0))
-
-
-def sparse_names(model: Model) -> list[str]:
-    return [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
 
 
 @pytest.fixture
@@ -312,5 +306,7 @@ def test_the_cut_of_a_layer_shares_its_weights_and_passes_a_dense_one(small):
     assert common.cut(dense, slice(2), 3) is dense
 
 
-def test_the_docstrings_examples_hold():
-    assert doctest.testmod(common).failed == 0
+@pytest.mark.parametrize("module", [common, distil, dot_moe, heapr, wanda])
+def test_the_docstrings_examples_hold(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed

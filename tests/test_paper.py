@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import KINDS
 from hodgecover import MoELayer, Settings, Signals
+from hypothesis import assume
 from hypothesis import strategies as st
 from model_io import Experts, Model
 from safetensors.torch import load_file
@@ -218,10 +219,13 @@ def test_signs_are_the_decomposition_after_the_experts_take_their_places(case, s
 @given(st.integers(7, 9), SEEDS, ORDERS, st.randoms(use_true_random=False))
 def test_the_plan_of_renumbered_experts_is_the_renumbered_plan(n, seed, order, random):
     """Section 3.2: in saliency order for any renumbering; any order is index order once the experts are in it."""
-    triangles = triangle_tensor(sorted(random.sample(list(itertools.combinations(range(n), 3)), 8)))
+    triangles = torch.combinations(torch.arange(n), 3)
+    triangles = triangles[normal(seed, len(triangles)).topk(8).indices.sort().values]
     signals = Signals(torch.arange(n), uniform(seed, n) / n, uniform(seed + 1, math.comb(n, 2)), triangles,
                       uniform(seed + 2, 8))
     settings = dict(edge_percent=10, triangle_percent=30)
+    magnitude = hodgecover.decompose(signals, Settings(order=order)).parts.harmonic.abs()
+    assume(magnitude.sort().values.diff().min() > 1e-9)  # of equal ones the numbering chooses
     label = torch.tensor(random.sample(range(n), n)) if order == "saliency" else places(n, order, signals.saliency)
     other = Settings(order="saliency" if order == "saliency" else "index", **settings)
     plan = hodgecover.plan_from_signals(signals, 4, Settings(order=order, **settings))
@@ -233,7 +237,7 @@ def test_the_plan_of_renumbered_experts_is_the_renumbered_plan(n, seed, order, r
     found, of_moved = plan["diagnostics"], moved["diagnostics"]
     for name in ("critical_edges", "critical_triangles"):
         simplices = [sorted(new[e] for e in simplex) for simplex in found.pop(name)]
-        assert sorted(simplices) == of_moved.pop(name) != []
+        assert sorted(simplices) == of_moved.pop(name)
     for name in ("discordance_quantiles", "betti_curve"):
         assert of_moved.pop(name) == pytest.approx(found.pop(name))
     for name, value in found.items():
@@ -358,7 +362,7 @@ def test_the_discordance_fraction(case, seed, margin, scale):
 
 # ------------------------------------------------------------------------------- curated triangles (section 3.2, A.9)
 
-@given(st.integers(3, 8), SEEDS, st.booleans(), st.integers(0, 60))
+@given(st.integers(3, 8), SEEDS, st.booleans(), st.sampled_from([0, 1, 2, 4, 60]))
 def test_candidates_are_the_cliques_at_or_below_the_median(n, seed, ties, limit):
     """A.9, stage 1: the 3-cliques of the edges with barrier <= median, no more than the limit. Renumbered experts have
     the renumbered ones."""

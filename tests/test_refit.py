@@ -13,27 +13,14 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import KINDS, QUICK, assert_refused, contents, named, record, refuse, run, with_tokenizer
+from conftest import (KINDS, QUICK, assert_refused, contents, dropped, named, record, refuse, run, some_ids,
+                      sparse_names, with_tokenizer)
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_io import Model
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-
-HALF = [0, 2, 3, 5]
-
-
-def dropped(source: Path, out: Path, keep: list[int] = HALF) -> Path:
-    """A checkpoint of some of the experts, without a record: what any tool could have made."""
-    model = Model(source)
-    names = [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
-    model_io.write_checkpoint(model.checkpoint, out, {name: keep for name in names}, {})
-    return out
-
-
-def some_ids(count: int, length: int = 32) -> torch.Tensor:
-    return torch.randint(0, 96, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 # --------------------------------------------------------------------------------------------------------- the solver
@@ -205,11 +192,11 @@ def test_operations_are_those_that_torch_counts():
 @pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
 def test_every_family_comes_nearer_to_the_source(path, tmp_path):
     """The reported errors are those of the files as they are written; layers before the first sparse one count not."""
-    model, ids = Model(path, torch.float64), some_ids(8)
+    model, ids = Model(path, torch.float64), some_ids(8, 32)
     out = dropped(path, tmp_path / "half")
     before = {step.name: step.y.clone() for step in Model(out, torch.float64).stream(ids)}
     found = list(refit.refit(model, Model(out, torch.float64), ids))
-    assert [layer.name for layer in found] == [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
+    assert [layer.name for layer in found] == sparse_names(model)
     after = {step.name: step.y for step in Model(out, torch.float64).stream(ids)}
     target = {step.name: step.y for step in model.stream(ids)}
     first = found[0].name
@@ -223,7 +210,7 @@ def test_every_family_comes_nearer_to_the_source(path, tmp_path):
 @pytest.mark.parametrize("name", ["olmoe-gqa-clip", "qwen2-dense-between", "qwen3_5-vision-mtp"])
 def test_spoilt_down_projections_come_back(name, tmp_path):
     """All experts are there, and more tokens of each than it is wide."""
-    model, ids = Model(named(name), torch.float64), some_ids(16)
+    model, ids = Model(named(name), torch.float64), some_ids(16, 32)
     spoilt = Model(dropped(named(name), tmp_path / "all", [*range(8)]), torch.float64)
     for index in hodgecover.sparse_layers(model):
         common.store_down(spoilt, model.layer_names[index], spoilt.layer(index).experts.down * 1.1 + 0.01)
@@ -236,10 +223,10 @@ def test_a_checkpoint_without_the_multi_token_head_is_refitted(tmp_path):
     """As transformers saves one."""
     model = Model(named("qwen3_5-vision-mtp"))
     output = Model(dropped(model.checkpoint.path, tmp_path / "half"))
-    with_head = [layer.name for layer in refit.refit(model, output, some_ids(2))]
+    with_head = [layer.name for layer in refit.refit(model, output, some_ids(2, 32))]
     assert output.layer_names.pop().startswith("mtp.")
     common.check_source(output, model)
-    assert [layer.name for layer in refit.refit(model, output, some_ids(2))] == with_head[:-1]
+    assert [layer.name for layer in refit.refit(model, output, some_ids(2, 32))] == with_head[:-1]
     with pytest.raises(model_io.InputError, match="list of layers with experts"):
         common.check_source(model, output)
 
@@ -250,7 +237,7 @@ def test_what_is_stored_is_what_goes_on(tmp_path, dtype):
     source = Path(shutil.copytree(named("olmoe-plain"), tmp_path / "source"))
     weights = load_file(source / "model.safetensors")
     save_file({name: weight.to(dtype) for name, weight in weights.items()}, source / "model.safetensors")
-    model, ids = Model(source, torch.float64), some_ids(4)
+    model, ids = Model(source, torch.float64), some_ids(4, 32)
     out = dropped(source, tmp_path / "out")
     *_, last = refit.refit(model, Model(out, torch.float64), ids)
     *_, target = model.stream(ids)
@@ -273,7 +260,7 @@ def test_scratch_tensors_are_files_that_go_with_them(tmp_path):
 
 def test_the_activations_are_counted(tmp_path):
     """As many tensors (T, d) live at once as `activation_bytes` says, from the third layer on."""
-    model, ids = Model(named("qwen3_5-text")), some_ids(4)
+    model, ids = Model(named("qwen3_5-text")), some_ids(4, 32)
     live, most = weakref.WeakSet(), 0
 
     def empty(*shape, **options):
@@ -350,7 +337,7 @@ def test_a_killed_run_continues_from_the_layers_that_are_done(work, tmp_path, mo
 
 def test_layers_of_another_problem_are_not_taken(work, tmp_path):
     """By their key."""
-    models, ids = (Model(work[0]), Model(work[1])), some_ids(2)
+    models, ids = (Model(work[0]), Model(work[1])), some_ids(2, 32)
     key, other = (common.work_key({"ridge": ridge}, ids, *models) for ridge in (0.3, 0.4))
     step = layer_pass(0)
     (tmp_path / "cache").mkdir()

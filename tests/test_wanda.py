@@ -3,33 +3,22 @@
 import json
 
 import common
-import hodgecover
 import model_io
 import pytest
 import torch
 import wanda
-from conftest import DENSE, QUICK, assert_refused, contents, named, record, run, with_tokenizer
+from conftest import DENSE, QUICK, assert_refused, contents, dropped, named, record, run, with_tokenizer
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_io import Model
 from safetensors.torch import load_file, save_file
 
-HALF = [0, 2, 3, 5]
-
 
 def matrices(path) -> dict[str, torch.Tensor]:
     """The matrices of the experts of a checkpoint, and of its dense layers."""
     checkpoint = model_io.Checkpoint(path)
     return {name: checkpoint.load(name) for name in checkpoint.tensors if "_proj" in name and ".mlp." in name}
-
-
-def halved(source, out, keep=HALF):
-    """A checkpoint of some of the experts, without a record."""
-    model = Model(source)
-    names = [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
-    model_io.write_checkpoint(model.checkpoint, out, {name: keep for name in names}, {})
-    return out
 
 
 @settings(max_examples=30)
@@ -74,7 +63,7 @@ def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(tmp_path,
     source, idle = Model(named(name), torch.float64), 0
     ids = torch.arange(5)[None]
     for out in ("out", "so-far"):
-        halved(source.checkpoint.path, tmp_path / out, range(8))
+        dropped(source.checkpoint.path, tmp_path / out, range(8))
     output, so_far = (Model(tmp_path / out, torch.float64) for out in ("out", "so-far"))
     shares = []
     pruned = wanda.prune(output, ids, lambda weight, norms: wanda.keep_share(weight, norms, 0.4), shares.append)
@@ -129,7 +118,7 @@ def test_every_family(family, tmp_path, options):
 
 
 def test_a_total_rate_counts_the_experts_that_are_gone(small, tmp_path, capsys):
-    ckpt, work = halved(small, tmp_path / "half"), ["--calib", tmp_path / "text.txt", *QUICK]
+    ckpt, work = dropped(small, tmp_path / "half"), ["--calib", tmp_path / "text.txt", *QUICK]
     total = ["--total-rate", 0.75, "--source", small]
     assert run(wanda, ckpt, *total, *work, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
@@ -153,7 +142,7 @@ def test_a_total_rate_counts_the_experts_that_are_gone(small, tmp_path, capsys):
 def test_a_total_rate_counts_shared_experts_whole(tmp_path):
     """They do not go when routed ones do."""
     source = Model(named("qwen2-renormalised"))
-    model = Model(halved(source.checkpoint.path, tmp_path / "half"))
+    model = Model(dropped(source.checkpoint.path, tmp_path / "half"))
     before, after = (sum(weight.numel() for name, weight in matrices(of.checkpoint.path).items() if "expert" in name)
                      for of in (source, model))
     args = wanda.command_line().parse_args(["CKPT", "--total-rate", "0.6", "--source", "SOURCE", "--out", "DIR"])
@@ -193,7 +182,8 @@ def test_on_another_device(small, tmp_path):
 ])
 def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkeypatch, options, says):
     monkeypatch.setattr(Model, "stream", None)
-    ckpt = small if says == "lies in the checkpoint" and "--source" not in options else halved(small, tmp_path / "half")
+    in_ckpt = says == "lies in the checkpoint" and "--source" not in options
+    ckpt = small if in_ckpt else dropped(small, tmp_path / "half")
     options = [str(option).replace("SMALL", str(small)) for option in options]
     status = run(wanda, ckpt, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out", *options)
     assert_refused(capsys, status, says)
