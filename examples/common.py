@@ -323,11 +323,8 @@ def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[in
     config : keys of config.json whose values change besides the number of experts
     """
     raw, kept = checkpoint.raw_config, surviving_tensors(checkpoint, survivors)
-    counts = {len(experts) for experts in survivors.values()}
-    if len(counts) > 1:
-        raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
     keys = model_io.expert_count_keys(raw.get("text_config") or raw)
-    changes = {key: count for key in keys for count in counts} | config
+    changes = {key: len(experts) for key in keys for experts in survivors.values()} | config
     kept = {name: edited(checkpoint, piece, edits[piece.source], shapes.get(piece.source))
             if piece.source in edits else piece for name, piece in kept.items()}
     files = {"config.json": model_io.json_bytes(model_io.with_keys(raw, changes))} | files

@@ -73,7 +73,6 @@ class Sample:
     def signals(self) -> dict[str, Signals]:
         """What HodgeCover measures, by layer name; from the cache, if it is there."""
         layers = hodgecover.sparse_layers(self.source)
-        model_io.make_cache(self.cache)
         measured = hodgecover.measure_model(self.source, self.ids, self.settings, layers, self.cache)
         return {self.source.layer_names[index]: signals for index, signals in measured}
 
