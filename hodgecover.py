@@ -564,9 +564,9 @@ def show_plans(model: Model, plans: Iterator[tuple[str, dict]], bar: Callable) -
         covered = "{edges}, {triangles}".format(**found["covered_at"])
         line = f"{model.layer_names.index(name):5d}  {eta:<34}  {covered:<31}  {kept:<9}  {plan['routed_share']:.1%}"
         print(line if shown else f"{LAYER_HEAD}\n{line}", flush=True)
-        if found["audit"]:
-            print("       barriers by sample: {shortfall:.2%} below the exact ones on average, one {largest:.1%} off, "
-                  "rank correlation {rank_correlation:.4f}".format(**found["audit"]), flush=True)
+        if audit := found["audit"]:
+            print(f"       barriers by sample: {-audit['shortfall']:+.2%} +- {audit['standard_error']:.2%} from exact "
+                  f"ones, one by {audit['largest']:.1%}, rank correlation {audit['rank_correlation']:.4f}", flush=True)
         shown[name] = plan
     return shown
 

@@ -187,8 +187,8 @@ def test_a_sampled_run_says_and_records_its_audit(small, capsys):
     audits = [layer["diagnostics"]["audit"] for layer in record(small.parent / "out")["layers"]]
     for line, audit in zip((said[2], said[4]), audits, strict=True):
         assert line.strip() == (
-            f"barriers by sample: {audit['shortfall']:.2%} below the exact ones on average, one {audit['largest']:.1%} "
-            f"off, rank correlation {audit['rank_correlation']:.4f}")
+            f"barriers by sample: {-audit['shortfall']:+.2%} +- {audit['standard_error']:.2%} from exact ones, one by "
+            f"{audit['largest']:.1%}, rank correlation {audit['rank_correlation']:.4f}")
     assert audits[0] != audits[1] and all(audit["pairs"] == 128 for audit in audits)
 
 
