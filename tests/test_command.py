@@ -270,6 +270,13 @@ def test_the_cache_tells_the_same_tokens_in_other_sequences(small):
     assert hodgecover.cache_key(model, ids, Settings()) != hodgecover.cache_key(model, ids.view(4, 16), Settings())
 
 
+def test_the_cache_tells_each_choice_that_barriers_depend_on(small):
+    """By itself: another seed samples another text, too, but not if the text is short."""
+    model, ids = Model(small), text_ids(small)
+    choices = [{}, {"readout": "model"}, {"vocab_sample": 9}, {"max_triangles": 9}, {"seed": 9}]
+    assert len({str(hodgecover.cache_key(model, ids, Settings(**choice))) for choice in choices}) == len(choices)
+
+
 def test_barriers_of_other_weights_are_not_used(small):
     """One byte in the middle of one expert, size and time unchanged."""
     assert compress(small, "--layers", 1) == 0

@@ -134,6 +134,15 @@ def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size):
         assert memory / 2 < count.peak < memory, shape
 
 
+def test_a_step_takes_the_tokens_that_three_quarters_of_the_memory_hold_and_at_least_one():
+    layer, pairs = random_layer(), hodgecover.edges(7)
+
+    def at_once(memory: float) -> int:
+        return mathx.tokens_at_once(layer, mathx.touching(pairs, layer.gates), 2, None, int(memory))
+    one = 10**12 / at_once(10**12)  # memory for each token
+    assert [at_once(one * count) for count in (0.5, 1.9, 2.1, 9.9)] == [1, 1, 2, 9]
+
+
 def test_a_sample_is_drawn_in_the_memory_that_it_may_take_in_float64():
     layer = random_layer(n=8, tokens=120, d=32, f=32, vocab=5000)
     with LiveBytes() as count:

@@ -14,7 +14,7 @@ import common
 import model_io
 import pytest
 import torch
-from conftest import DENSE, GOLDEN, contents, named
+from conftest import DENSE, GOLDEN, contents, dropped, named
 from model_io import NOTICE, Checkpoint, InputError, Model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -833,6 +833,13 @@ def test_both_names_of_the_number_of_experts_change():
     assert model_io.expert_count_keys(both) == [*both] and model_io.expert_count_keys({}) == ["num_experts"]
     assert model_io.with_keys(both, {"num_experts": 4}) == both | {"num_experts": 4}
     assert model_io.with_keys({"text_config": both, "a": 1}, {"b": 2}) == {"text_config": both | {"b": 2}, "a": 1}
+
+
+def test_both_names_of_the_number_of_experts_change_in_the_output(small):
+    raw = json.loads((small / "config.json").read_text()) | {"num_experts": 8, "num_local_experts": 8}
+    (small / "config.json").write_text(json.dumps(raw))
+    out = dropped(small, small.parent / "out")
+    assert json.loads((out / "config.json").read_text()) == raw | {"num_experts": 4, "num_local_experts": 4}
 
 
 def test_every_weight_is_checked_before_one_is_read(golden):
