@@ -274,8 +274,8 @@ def test_a_layers_line(capsys):
     assert line.split() == ["1", eta, f"({constant})", f"{edges},", str(triangles), "3", "of", "7",
                             f"{plan['routed_share']:.1%}"]
     assert (bar, head) == ("None", hodgecover.LAYER_HEAD)
-    for share in (f"{shortfall['shortfall']:.2%} below", f"{shortfall['largest']:.1%} off",
-                  f"rank correlation {shortfall['rank_correlation']:.4f}"):
+    for share in (f"{-shortfall['shortfall']:+.2%} +- {shortfall['standard_error']:.2%} from exact",
+                  f"one by {shortfall['largest']:.1%}", f"rank correlation {shortfall['rank_correlation']:.4f}"):
         assert share in audit
 
 
