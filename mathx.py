@@ -20,7 +20,6 @@ __version__ = "0.2.0"
 
 CACHE_BYTES = 1 << 21  # a block of logits that stays in a processor's cache
 ROW_STEP = 32  # rows of a product are a multiple of this: torch keeps some 0.3 MB for every new shape
-Sample = tuple[torch.Tensor, torch.Tensor]  # outcomes that each token is read out on, and their log-weights, (T, count)
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -30,7 +29,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 # ------------------------------------------------------------------------- the sweep: barriers of many simplices (3.1)
 
-def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | None = None, memory: int = 10**9,
+def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: tuple | None = None, memory: int = 10**9,
           tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
     """Barriers of many simplices: `hodgecover.plain_barrier` of each, fast.
 
@@ -68,7 +67,7 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     return reduce(torch.logical_or, (routed[:, column] for column in members.T))
 
 
-def tokens_at_once(layer, touched: torch.Tensor, size: int, sample: Sample | None, memory: int) -> int:
+def tokens_at_once(layer, touched: torch.Tensor, size: int, sample: tuple | None, memory: int) -> int:
     """How many tokens a step of the sweep takes: of each one's pairs, the hidden activation and the products of the
     members; the pre-activations of all experts; the distribution in three copies."""
     (n, f, d), narrow, wide = layer.experts.gate.shape, layer.x.itemsize, widened(layer.x.dtype).itemsize
@@ -154,7 +153,7 @@ def log_readout(layer, memory: int) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
-def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, sample: Sample | None,
+def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, sample: tuple | None,
                  memory: int, careful: bool = False) -> torch.Tensor:
     """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, (R,).
 
@@ -237,9 +236,9 @@ def kl_of_blocks(blocks: Iterable[KLBlock]) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------- samples of the vocabulary (ours)
 
-def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> Sample | None:
-    """A sample of the vocabulary for each token, as `sample_outcomes` draws it; None if it would be all of it (count 0
-    says all). One sample serves pairs and triangles."""
+def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> tuple | None:
+    """A sample of the vocabulary for each token, (outcomes (T, count), log-weights (T, count)), as `sample_outcomes`
+    draws it; None if it would be all of it (count 0 says all). One sample serves pairs and triangles."""
     if not 0 < count < len(layer.unembedding):
         return None
     offsets = torch.rand(len(layer.x), generator=torch.Generator().manual_seed(seed)).to(layer.x.device)
@@ -252,7 +251,7 @@ def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> 
     return tuple(map(torch.cat, zip(*drawn)))
 
 
-def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sample:
+def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted samples of distributions, to estimate expectations from `count` outcomes each.
 
     An outcome is in with probability min(1, p / tau), and then weighs max(p, tau); tau is such that `count` are in. So
@@ -297,7 +296,7 @@ def threshold(largest: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return share.gather(1, certain.clamp(max=len(slots) - 1)).clamp(min=torch.finfo(share.dtype).tiny)
 
 
-def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample, seed: int = 0,
+def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: tuple, seed: int = 0,
                  memory: int = 10**9, size: int = 128) -> torch.Tensor:
     """KL of up to `size` (token, simplex) pairs, (R, 2) float64, nats: from a sample of the vocabulary, and exactly.
     The tokens are random, each with one random simplex of those that touch it. members, weights: as for `sweep`."""

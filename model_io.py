@@ -123,9 +123,7 @@ class Layer:
 
     def unload(self) -> None:
         """Drop all weights, whoever still holds the layer."""
-        self.experts = None
-        self.router = None
-        self.weights = {}
+        self.experts, self.router, self.weights = None, None, {}
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -373,7 +371,8 @@ class Model:
         self.layer_names = find_layers(self.checkpoint.path, names, self.prefix, self.config)
         check_tensors(self.checkpoint.path, names, self.prefix, self.config, self.layer_names)
         self._embedding = f"{self.prefix}embed_tokens.weight"
-        self._head = self._embedding if self.config.tie_word_embeddings else "lm_head.weight"
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in names  # a head that is stored counts
+        self._head = self._embedding if tied else "lm_head.weight"
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor in the model's dtype. Norms stored less 1 and the recurrence's parameters stay wide."""
@@ -537,7 +536,7 @@ class Model:
 def read_json(path: Path) -> dict:
     """Return the JSON object in `path`. Raises InputError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as err:
         raise InputError(f"{path}: cannot be read ({err.strerror})") from None
     except (ValueError, RecursionError) as err:
@@ -657,13 +656,12 @@ class Checkpoint:
 
 def value_of(text: dict, key: str, kind: type, default: float | None = None):
     """Return text[key], or default if absent or null. Raises InputError if there is neither, if the value is not of the
-    `kind`, and for a number that is not from above 0 to below 2^31."""
+    `kind`, and for a number that is not above 0 and finite, a whole one below 2^31."""
     value = text.get(key) if text.get(key) is not None else default
     if value is None:
         raise InputError(f"config.json: the key {key!r} is missing")
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is not bool and isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < 2**31:
+    fits = kind is bool or isinstance(value, (int, kind)) and 0 < value < (2**31 if kind is int else math.inf)
+    if fits and isinstance(value, bool) == (kind is bool):
         return value
     what = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
     raise InputError(f"config.json: {key} is {value!r}; it must be {what}")
@@ -677,7 +675,7 @@ def read_config(raw: dict) -> Config:
         raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported; "
                          f"supported: {', '.join(FAMILIES)}")
     text = raw.get("text_config") or raw
-    rope = isinstance(text, dict) and (text.get("rope_parameters") or text.get("rope_scaling") or {})
+    rope = isinstance(text, dict) and (text.get("rope_scaling") or text.get("rope_parameters") or {})
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError("config.json: text_config and rope_parameters must be JSON objects, the latter a flat one")
     refuse_unsupported(raw, text, rope)
@@ -834,7 +832,7 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: 
                 raise InputError(f"{path}: {says}")
     d = cfg.hidden_size
     expected = {f"{prefix}embed_tokens.weight": [cfg.vocab_size, d], f"{prefix}norm.weight": [d]}
-    if not cfg.tie_word_embeddings:
+    if not cfg.tie_word_embeddings or "lm_head.weight" in tensors:  # a head that is stored is the one that counts
         expected["lm_head.weight"] = [cfg.vocab_size, d]
     if any(layer.startswith("mtp.") for layer in layers):
         expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d], "mtp.pre_fc_norm_embedding.weight": [d],
@@ -1038,9 +1036,9 @@ def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], fil
             shard = {name: piece for name, piece in kept.items() if piece.file == file}
             write_safetensors(staging / file, shard, metadata)
         if checkpoint.sharded:
-            index = read_json(checkpoint.path / INDEX)
-            size = sum(piece.nbytes() for piece in kept.values())
-            index["metadata"] = (index.get("metadata") or {}) | {"total_size": size}
+            index, parts = read_json(checkpoint.path / INDEX), kept.values()
+            index["metadata"] = (index.get("metadata") or {}) | {
+                "total_size": sum(map(Piece.nbytes, parts)), "total_parameters": sum(math.prod(p.shape) for p in parts)}
             index["weight_map"] = {name: piece.file for name, piece in sorted(kept.items())}
             files = files | {INDEX: json_bytes(index)}
         for name, content in files.items():
@@ -1052,14 +1050,16 @@ def copy_small_files(source: Path, out: Path) -> None:
     """Copy tokenizer, generation config, licence, ...: all but weights, hidden files and what `out` has. NOTICE goes to
     the head of the model card (README.md), after its front matter."""
     weights = {".safetensors", ".st", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.suffix in weights or file.name == INDEX \
-                or file.name.endswith(".bin.index.json") or (out / file.name).exists():
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        if not file.is_file() or any(part.startswith(".") for part in name.parts) or file.suffix in weights \
+                or file.name.endswith((".bin.index.json", INDEX)) or (out / name).exists():
             continue
-        shutil.copyfile(file, out / file.name)
-        if file.name == "README.md":
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, out / name)
+        if str(name) == "README.md":
             front, card = re.fullmatch(rb"(---\n.*?\n---\n|)(.*)", file.read_bytes(), re.DOTALL).groups()
-            (out / file.name).write_bytes(front + NOTICE.encode() * (not card.startswith(NOTICE.encode())) + card)
+            (out / name).write_bytes(front + NOTICE.encode() * (not card.startswith(NOTICE.encode())) + card)
 
 
 @contextlib.contextmanager

@@ -227,9 +227,7 @@ def run(args: argparse.Namespace) -> None:
     show_summary(audits, args.keep)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

@@ -546,9 +546,7 @@ def run(args: argparse.Namespace) -> None:
     common.show_output(model, args.out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

@@ -242,9 +242,7 @@ def run(args: argparse.Namespace) -> None:
         show_budgets(samples, args, list(tables[0].lines), list(tables[0].columns))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

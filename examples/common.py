@@ -55,6 +55,11 @@ def command_line(file: str, description: str, out: bool = True, text: int = TOKE
     return parser
 
 
+def main_of(command_line: Callable[[], Parser], run: Callable[[argparse.Namespace], None]) -> Callable[..., int]:
+    """The `main` of a command: its arguments, or the process's, -> its exit status."""
+    return lambda argv=None: hodgecover.run_command(command_line(), run, argv)
+
+
 def settings_of(args: argparse.Namespace, **more: object) -> Settings:
     """The Settings that the options say; the others as by default."""
     given = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
@@ -170,7 +175,7 @@ def outline(model: Model, count: int) -> dict[str, object]:
         sparse = list(range(cfg.num_layers))
     else:
         sparse = [index for index in hodgecover.sparse_layers(model) if index < count]
-    return {"family": SPLIT.get(cfg.model_type, cfg.model_type), "hidden size": cfg.hidden_size,
+    return {"family": SPLIT.get(cfg.model_type, cfg.model_type).removesuffix("_text"), "hidden size": cfg.hidden_size,
             "vocabulary": cfg.vocab_size, "number of decoder layers": cfg.num_layers,
             "list of layers with experts": sparse}
 

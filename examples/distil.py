@@ -592,9 +592,7 @@ def compare(source: Model, before: Model, after: Model, ids: torch.Tensor) -> li
     return [each._asdict() for each in found]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

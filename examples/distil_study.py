@@ -12,12 +12,12 @@ to train and to calibrate on.
 """
 import argparse
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+import common
 import distil
 import frontier
 import hodgecover
@@ -71,11 +71,14 @@ def run(args: argparse.Namespace) -> None:
     reproduce.show_held_out(tables, reproduce.read_samples(args), args.tokens)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
     parser = reproduce.command_line(__file__, __doc__)
     parser.add_argument("--variants", action="store_true", help="other numbers of tokens instead")
-    return hodgecover.run_command(parser, run, argv)
+    return parser
+
+
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

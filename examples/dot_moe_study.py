@@ -15,13 +15,13 @@ import argparse
 import functools
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+import common
 import distil
 import distil_study
 import dot_moe
@@ -84,9 +84,7 @@ def run(args: argparse.Namespace) -> None:
     reproduce.show_held_out(chosen, samples, args.tokens)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(reproduce.command_line(__file__, __doc__), run, argv)
+main = common.main_of(partial(reproduce.command_line, __file__, __doc__), run)
 
 
 if __name__ == "__main__":

@@ -272,9 +272,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"output: {in_units(output_bytes(model, args.keep))}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

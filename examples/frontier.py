@@ -160,12 +160,15 @@ def run(args: argparse.Namespace) -> None:
         common.write_picture(draw(pyplot, plain, again, source, perplexity), args.picture, dpi=110)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
     parser = reproduce.command_line(__file__, __doc__)
     parser.add_argument("--picture", metavar="FILE", type=Path, help="draw the frontier; the format is that of the "
                         "name's ending")
-    return hodgecover.run_command(parser, run, argv)
+    return parser
+
+
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Left out: the paper's order of hidden dimensions and layers, and its budget rout
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,9 +134,7 @@ def run(args: argparse.Namespace) -> None:
     common.show_output(model, args.out)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

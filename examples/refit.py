@@ -324,9 +324,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"output: {args.out}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

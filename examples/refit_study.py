@@ -12,7 +12,6 @@ samples, and differences sample by sample. A sample is a seed: of the 2,048 toke
 import argparse
 import sys
 import sysconfig
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -107,11 +106,14 @@ def run(args: argparse.Namespace) -> None:
     reproduce.show_held_out(tables, reproduce.read_samples(args), args.tokens)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def command_line() -> hodgecover.Parser:
+    """The parser of this command."""
     parser = reproduce.command_line(__file__, __doc__)
     parser.add_argument("--curves", action="store_true", help="what the refit depends on instead")
-    return hodgecover.run_command(parser, run, argv)
+    return parser
+
+
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

@@ -400,9 +400,7 @@ def run(args: argparse.Namespace) -> None:
     show_held_out(tables, samples, args.tokens)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(__file__, __doc__), run, argv)
+main = common.main_of(partial(command_line, __file__, __doc__), run)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Only the experts' weights are typed in: every barrier is measured on them.
 """
 import itertools
 import sys
+from functools import partial
 import textwrap
 
 import torch
@@ -233,9 +234,7 @@ def run(args: object) -> None:
     show_choice(toy, signals)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(common.parser_of(__file__, __doc__), run, argv)
+main = common.main_of(partial(common.parser_of, __file__, __doc__), run)
 
 
 if __name__ == "__main__":

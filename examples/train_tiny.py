@@ -211,9 +211,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"held-out perplexity {found:.1f}, of a unigram model {unigram:.1f}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return hodgecover.run_command(command_line(), run, argv)
+main = common.main_of(command_line, run)
 
 
 if __name__ == "__main__":

@@ -360,6 +360,9 @@ def compressed(request, tmp_path) -> tuple[Path, Path]:
     shutil.copytree(request.param, source)
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    for folder, name in (("additional_chat_templates", "tool_use.jinja"), (".cache", "x.json"), ("onnx", "model.onnx")):
+        (source / folder).mkdir()
+        (source / folder / name).write_text("{{ tools }}")
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Model\nscore 61.2\n")
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf", "rows.st"):
         (source / name).write_bytes(b"old")
@@ -404,6 +407,7 @@ def test_shards_index_and_metadata_follow_the_source(compressed):
         assert index["weight_map"] == {name: file for file, names in tensors.items() for name in names}
         assert index["metadata"]["note"] == "kept"
         assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in source_tensors(out).values())
+        assert index["metadata"]["total_parameters"] == sum(t.numel() for t in source_tensors(out).values())
     else:
         assert not (out / model_io.INDEX).exists()
 
@@ -416,11 +420,12 @@ def test_configuration_and_small_files_come_along(compressed):
     assert changed <= {"num_experts", "num_local_experts"} and len(changed) == 1 and before.keys() == after.keys()
     assert {text_after[key] for key in changed} == {len(SURVIVORS)}
     assert before == after or before is text_before
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json",
+                 "additional_chat_templates/tool_use.jinja"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     names = {file.name for file in out.iterdir()}
     assert not names & {"pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf",
-                        "rows.st", ".gitattributes", "golden.safetensors"}
+                        "rows.st", ".gitattributes", "golden.safetensors", ".cache", "onnx"}
     assert (out / "record.json").read_text() == "{}"
     assert (out / "README.md").read_text() == f"---\nlicense: mit\n---\n{NOTICE}# Model\nscore 61.2\n"
     assert out.stat().st_mode == source.stat().st_mode
@@ -638,6 +643,15 @@ def test_a_fingerprint_is_computed_once_until_a_tensor_is_overwritten(tmp_path, 
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
+def test_a_head_of_its_own_counts_whatever_the_flag_says(tmp_path):
+    """transformers 5 keeps a stored head that differs from the embedding, too."""
+    path = Path(shutil.copytree(named("olmoe-plain"), tmp_path / "tied"))
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(raw | {"tie_word_embeddings": True}).encode())
+    reference = load_file(path / "golden.safetensors")
+    torch.testing.assert_close(Model(path).logits(reference["ids"]), reference["logits"], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("change, says", [
     ({"model_type": "llama"}, "model_type 'llama' is not supported"),
     ({"num_experts": 9}, r"gate.weight has shape \[8, 32\]; by config.json it must be \[9, 32\]"),
@@ -649,6 +663,7 @@ def test_a_fingerprint_is_computed_once_until_a_tensor_is_overwritten(tmp_path, 
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"use_sliding_window": True}, "sliding window"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
     ({"rope_parameters": "linear"}, "must be JSON objects"),
     ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "the latter a flat one"),
     ({"num_local_experts": 7}, "num_experts and num_local_experts differ"),
@@ -681,6 +696,9 @@ def test_configurations_of_transformers_4_and_their_defaults():
     assert model_io.read_config(raw | {"rope_parameters": {"rope_theta": 700.0}}).rope_theta == 700
     del raw["rope_parameters"]
     assert model_io.read_config(raw | {"rope_theta": 500.0, "rope_scaling": None}).rope_theta == 500
+    both = {"rope_parameters": {"rope_theta": 700.0}, "rope_scaling": {"rope_type": "default"}}  # the latter counts
+    assert model_io.read_config(raw | both).rope_theta == 10000
+    assert model_io.read_config(raw | both | {"rope_theta": 3580165449.07}).rope_theta == 3580165449.07
     assert model_io.read_config(raw | {"eos_token_id": [5, 7]}).eos_token_id == 5
     assert model_io.read_config(raw | {"eos_token_id": None}).eos_token_id is None
     assert model_io.read_config(raw | {"eos_token_id": []}).eos_token_id is None

@@ -404,6 +404,12 @@ def test_bad_input_gets_one_line_before_the_work(work, tmp_path, capsys, monkeyp
     assert contents(tmp_path) == before and {path.name for path in tmp_path.iterdir()} == {"small", "half", "text.txt"}
 
 
+def test_the_text_model_of_a_vision_model_is_of_its_family():
+    """Other tools save it as qwen3_5_moe_text."""
+    families = {common.outline(Model(named(name)), 4)["family"] for name in ("qwen3_5-text", "qwen3_5-vision-mtp")}
+    assert families == {"qwen3_5_moe"}
+
+
 @pytest.mark.parametrize("other, says", [
     ("olmoe-gqa-clip", None), ("qwen3-plain-tied", "its family is olmoe; must be qwen3_moe")])
 def test_a_checkpoint_of_another_source_is_refused(work, tmp_path, capsys, monkeypatch, other, says):
