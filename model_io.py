@@ -411,6 +411,8 @@ class Model:
             else:
                 parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
             for weight, part in zip(own, parts):
+                if not part.sum(dtype=torch.float32).isfinite():  # of an expert without tokens, too
+                    raise InputError(f"{self.checkpoint.path}: expert {e} of {layer} has NaN or infinity in it")
                 weight.copy_(part)
         return experts
 
@@ -556,10 +558,8 @@ class TensorInfo(NamedTuple):
 
     def range(self, row: int | None = None) -> tuple[int, int]:
         """Return the byte range of one row of the first dimension (None: of the whole tensor)."""
-        if row is None:
-            return self.start, self.end
-        size = (self.end - self.start) // self.shape[0]
-        return self.start + size * row, self.start + size * (row + 1)
+        size = (self.end - self.start) // (self.shape[0] if row is not None else 1)
+        return self.start + size * (row or 0), self.start + size * ((row or 0) + 1)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -573,10 +573,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except (OSError, ValueError, RecursionError, SafetensorError) as err:
         raise InputError(f"{path}: not a readable safetensors file ({err})") from None
     header.pop("__metadata__", None)
-    base = 8 + length
-    infos = {name: TensorInfo(path.name, entry["dtype"], entry["shape"], *(base + at for at in entry["data_offsets"]))
-             for name, entry in header.items()}
-    return dict(sorted(infos.items(), key=lambda item: item[1].start)), metadata
+    infos = {name: TensorInfo(path.name, of["dtype"], of["shape"], *(8 + length + at for at in of["data_offsets"]))
+             for name, of in sorted(header.items(), key=lambda item: item[1]["data_offsets"])}
+    return infos, metadata
 
 
 class Checkpoint:

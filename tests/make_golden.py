@@ -97,6 +97,7 @@ def add_mtp(model: torch.nn.Module, path: Path, ids: torch.Tensor) -> dict[str, 
     index = json.loads(index_file.read_text())
     index["weight_map"] |= dict.fromkeys(tensors, "model-mtp.safetensors")
     index["metadata"]["total_size"] += sum(t.numel() * t.itemsize for t in tensors.values())
+    index["metadata"]["total_parameters"] += sum(t.numel() for t in tensors.values())
     index_file.write_text(json.dumps(index, indent=2) + "\n")
     hidden = model(ids, output_hidden_states=True).hidden_states[-1]  # after the final norm
     positions = torch.arange(1, ids.shape[1])[None].expand(len(ids), -1)

@@ -116,7 +116,7 @@ def random_layer(seed: int = 0, n: int = 7, k: int = 2, renormalise: bool = Fals
                     normal(tokens, d), lambda y: rms_norm(y, weight, 1e-5), normal(vocab, d))
 
 
-def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: mathx.Sample | None = None, **more) -> torch.Tensor:
+def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: tuple | None = None, **more) -> torch.Tensor:
     """Barriers of simplices (M, 2 or 3) by the sweep."""
     rates = (layer.gates > 0).sum(0).cpu()
     return mathx.sweep(layer, simplices, merge_weights(simplices, rates), sample, **more)

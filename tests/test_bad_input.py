@@ -171,7 +171,7 @@ CHECKPOINTS = {
     "a router with a bias": (weights(lambda t: t | {f"{LAYER}mlp.gate.bias": torch.zeros(8)}),
                              "mlp.gate.bias is none of the tensors that config.json asks for"),
     "a tensor over another": (header(lambda h: h | {"lm_head.weight": h["model.norm.weight"]}), "not a readable"),
-    "NaN in an expert": (one(f"{LAYER}mlp.experts.3.up_proj.weight", nan), "not finite"),
+    "NaN in an expert": (one(f"{LAYER}mlp.experts.3.up_proj.weight", nan), "expert 3 of model.layers.0 has NaN"),
     "NaN in a router": (one(f"{LAYER}mlp.gate.weight", nan), "not finite"),
     "NaN in a norm": (one("model.norm.weight", nan), "model.norm.weight has NaN or infinity in it"),
     "NaN in the head": (one("lm_head.weight", nan), "lm_head.weight has NaN or infinity in it"),

@@ -44,7 +44,7 @@ def plain_barriers(layer: MoELayer, simplices: torch.Tensor) -> torch.Tensor:
     return torch.stack([hodgecover.plain_barrier(layer, simplex) for simplex in simplices.tolist()])
 
 
-def everything(layer: MoELayer) -> mathx.Sample:
+def everything(layer: MoELayer) -> tuple:
     """The sample of the vocabulary that is all of it."""
     log_p = mathx.log_readout(layer, 10**9)
     return torch.arange(log_p.shape[1]).expand_as(log_p), log_p
@@ -163,7 +163,7 @@ def test_barriers_from_samples_of_the_vocabulary():
 def test_the_audit_holds_what_the_sweep_estimates_and_the_exact_kl():
     """With one simplex that only the last of two tokens touches, the audited pair is twice the barrier, its sample that
     of the last token; with many, all differ and their mean is near."""
-    def audited(layer: MoELayer, simplices: torch.Tensor, sample: mathx.Sample) -> torch.Tensor:
+    def audited(layer: MoELayer, simplices: torch.Tensor, sample: tuple) -> torch.Tensor:
         weights = hodgecover.merge_weights(simplices, (layer.gates > 0).sum(0))
         return mathx.audit_sample(layer, simplices, weights, sample, seed=1)
     layer, simplex = random_layer(vocab=200, tokens=2, n=3, k=3), torch.tensor([[0, 2]])

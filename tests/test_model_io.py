@@ -643,6 +643,17 @@ def test_a_fingerprint_is_computed_once_until_a_tensor_is_overwritten(tmp_path, 
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
+@pytest.mark.parametrize("name, row", [("olmoe-plain", None), ("qwen3_5-text", 3)])
+def test_an_expert_that_is_not_finite_is_refused_when_its_layer_is_read(tmp_path, name, row):
+    """Whether or not a token reaches it, and so in every command."""
+    model = Model(shutil.copytree(named(name), tmp_path / name))
+    weight = f"{model.layer_names[0]}.mlp.experts." + ("3.down_proj.weight" if row is None else "down_proj")
+    common.overwrite(model.checkpoint, weight, model.checkpoint.load(weight, row) * torch.nan, row)
+    with pytest.raises(InputError, match=f"expert 3 of {model.layer_names[0]} has NaN"):
+        model.layer(0)
+    assert model.layer(1).experts
+
+
 def test_a_head_of_its_own_counts_whatever_the_flag_says(tmp_path):
     """transformers 5 keeps a stored head that differs from the embedding, too."""
     path = Path(shutil.copytree(named("olmoe-plain"), tmp_path / "tied"))
