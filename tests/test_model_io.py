@@ -643,7 +643,7 @@ def test_a_fingerprint_is_computed_once_until_a_tensor_is_overwritten(tmp_path, 
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
-@pytest.mark.parametrize("name, row", [("olmoe-plain", None), ("qwen3_5-text", 3)])
+@pytest.mark.parametrize("name, row", [("olmoe-plain", None), ("qwen3_5-vision-mtp", 3)])
 def test_an_expert_that_is_not_finite_is_refused_when_its_layer_is_read(tmp_path, name, row):
     """Whether or not a token reaches it, and so in every command."""
     model = Model(shutil.copytree(named(name), tmp_path / name))
