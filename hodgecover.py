@@ -57,13 +57,13 @@ Tick = Callable[[float], None]  # told the share of the work that is done
 
 def setting(default, says: str, low: float = 0, high: float = math.inf, pattern: str = "", measured: bool = False):
     """A choice of the method: its default, help, range or pattern, and whether the barriers depend on it."""
-    return dataclasses.field(default=default, metadata=locals())
+    return dataclasses.field(default=default, metadata=locals())  # all arguments, by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every choice of the method, an option each. The defaults are ours, and so is a choice whose help names no section
-    or equation of the paper. Raises InputError for a value out of range."""
+    """Every choice of the method, an option each. All default values are ours. A choice whose help names no section or
+    equation of the paper is ours altogether. Raises InputError for a value out of range."""
     readout: str = setting("lens", "next-token distributions (3.1): the logit lens at the layer or, far slower, at the "
                            "model's end: lens or model", pattern="lens|model", measured=True)
     vocab_sample: int = setting(512, "next tokens sampled for a KL (lens), weighted and audited; 0: all", measured=True)
@@ -154,7 +154,7 @@ class Signals(NamedTuple):
     barriers: torch.Tensor  # of the pairs `edges(n)` (E,), nats
     candidates: torch.Tensor  # candidate triangles, rows ascending (F, 3)
     triplets: torch.Tensor  # their barriers (F,), nats
-    audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)  # KL of R merges at a token: sampled, exact (R, 2)
+    audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)  # R merges at one token each: sampled KL, exact KL
 
 
 @torch.no_grad()
@@ -216,8 +216,8 @@ def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, to
 
 def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
     """Stage 1 of the curation (A.9): 3-cliques of the graph of edges with barrier <= median (the lower of two), (F, 3).
-    More than `limit` are sampled without replacement from their list in order of saliency, so that the numbering of the
-    experts matters only where saliencies tie."""
+    More than `limit` are sampled uniformly, without replacement; their list is sorted by saliency first, so that the
+    numbering of the experts matters only where saliencies tie."""
     n = len(saliency)
     pairs = edges(n)[barriers <= barriers.median()]
     triangles = mathx.cliques(n, pairs)
@@ -285,7 +285,7 @@ class Complex(NamedTuple):
 
 def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
     """Build the complex (3.2): all edges, and the candidates with barrier <= tau* (stage 2 of A.9); give the barriers
-    their signs, and decompose them (3.3). K_tau lacks the edges above tau, so the complex can have another beta_1."""
+    their signs, and decompose them (3.3). The complex has all edges, K_tau only those <= tau: beta_1 can differ."""
     n, b = len(signals.saliency), signals.barriers
     taus = torch.linspace(*torch.cat((b, signals.triplets)).aminmax(), settings.thresholds, dtype=torch.float64)
     curve = mathx.betti_curve(edges(n), boundary_matrices(n, signals.candidates)[1], b, signals.triplets, taus)
@@ -300,8 +300,8 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
 # --------------------------------------------------------------------------------- 5 select, 6 redirect (section 4.1)
 
 def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
-    """Positions, ascending, of the top `percent` % of values (M,), their number rounded up; ties go to the first. None
-    is <= `floor`: rounding errors must not elect the edges of a signal that has no harmonic part."""
+    """Positions, ascending, of the top `percent` % of values (M,), their number rounded up; ties go to the first.
+    Values <= `floor` are left out: rounding errors must not elect the edges of a signal that has no harmonic part."""
     count = math.ceil(len(values) * percent / 100 - 1e-9)
     top = values.sort(descending=True, stable=True).indices[:count]
     return top[values[top] > floor].sort().values
@@ -363,7 +363,7 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
     schema). Raises InputError if `keep` is not from 1 to n, and for fewer than two experts."""
     n = len(signals.saliency)
     if not 1 <= keep <= n or n < 2:
-        raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, and these at least two")
+        raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
     found = decompose(signals, settings)
     picks, pairs, triangles = selector(signals, found, settings)
     targets = redirect(picks[:keep], signals.barriers, found.parts.harmonic, settings.alpha)
@@ -735,7 +735,7 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
             raise
         says = "out of memory; examples/estimate.py says what is needed; give less to buffers, as in --memory 200MB"
     except KeyboardInterrupt:
-        warn("the output is absent, and a cache keeps the layers that are done", f"{parser.prog}: interrupted")
+        warn("the output is absent; the same command goes on from what was saved", f"{parser.prog}: interrupted")
         return 130
     warn(says, f"{parser.prog}: error")
     return 2

@@ -356,14 +356,16 @@ class Model:
     device : holds weights and activations while they are in use
 
     Attributes: `checkpoint`, `config`, `dtype`, `device`, and `layer_names`, the prefix of each layer's tensors: first
-    the decoder layers, then those of a multi-token prediction head.
-
-    Raises InputError if the checkpoint is missing, malformed or of an unsupported type.
+    the decoder layers, then those of a multi-token prediction head. Raises InputError if the checkpoint is missing,
+    malformed or of an unsupported type.
     """
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         self.checkpoint = Checkpoint(path)
-        self.config = read_config(self.checkpoint.raw_config)
+        try:
+            self.config = read_config(self.checkpoint.raw_config)
+        except InputError as err:
+            raise InputError(f"{self.checkpoint.path}/{err}") from None
         self.dtype = dtype
         self.device = torch.device(device)
         names = self.checkpoint.tensors
@@ -582,9 +584,8 @@ class Checkpoint:
     """The tensors of a checkpoint folder by name, read lazily.
 
     Attributes: `path`, `raw_config` (config.json as it stands), `tensors` (name -> TensorInfo, in file order),
-    `metadata` (shard file -> its metadata), `sharded` (whether an index lists the shards).
-
-    Raises InputError if the folder, config.json or a weight file is missing or malformed.
+    `metadata` (shard file -> its metadata), `sharded` (whether an index lists the shards). Raises InputError if the
+    folder, config.json or a weight file is missing or malformed.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -1122,8 +1123,8 @@ def make_cache(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise InputError(f"cache {folder}: cannot be made ({err.strerror}); name another folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cache {folder}: cannot be written to; name another folder")
+    if (folder / "config.json").exists() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cache {folder}: is a checkpoint, or cannot be written to; name another folder")
 
 
 def cache_file(folder: Path, name: str, key: dict[str, str]) -> Path:
@@ -1133,9 +1134,8 @@ def cache_file(folder: Path, name: str, key: dict[str, str]) -> Path:
 
 def read_cached(folder: Path, name: str, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
     """Return the tensors of a cache entry; None if it is missing, damaged or of another key."""
-    file = cache_file(folder, name, key)
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(cache_file(folder, name, key), framework="pt") as opened:
             tensors = {field: opened.get_tensor(field).clone() for field in opened.keys()}
             return tensors if opened.metadata() == key | {"tensors": " ".join(sorted(tensors))} else None
     except (OSError, SafetensorError):
@@ -1147,3 +1147,4 @@ def write_cached(folder: Path, name: str, key: dict[str, str], tensors: dict[str
     with new_file(cache_file(folder, name, key)) as beside:
         save_file({field: tensor.cpu().contiguous() for field, tensor in tensors.items()}, beside,
                   key | {"tensors": " ".join(sorted(tensors))})
+        beside.chmod(folder.stat().st_mode & 0o666)  # it is private

@@ -322,7 +322,10 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(small, monkey
         assert_refused(capsys, compress(small, "--cache", folder), "--cache ")
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != small.parent / "locked" and access(path, mode))
-    assert_refused(capsys, compress(small, "--cache", small.parent / "locked"), "locked: cannot be written to")
+    another = shutil.copytree(small, small.parent / "another")
+    for name in ("locked", "another"):
+        assert_refused(capsys, compress(small, "--cache", small.parent / name), f"{name}: is a checkpoint, or cannot")
+    assert contents(another) == contents(small)
     assert not (small.parent / "out").exists()
 
 
@@ -341,7 +344,7 @@ def test_an_interrupted_run_goes_on_where_it_was(small, monkeypatch, capsys):
         return real(*arguments)
     monkeypatch.setattr(hodgecover, "measure_layer", measure)
     assert compress(small) == 130 and not (small.parent / "out").exists()
-    assert re.fullmatch("hodgecover.py: interrupted: the output is absent, .*\n", capsys.readouterr().err)
+    assert re.fullmatch("hodgecover.py: interrupted: the output is absent; .*\n", capsys.readouterr().err)
     assert compress(small) == 0 and len(calls) == 3
     assert contents(small.parent / "out") == contents(small.parent / "alone")
 
