@@ -19,7 +19,7 @@ root of its mean barrier, in nats, which a --plan of hodgecover.py has; the plan
 best budget if a layer's loss were its barrier over the number of experts that stay.
 
 rco (RCO, arXiv 2605.00649; rco.py says how). No order is given: each expert has logits to keep and to prune it, trained
-to a low KL from the source while the expected number of pruned experts stays at the budget. With a budget for each
+to a low loss against the source while the expected number of pruned experts stays at the budget. With a budget for each
 layer it is a selector like those of baselines.py, and export_plan.py repeats its plan; with --ragged there is one
 budget for all.
 
@@ -54,7 +54,7 @@ TOKENS = 16384  # default sample
 POPULATION, ELITE, MAX_MOVES, MAX_DELTA, ATTEMPTS = 32, 4, 3, 4, 32  # of evo
 GENERATIONS, STEPS = 10, 200
 REPORTS = 10  # lines of progress of rco
-CACHE_VERSION = "1"
+CACHE_VERSION = "2"
 
 Budget = tuple[int, ...]  # experts that go, of each sparse decoder layer
 

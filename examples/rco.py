@@ -7,12 +7,15 @@ bisection, brings C back to B, and Adam's first moment is projected onto the new
 layer every layer keeps K experts; with one for all, other layers keep other numbers.
 
 The gradient is straight-through: 4 samples of Gumbel noise a step, temperature 1 to 0.05; prune the budget's worst,
-pass on the slope of the soft choice. The loss is KL(source || masked) over the source's 20 most likely tokens, on 4
-sequences. At last the experts are ranked by their logits, without noise.
+pass on the slope of the soft choice. The loss, on 4 sequences, is that of the published code: the sum of p (log p - log
+q) over the source's 20 most likely tokens, where p is the source's distribution renormalised over them, and q the
+student's over the whole vocabulary. So it charges the student for what it gives to other tokens, and is not 0 for the
+source itself. At last the experts are ranked by their logits, without noise.
 
 In the search a pruned expert's contribution is 0, and the gates of the others are scaled so that a token's gates keep
-their sum (ours: of two published versions one scales them to 1, the other does not). In the result pruned experts are
-gone from the router, and the next best takes their place. Ours, too: every layer keeps the model's top-k at least.
+their sum. The scale is ours: of two published versions one scales them to 1, the other does not. In the result pruned
+experts are gone from the router, and the next best takes their place. Ours, too: every layer keeps the model's top-k at
+least.
 
     n experts of a layer    G budgets of N experts each: all layers in one, or a layer each    V vocabulary
     d hidden size           T tokens, B sequences of L
@@ -122,11 +125,13 @@ def masked_layer(h: torch.Tensor, mask: torch.Tensor, layer: Layer, cfg: Config)
 
 
 def top_kl(hidden: torch.Tensor, target: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """KL(source || student) over the source's TOP most likely tokens, renormalised, a mean over positions: the head (V,
-    d) reads hidden of the student and target of the source, (B, L, d)."""
+    """The sum of p (log p - log q) over the source's TOP most likely tokens, a mean over positions: p is the source's
+    distribution renormalised over them, q the student's over all tokens. The head (V, d) reads hidden of the student
+    and target of the source, (B, L, d)."""
     wide = model_io.widened(hidden.dtype)
     logits, tokens = (target @ head.T).topk(min(TOP, len(head)))
-    log_p, log_q = (each.to(wide).log_softmax(-1) for each in (logits, (hidden @ head.T).gather(-1, tokens)))
+    log_p = logits.to(wide).log_softmax(-1)
+    log_q = (hidden @ head.T).to(wide).log_softmax(-1).gather(-1, tokens)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 

@@ -340,18 +340,30 @@ def test_a_token_that_keeps_no_expert_has_a_finite_slope():
 
 
 def test_the_loss_is_of_the_source_s_most_likely_tokens(monkeypatch):
+    """The source renormalised over them, the student over all tokens."""
     monkeypatch.setattr(rco, "TOP", 4)
     head, hidden, target = normal(0, 9, 5), normal(1, 1, 2, 5), normal(2, 1, 2, 5)
-    wanted = 0.0
+    wanted = own_loss = 0.0
     for own, of_source in zip(hidden[0], target[0]):
         p, q = (head @ of_source).softmax(0), (head @ own).softmax(0)
         top = sorted(range(9), key=lambda v: -p[v].item())[:4]
-        p, q = p[top] / p[top].sum(), q[top] / q[top].sum()
+        own_loss -= p[top].sum().log().item() / 2
+        p, q = p[top] / p[top].sum(), q[top]
         wanted += (p * (p / q).log()).sum().item() / 2
     assert rco.top_kl(hidden, target, head).item() == pytest.approx(wanted)
-    assert rco.top_kl(target, target, head).item() == pytest.approx(0, abs=1e-12)
+    assert rco.top_kl(target, target, head).item() == pytest.approx(own_loss)
     monkeypatch.setattr(rco, "TOP", 99)  # more than there are
     assert rco.top_kl(hidden, target, head).isfinite()
+    assert rco.top_kl(target, target, head).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_loss_by_hand(monkeypatch):
+    """The source's (4, 2, 1, 1) / 8 is (2/3, 1/3) over its top two, for which the student has 1/8 and 2/8: the loss is
+    2/3 log(16/3) + 1/3 log(4/3). The student renormalised, too, would have 2/3 log 2 + 1/3 log 1/2 = 0.231049."""
+    monkeypatch.setattr(rco, "TOP", 2)
+    source, student = (torch.tensor([[each]], dtype=torch.float64).log() for each in ([4, 2, 1, 1], [1, 2, 1, 4]))
+    loss = rco.top_kl(student, source, torch.eye(4, dtype=torch.float64))
+    assert loss.item() == pytest.approx(1.211878, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["olmoe-sharded", "qwen2-dense-between"])
@@ -377,7 +389,9 @@ def test_the_slope_through_the_model_is_that_of_one_graph_whatever_is_in_memory(
         assert loss == pytest.approx(wanted.item()) and read.count(sparse[0]) == reads
         torch.testing.assert_close(slope, gradient, rtol=1e-9, atol=1e-14)
         read.clear()
-    assert loss_of(torch.ones_like(masks), torch.tensor([1]))[0] == pytest.approx(0, abs=1e-12)
+    target = model.hidden(ids)[[1]]
+    least = rco.top_kl(target, target, model.unembedding()).item()  # of the source itself
+    assert loss_of(torch.ones_like(masks), torch.tensor([1]))[0] == pytest.approx(least)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
