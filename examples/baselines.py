@@ -23,16 +23,24 @@ hodge-no-triangle   HodgeCover's cover of harmonic-critical edges, without trian
 additive-residual   HodgeCover's cover, with the edges where b_ij = phi_i + phi_j is most wrong as critical ones
 weighted-cover      HodgeCover's cover (ours), but of every edge by its barrier instead of a top few counted alike
 
-Merging methods form K groups in every layer. Each is its paper's selection in a few lines, in our words:
+Merging methods form K groups in every layer. Each is its paper's selection in a few lines, in our words. RESULTS.md has
+what a comparison with published code showed:
 
 mc-smoe (arXiv 2310.01334)  The K most frequent experts are dominant. Each other expert joins the one whose router
                             logits over the calibration tokens are nearest in cosine. Means are weighted by frequency.
                             Left out: one threshold of frequency over all layers, the alignment of hidden units before
                             a merge, the low-rank compression after it
 hc-smoe (arXiv 2410.08589)  Average-linkage clusters of the experts' mean outputs. Means are weighted by frequency
-ream    (arXiv 2604.04356)  The K experts of largest REAP saliency are centroids. The most salient first, each takes
-                            the free experts that are most like it in gate profile and mean output, 15 at most. Means
-                            are weighted by saliency. Left out: alignment, and merging layer after layer
+ream    (arXiv 2604.04356)  The K most salient experts are centroids. The most salient first, each takes the free
+                            experts that are most like it, 15 at most. Means are weighted by saliency. As in the
+                            published code: saliency is REAP's with the softmax gate squared; likeness is half of
+                            (1 + cosine) / 2 of the mean outputs, each token's times its softmax gate, and half of
+                            1 - distance / largest distance of the router logits over the tokens, scaled to norm 1; an
+                            expert that no token is routed to has the least saliency of the others; a layer reads the
+                            stream that the merged layers before it give. Left out: alignment of hidden units; means
+                            by batches of 8 sequences, as all tokens are one batch here. Ours: what no centroid has
+                            room for joins the one most like it, where the published code refuses; with --all-slots,
+                            which it has not, the stream has all slots, too
 slimqwen (arXiv 2605.08738) Of the K experts of largest REAP saliency the first half stays as it is. Each dropped expert
                             joins that of the second half whose mean output is nearest in cosine. Means are weighted by
                             saliency. Left out: the paper's cuts in depth and width. Ours: which experts form the second
@@ -43,8 +51,8 @@ stun    (arXiv 2409.06211)  The structured stage: complete-linkage clusters of t
                             all layers
 
 A merged expert has the router row of its group's first member; the routing to the others is lost. --all-slots keeps
-the router and puts each merged expert into the slots of all members, as these papers evaluate them: nothing of the
-routing is lost, and the files do not shrink.
+the router and puts each merged expert into the slots of all members, as MC-SMoE and HC-SMoE evaluate them: nothing of
+the routing is lost, and the files do not shrink.
 """
 import argparse
 import sys
@@ -62,7 +70,7 @@ import hodgecover
 import mathx
 import model_io
 from hodgecover import Complex, Settings, Signals, Tick
-from model_io import InputError, Model
+from model_io import Experts, InputError, Layer, Model
 
 Groups = list[list[int]]  # the first of each is the one whose router row stays
 Selection = tuple[list[int], torch.Tensor, torch.Tensor]  # all experts as picked, E* (M, 2), T* (M, 3)
@@ -225,6 +233,8 @@ class Facts(NamedTuple):
     logits     of the router (T, n)
     rows       of the router (n, d)
     outputs    mean output of each expert over all tokens (n, d)
+    gated      for ream: the same, each token's times the softmax of its logits (n, d)
+    squared    for ream: the mean over the tokens routed to e of p_e^2 |E_e(x)|, p the softmax of the logits (n,)
     products   inner products of the experts' weights, all of an expert's as one vector (n, n)
     joint      hope's matrix (n, n), so that the facts serve the selectors, too
     """
@@ -233,6 +243,8 @@ class Facts(NamedTuple):
     logits: torch.Tensor
     rows: torch.Tensor
     outputs: torch.Tensor
+    gated: torch.Tensor
+    squared: torch.Tensor
     products: torch.Tensor
     joint: torch.Tensor
 
@@ -241,11 +253,17 @@ def layer_facts(step: model_io.LayerPass) -> Facts:
     """The facts of a layer, float64 on the CPU. Raises InputError if they are not finite."""
     experts, router = step.layer.experts, step.layer.router
     routing = measure_routing(step, joint=True)
-    outputs = [experts(e, step.x).double().mean(0) for e in range(len(router))]
+    logits = (step.x @ router.T).double()
+    outputs, gated, squared = [], [], []
+    for e, p in enumerate(logits.softmax(1).T):
+        output, t = experts(e, step.x).double(), step.gates[:, e].nonzero().squeeze(1)
+        outputs.append(output.mean(0))
+        gated.append((p[:, None] * output).mean(0))
+        squared.append((p[t].square() * output[t].norm(dim=1)).sum() / max(1, len(t)))
     flat = [part.flatten(1).float() for part in experts]
     products = sum((part @ part.T).double() for part in flat)
-    facts = Facts(routing.frequency.double(), routing.saliency, (step.x @ router.T).double().cpu(),
-                  router.double().cpu(), torch.stack(outputs).cpu(), products.cpu(), routing.joint)
+    facts = Facts(routing.frequency.double(), routing.saliency, logits.cpu(), router.double().cpu(),
+                  *(torch.stack(each).cpu() for each in (outputs, gated, squared)), products.cpu(), routing.joint)
     if not all(fact.isfinite().all() for fact in facts):
         raise InputError(f"{step.name}: an expert's outputs or weights are not finite, or overflow {step.x.dtype}")
     return facts
@@ -264,8 +282,16 @@ def hc_smoe(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
 
 def ream(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
     """Group by gate profile and mean output around the most salient experts."""
-    likeness = cosine(facts.logits.softmax(1).T) + cosine(facts.outputs)
-    return take_nearest(facts.saliency, likeness, keep, most=16), facts.saliency
+    saliency = facts.squared
+    saliency = torch.where(saliency > 0, saliency, saliency[saliency > 0].min())
+    return take_nearest(saliency, ream_likeness(facts.logits, facts.gated), keep, most=16), saliency
+
+
+def ream_likeness(logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """How alike experts are in their router logits (T, n) and mean outputs (n, d), (n, n) from 0 to 1."""
+    profile = F.normalize(logits.T, dim=1)
+    distance = torch.cdist(profile, profile)
+    return (1 - distance / distance.max().clamp(min=hodgecover.TINY) + (1 + cosine(outputs)) / 2) / 2
 
 
 def slimqwen(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
@@ -356,6 +382,7 @@ ON_BARRIERS = {  # what `hodgecover.plan_from_signals` takes
     "weighted-cover": weighted_cover}
 # (facts, K) -> the K groups of a layer's experts, and the weight of each expert in its group's mean (n,)
 MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "slimqwen": slimqwen, "stun": stun}
+SEQUENTIAL = ("ream",)  # of these: a layer is measured on what the merged layers before it give
 WITHOUT_BARRIERS = (*BY_SCORE, "hope")
 SELECTORS = (*WITHOUT_BARRIERS, *ON_BARRIERS)
 METHODS = (*SELECTORS, *MERGING)
@@ -424,32 +451,49 @@ def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settin
         yield name, choose(signals, rows, method, keep, settings, index)
 
 
-def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: Tick = lambda share: None
-                ) -> Iterator[tuple[str, Merge]]:
-    """Yield (name, merge) of each sparse layer by one of MERGING, from calibration on ids (B, L).
+def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: Tick = lambda share: None,
+                all_slots: bool = False) -> Iterator[tuple[str, Merge]]:
+    """Yield (name, merge) of each sparse layer by one of MERGING, from calibration on ids (B, L). `all_slots` is how
+    they are exported, which those that are SEQUENTIAL depend on.
 
     Raises InputError for facts that are not finite, and if not every layer can keep `keep` experts.
     """
     hodgecover.check_keep(model, keep)
     for step in routed_passes(model, ids, tick):
         facts = layer_facts(step)
-        yield step.name, Merge(*MERGING[method](facts, keep), facts.frequency)
+        merge = Merge(*MERGING[method](facts, keep), facts.frequency)
+        if method in SEQUENTIAL:
+            step.y.copy_(model.run(step.index, merged_layer(step.layer, merge, all_slots), step.h, step.norm).y)
+        yield step.name, merge
+
+
+def merged_layer(layer: Layer, merge: Merge, all_slots: bool = False) -> Layer:
+    """A layer with the experts of a merge in place of its own, as the export writes it."""
+    slots = merge.survivors(all_slots)
+    group_of = {e: group for group in merge.groups for e in group}
+    experts = [torch.stack([group_mean(group_of[e], merge.weights, part.__getitem__).to(part.dtype) for e in slots])
+               for part in layer.experts]
+    return Layer(Experts(*experts), layer.router[slots], layer.weights)
+
+
+def group_mean(members: list[int], weights: torch.Tensor, load: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """The mean of what `load` gives for each member, by weights (n,), float64; the plain mean if they have none."""
+    share = weights[members].double()
+    share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / len(share))
+    return sum(part * load(e).double() for part, e in zip(share.tolist(), members) if part)
 
 
 def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, weights: torch.Tensor
                 ) -> dict[str, common.Edit]:
     """What the export does to a layer's experts: each one's tensors become the weighted mean of its group's.
 
-    A group without weight has the plain mean. Returns edits for `common.write_edited`.
+    Returns edits for `common.write_edited`.
     """
     group_of = {e: group for group in groups for e in group}
 
     def mean(own: torch.Tensor, row: int, load: Callable[[int], torch.Tensor], expert: int | None = None
              ) -> torch.Tensor:
-        members = group_of[row if expert is None else expert]
-        share = weights[members].double()
-        share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / len(share))
-        return sum(part * load(e).double() for part, e in zip(share, members) if part).to(own.dtype)
+        return group_mean(group_of[row if expert is None else expert], weights, load).to(own.dtype)
 
     def single(e: int, name: str) -> torch.Tensor:
         return checkpoint.load(name.format(e))
@@ -509,7 +553,7 @@ def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace) -> None:
     """Merge, show the layers, write the output."""
     bar = hodgecover.progress_bar()
     merges = {}
-    for name, found in merge_model(model, ids, args.method, args.keep, bar):
+    for name, found in merge_model(model, ids, args.method, args.keep, bar, args.all_slots):
         largest = max(map(len, found.groups))
         show_share(model, name, found.routed_share(args.all_slots), bar, f"; largest group: {largest} experts")
         merges[name] = found

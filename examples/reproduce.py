@@ -167,8 +167,11 @@ def folded(sample: Sample, dropped: float, out: Path, rule: str) -> Model:
 def merged(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:
     """Write the merged experts of one of baselines.MERGING."""
     keep = survivors(sample.source, dropped)
-    merges = {name: baselines.Merge(*baselines.MERGING[method](facts, keep), facts.frequency)
-              for name, facts in sample.facts.items()}
+    if method in baselines.SEQUENTIAL:
+        merges = dict(baselines.merge_model(sample.source, sample.ids, method, keep, all_slots=all_slots))
+    else:
+        merges = {name: baselines.Merge(*baselines.MERGING[method](facts, keep), facts.frequency)
+                  for name, facts in sample.facts.items()}
     baselines.export_merges(sample.source, merges, out, {}, all_slots)
     return Model(out)
 

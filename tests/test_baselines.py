@@ -7,6 +7,7 @@ import json
 import baselines
 import hodgecover
 import mathx
+import model_io
 import pytest
 import torch
 from conftest import KINDS, QUICK, assert_refused, contents, named, record, refuse, run
@@ -310,9 +311,8 @@ def test_hc_smoe_clusters_mean_outputs(measured, facts):
 
 def test_ream_fills_groups_of_up_to_16_by_likeness(facts):
     groups, weights = baselines.MERGING["ream"](facts, 3)
-    assert [group[0] for group in groups] == top(facts.saliency.tolist())[:3] and torch.equal(weights, facts.saliency)
+    assert [group[0] for group in groups] == top(facts.squared.tolist())[:3] and torch.equal(weights, facts.squared)
     assert len(groups[0]) == 6  # the first centroid takes all that are free: fewer than 15
-    profile = facts.logits.softmax(1)
     many = 40
     score = torch.arange(many, 0, -1.0)
     generator = torch.Generator().manual_seed(0)
@@ -324,12 +324,72 @@ def test_ream_fills_groups_of_up_to_16_by_likeness(facts):
     left = [e for e in rest if e not in second]
     assert found[0][:16] == [0, *first] and found[1][:16] == [1, *second]
     assert [e for e in left if e in found[0]] == [e for e in left if likeness[e, 0] > likeness[e, 1]]
+    likeness = baselines.ream_likeness(facts.logits, facts.gated)
+    assert baselines.take_nearest(facts.squared, likeness, 3, most=16) == groups
+    alike = baselines.ream_likeness(torch.ones(4, 3).double(), torch.ones(3, 2).double())
+    torch.testing.assert_close(alike, torch.ones(3, 3).double())  # no distance
 
-    def like(i: int, j: int) -> float:
-        return (torch.cosine_similarity(profile[:, i], profile[:, j], dim=0)
-                + torch.cosine_similarity(facts.outputs[i], facts.outputs[j], dim=0)).item()
-    likeness = torch.tensor([[like(i, j) for j in range(8)] for i in range(8)])
-    assert baselines.take_nearest(facts.saliency, likeness, 3, most=16) == groups
+
+def step_by_hand(renormalised: bool) -> model_io.LayerPass:
+    """Two tokens, three experts, top-2. The softmax is (5, 2, 1) / 8 and (1, 5, 2) / 8, the logits are the logarithms
+    of the numerators. The outputs are (4, 0, 0) and (0, 8, 0) on both tokens, and -1.5 v and v, v = (0, 3, 4)."""
+    x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    router = torch.tensor([[0.0, 5.0, 1.0], [0.0, 2.0, 5.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    router[:, 1:] = router[:, 1:].log()
+    gate = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(3, 1, 3)  # silu(1) everywhere
+    up = torch.tensor([[[1.0, 0.0, 0.0]], [[1.0, 0.0, 0.0]], [[0.0, -1.5, 1.0]]], dtype=torch.float64)
+    down = torch.tensor([[4.0, 0.0, 0.0], [0.0, 8.0, 0.0], [0.0, 3.0, 4.0]], dtype=torch.float64)[:, :, None]
+    layer = model_io.Layer(model_io.Experts(gate, up, down / 0.7310585786300049), router, {})
+    gates = torch.tensor([[5.0, 2.0, 0.0], [0.0, 5.0, 2.0]], dtype=torch.float64)
+    gates = gates / (7.0 if renormalised else 8.0)
+    return model_io.LayerPass(0, "layer", layer, x[None], x, gates, x, lambda h: h)
+
+
+@pytest.mark.parametrize("renormalised", [False, True])
+def test_ream_by_hand(renormalised):
+    """The values of the published code's formulas. Saliency: (5/8)^2 4; ((2/8)^2 + (5/8)^2) / 2 times 8; (2/8)^2 5; by
+    the softmax even where the model renormalises its gates. Mean outputs: 6/16 (4, 0, 0); 7/16 (0, 8, 0); (-1.5/8 +
+    2/8) / 2 v. Cosines: 0, 0 and 0.6. Profiles: (log 5, log 1), (log 2, log 5), (log 1, log 2) to norm 1, or (1, 0),
+    (0.395551, 0.918443), (0, 1): distances 1.099499, sqrt 2, 0.403872, likenesses 0.222537, 0 and 0.714419."""
+    facts = baselines.layer_facts(step_by_hand(renormalised))
+    assert facts.squared.tolist() == pytest.approx([1.5625, 1.8125, 0.3125])
+    assert facts.gated.flatten().tolist() == pytest.approx([1.5, 0, 0, 0, 3.5, 0, 0, 0.09375, 0.125])
+    likeness = baselines.ream_likeness(facts.logits, facts.gated)
+    for i, j, value in ((0, 1, (0.222537 + 0.5) / 2), (0, 2, 0.25), (1, 2, (0.714419 + 0.8) / 2)):
+        assert likeness[i, j].item() == likeness[j, i].item() == pytest.approx(value, abs=1e-5)
+    groups, weights = baselines.MERGING["ream"](facts, 2)
+    assert groups == [[1, 2], [0]] and weights.tolist() == pytest.approx([1.5625, 1.8125, 0.3125])
+    merged = baselines.merged_layer(step_by_hand(renormalised).layer, baselines.Merge(groups, weights, weights))
+    down = merged.experts.down.squeeze(2) * 0.7310585786300049  # weights 1.8125 and 0.3125: 29/34 and 5/34
+    assert down.flatten().tolist() == pytest.approx([4, 0, 0, 0, 247 / 34, 20 / 34])
+    assert merged.experts.up.flatten().tolist() == pytest.approx([1, 0, 0, 29 / 34, -7.5 / 34, 5 / 34])
+    assert torch.equal(merged.router, step_by_hand(renormalised).layer.router[[0, 1]])
+
+
+def test_ream_gives_an_expert_without_tokens_the_least_saliency(facts):
+    squared = facts.squared.clone()
+    squared[[2, 5]] = 0.0
+    _, weights = baselines.MERGING["ream"](facts._replace(squared=squared), 3)
+    assert weights[[2, 5]].tolist() == [squared[squared > 0].min().item()] * 2
+
+
+@pytest.mark.parametrize("all_slots", [False, True])
+def test_ream_measures_a_layer_on_what_the_merged_layers_before_it_give(measured, tmp_path, monkeypatch, all_slots):
+    """The facts of each layer are of the stream of the output, with the source's layer; another method's, of the
+    source's stream."""
+    model, ids, _ = measured
+    seen, real = [], baselines.layer_facts
+    monkeypatch.setattr(baselines, "layer_facts", lambda step: seen.append(step.x.clone()) or real(step))
+    merges = dict(baselines.merge_model(model, ids, "ream", 4, all_slots=all_slots))
+    baselines.export_merges(model, merges, tmp_path / "out", {}, all_slots)
+    output = Model(tmp_path / "out", torch.float64)
+    own, source = ([step.x for step in each.stream(ids)] for each in (output, model))
+    assert len(seen) == 2 and torch.equal(seen[0], source[0])
+    torch.testing.assert_close(seen[1], own[1], rtol=1e-6, atol=1e-6)
+    assert (seen[1] - source[1]).abs().max() > 1e-3
+    seen.clear()
+    dict(baselines.merge_model(model, ids, "hc-smoe", 4))
+    torch.testing.assert_close(seen, source)
 
 
 @pytest.mark.parametrize("keep", [1, 3, 4, 8])
@@ -420,9 +480,10 @@ def test_every_method_by_the_same_command(small, tmp_path, monkeypatch, capsys, 
     assert entry["source"]["fingerprint"] == model.checkpoint.fingerprint() and output.config.num_experts == 4
     said = capsys.readouterr().out
     ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32, 0)
-    passes = {step.name: (step.gates > 0).sum(0) for step in model.stream(ids)}
+    read = output if method in baselines.SEQUENTIAL else model  # whose stream each layer's router reads
+    passes = {step.name: model_io.route(step.x, model.layer(step.index), model.config) for step in read.stream(ids)}
     for index, layer in enumerate(entry["layers"]):
-        frequency = passes[layer["name"]]
+        frequency = (passes[layer["name"]] > 0).sum(0)
         stays = layer.get("survivors") or sorted(group[0] for group in layer["groups"])
         assert layer["routed_share"] == pytest.approx((frequency[stays].sum() / frequency.sum()).item())
         if method not in baselines.ON_BARRIERS:
