@@ -30,7 +30,9 @@ mc-smoe (arXiv 2310.01334)  The K most frequent experts are dominant. Each other
                             logits over the calibration tokens are nearest in cosine. Means are weighted by frequency.
                             Left out: one threshold of frequency over all layers, the alignment of hidden units before
                             a merge, the low-rank compression after it
-hc-smoe (arXiv 2410.08589)  Average-linkage clusters of the experts' mean outputs. Means are weighted by frequency
+hc-smoe (arXiv 2410.08589)  Average-linkage clusters of the experts' mean outputs. Means are weighted by frequency. Ours
+                            for both: frequency is by the model's top-k. The published code of both counts a top-2,
+                            whatever the model's k
 ream    (arXiv 2604.04356)  The K most salient experts are centroids. The most salient first, each takes the free
                             experts that are most like it, 15 at most. Means are weighted by saliency. As in the
                             published code: saliency is REAP's with the softmax gate squared; likeness is half of

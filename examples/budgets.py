@@ -23,8 +23,8 @@ to a low loss against the source while the expected number of pruned experts sta
 layer it is a selector like those of baselines.py, and export_plan.py repeats its plan; with --ragged there is one
 budget for all.
 
-Ours: every layer keeps the model's top-k at least. A multi-token head, whose loss is not the model's, keeps K experts
-by the fixed order.
+Every layer keeps the model's top-k at least: so does the published code of EvoESAP; in the other searches it is ours. A
+multi-token head, whose loss is not the model's, keeps K experts by the fixed order (ours).
 
 A killed search continues from what lies in OUT-budgets until the output is whole. Layers are read one at a time: by evo
 once for as many candidates as --memory holds streams of; by rco twice a sample of noise, or once for all if the weights

@@ -10,7 +10,8 @@ The gradient is straight-through: 4 samples of Gumbel noise a step, temperature 
 pass on the slope of the soft choice. The loss, on 4 sequences, is that of the published code: the sum of p (log p - log
 q) over the source's 20 most likely tokens, where p is the source's distribution renormalised over them, and q the
 student's over the whole vocabulary. So it charges the student for what it gives to other tokens, and is not 0 for the
-source itself. At last the experts are ranked by their logits, without noise.
+source itself. (Theirs leaves out the last token of a sequence.) At last the experts are ranked by their logits, without
+noise.
 
 In the search a pruned expert's contribution is 0, and the gates of the others are scaled so that a token's gates keep
 their sum. The scale is ours: of two published versions one scales them to 1, the other does not. In the result pruned

@@ -14,7 +14,8 @@ rate that is reached is a little lower than the one asked for. --nm N:M keeps N 
 
 Ours: --total-rate, which counts experts that are gone as pruned and prunes those that stay at the rate
 1 - (1 - R) P_source / P_ckpt; magnitude alone for an expert that no token is routed to. Left out: attention and dense
-layers, which the published code prunes too, and its variant that searches a rate for each row.
+layers, which the published code prunes too; the router, which its search for linear layers would find as well; and its
+variant that searches a rate for each row.
 
     n experts of a layer   d hidden size   f width of an expert   B sequences of L tokens   (o, i) shape of a matrix
 """
