@@ -45,7 +45,7 @@ else:
     import model_io
     from model_io import Experts, InputError, Model, check_range
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 RECORD, SCHEMA_VERSION = "hodgecover.json", 2
 TOKENS, SEQ_LEN = 2048, 512  # default calibration sample

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 CACHE_BYTES = 1 << 21  # a block of logits that stays in a processor's cache
 ROW_STEP = 32  # rows of a product are a multiple of this: torch keeps some 0.3 MB for every new shape

@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
