@@ -563,7 +563,7 @@ def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace) -> None:
                 "dtype": common.dtype_name(model)}
     layers = [{"layer": model.layer_names.index(name), "name": name, "groups": found.groups,
                "routed_share": found.routed_share(args.all_slots)} for name, found in merges.items()]
-    entry = common.entry("baselines.py", settings, ids, args.calib, source=model) | {"layers": layers}
+    entry = hodgecover.record_entry("baselines.py", settings, ids, args.calib, source=model) | {"layers": layers}
     files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)}
     export_merges(model, merges, args.out, files, args.all_slots)
 

@@ -114,13 +114,6 @@ def python_code(part: str) -> tuple[str, ...]:
 TEXTS = {"documentation": model_io.python_documentation, "code": python_code}  # part -> documents
 
 
-def entry(command: str, settings: dict, ids: torch.Tensor | None = None, files: list[Path] | None = None, **read: Model
-          ) -> dict:
-    """An entry of a record's history: the command, its settings with the text ids (B, L) of these files, if it read
-    any, and the checkpoints that it read, by their role."""
-    return hodgecover.record_entry(command, settings, ids, files, **read)
-
-
 def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
     """The folder of the barriers: --cache, or CKPT-barriers beside CKPT. Raises InputError if it lies in CKPT."""
     source = Path(os.path.abspath(model.checkpoint.path))
@@ -372,8 +365,9 @@ def store(model: Model, layer: str, weights: dict[str, torch.Tensor]) -> dict[st
 def store_down(model: Model, layer: str, down: torch.Tensor) -> torch.Tensor:
     """Write the down projections (n, d, f) of a layer over those in the checkpoint's files; return them as stored. Of a
     `Pruned` model they are the survivors'. Raises InputError if they overflow that type."""
-    kept = model.survivors[layer] if isinstance(model, Pruned) else slice(None)
+    kept = slice(None)
     if isinstance(model, Pruned):
+        kept = model.survivors[layer]
         whole = Model.layer(model, model.layer_names.index(layer)).experts.down.to(down.dtype)
         down = whole.index_copy(0, torch.tensor(kept, device=down.device), down)
     stored = [*store(model, layer, {"mlp.experts.down": down}).values()]
@@ -426,7 +420,7 @@ def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
 
 def next_token_loss(log_p: torch.Tensor, tokens: torch.Tensor) -> float:
-    """the sum of -log p of the next token, nats, over a sequence: log_p (L, V), tokens (L,)."""
+    """The sum of -log p of the next token, nats, over a sequence: log_p (L, V), tokens (L,)."""
     return -log_p[:-1].gather(1, tokens[1:, None]).sum().item()
 
 

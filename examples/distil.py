@@ -555,7 +555,8 @@ def run(args: argparse.Namespace) -> None:
     ids, held_out = read_ids(source, args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
-    entry = common.entry("distil.py", settings, ids[:len(ids) - held_out], args.calib, source=source, checkpoint=model)
+    trained = ids[:len(ids) - held_out]
+    entry = hodgecover.record_entry("distil.py", settings, trained, args.calib, source=source, checkpoint=model)
     check_memory(model, args, ids.numel())
     if len(model.layer_names) > model.config.num_layers:
         print("the multi-token head stays as it is")

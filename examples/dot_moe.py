@@ -410,7 +410,7 @@ def run(args: argparse.Namespace) -> None:
     count = len(ids) - held_out
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
-    entry = common.entry("dot_moe.py", settings, ids[:count], args.calib, source=model)
+    entry = hodgecover.record_entry("dot_moe.py", settings, ids[:count], args.calib, source=model)
     distil.check_memory(model, args, ids.numel(), sinkhorn_bytes(model.config.dense_width, args.experts),
                         "give fewer --experts")
     common.warn_of_width(model.config.dense_width // args.experts)

@@ -319,7 +319,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
                 "dtype": common.dtype_name(model)} | ({} if args.score == "magnitude" else {"seed": args.seed})
     ids = common.calibration_ids(model, args) if args.score in ("heapr", "camera") else None
-    entry = common.entry("heapr.py", settings, ids, args.calib, source=model)
+    entry = hodgecover.record_entry("heapr.py", settings, ids, args.calib, source=model)
     bar = hodgecover.progress_bar()
     with common.made(cache, "heapr-*.safetensors"), model_io.new_folder(args.out) as folder:
         size = activation_bytes(model, ids.numel()) if args.score == "heapr" else 0

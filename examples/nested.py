@@ -100,7 +100,7 @@ def cut(model: Model, args: argparse.Namespace) -> None:
     if not any(isinstance(entry, dict) and entry.get("command") == COMMAND for entry in history):
         hodgecover.warn(f"{model.checkpoint.path}: its record has no {COMMAND}, so that its experts may be in no "
                         "order; cutting all the same")
-    entry = common.entry(COMMAND, {"keep": keep, "width": width}, source=model)
+    entry = hodgecover.record_entry(COMMAND, {"keep": keep, "width": width}, None, (), source=model)
     write_slice(model, keep, width, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
 
 
@@ -118,7 +118,7 @@ def order(model: Model, args: argparse.Namespace) -> None:
               for name, found in orders.items()]
     for layer in layers:
         print(f"layer {layer['layer']}: experts {' '.join(map(str, layer['order'][:8]))} ...")
-    entry = common.entry(COMMAND, settings, ids, args.calib, source=model) | {"layers": layers}
+    entry = hodgecover.record_entry(COMMAND, settings, ids, args.calib, source=model) | {"layers": layers}
     write_ordered(model, orders, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
 
 

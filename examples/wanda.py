@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     said, mask = choose_mask(args, model, source)
     ids = common.calibration_ids(model, args)
     settings = said | {"dtype": common.dtype_name(model), "seed": args.seed}
-    entry = common.entry("wanda.py", settings, ids, args.calib, **read)
+    entry = hodgecover.record_entry("wanda.py", settings, ids, args.calib, **read)
 
     bar = hodgecover.progress_bar()
     with common.copied(model, args.out, entry) as output:
