@@ -411,16 +411,35 @@ def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> d
 
 def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS, seq_len: int = SEQ_LEN,
                     seed: int = 0, parts: Sequence[str] = ("calibration",)) -> torch.Tensor:
-    """Sequences (tokens // seq_len, seq_len) sampled from text files, or from parts of Python's documentation if there
-    are none; fewer, with a warning, if the text is short. Raises InputError for a number out of range or no text."""
+    """Sequences (tokens // seq_len, seq_len) sampled from text files, from each as many, or from parts of Python's
+    documentation if there are none; fewer, with a warning, if the one text is short. Raises InputError for a number out
+    of range, and for one of several files that is shorter than its share."""
     check_range("tokens", tokens, 2, 10**9)
-    check_range("seq_len", seq_len, 2, tokens)
+    check_range("seq_len", seq_len, 2, tokens // max(1, len(files)))
     check_range("seed", seed, 0, 2**63 - 1)
-    documents = model_io.read_documents(files) if files else sum(map(model_io.python_documentation, parts), ())
-    ids = model_io.sequences(model.encode(documents), seq_len, tokens // seq_len, seed)
-    if len(ids) < tokens // seq_len:
+    warn_of_length(model, seq_len)
+    count, samples = tokens // seq_len, []
+    for file, share in zip(files or [None], shares(count, len(files) or 1)):
+        text = model.encode_file(file, share * seq_len) if file else model.encode(
+            sum(map(model_io.python_documentation, parts), ()))
+        if len(files) > 1 and len(text) < share * seq_len:
+            raise InputError(f"{file}: has {len(text)} tokens, its share of tokens {share * seq_len}; give more")
+        samples.append(model_io.sequences(text, seq_len, share, seed))
+    ids = torch.cat(samples)
+    if len(ids) < count:
         warn(f"the text has only {ids.numel()} tokens in whole sequences, all used; {tokens} were asked")
     return ids
+
+
+def shares(count: int, files: int) -> list[int]:
+    """Sequences that each of some files gives of a sample of `count`: as equal as can be."""
+    return [len(range(i, count, files)) for i in range(files)]
+
+
+def warn_of_length(model: Model, seq_len: int) -> None:
+    """Warn if a sequence is longer than those that the model was trained on."""
+    if (most := model.config.max_positions) and seq_len > most:
+        warn(f"seq_len {seq_len}: the model is made for at most {most} tokens (max_position_embeddings)")
 
 
 def sparse_layers(model: Model) -> list[int]:
@@ -497,6 +516,8 @@ def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: 
     (none: Python's documentation), and the checkpoints that it read, by their role."""
     text = {} if ids is None else {"tokens": ids.numel(), "seq_len": ids.shape[1], "text_sha256": text_hash(ids),
                                    "text": [Path(file).name for file in files] or "python documentation"}
+    if len(files) > 1 and text:
+        text["tokens_of_each"] = [share * ids.shape[1] for share in shares(len(ids), len(files))]
     return {"version": __version__, "command": command, "settings": settings | text} | {
         role: {"name": Path(os.path.abspath(model.checkpoint.path)).name, "model_type": model.config.model_type,
                "num_experts": model.config.num_experts, "top_k": model.config.top_k,
@@ -687,14 +708,13 @@ def check_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
-    source = Path(os.path.abspath(args.checkpoint))
     settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__})
     model = Model(args.checkpoint, choose_dtype(args.dtype, args.device, settings.readout), args.device)
-    cache, sparse = args.cache or source.with_name(f"{source.name}-barriers"), sparse_layers(model)
+    cache, sparse = args.cache or model_io.beside(args.checkpoint, "-barriers"), sparse_layers(model)
     refuse_inside(model, cache, "cache")
     if args.layers is None:
         check_keep(model, args.keep)
-        out = Path(os.path.abspath(args.out or f"{source}-keep{args.keep}{'.json' * args.plan_only}"))
+        out = args.out or model_io.beside(args.checkpoint, f"-keep{args.keep}{'.json' * args.plan_only}")
         check_out(model, out, cache, args.plan_only)
     elif not (wanted := sorted({*sparse} & {*args.layers})) or args.layers[-1] >= len(model.layer_names):
         raise InputError(f"layers {args.layers[0]}-{args.layers[-1]}: the model has experts in layers {sparse}")

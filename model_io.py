@@ -16,17 +16,20 @@ Symbols
 from __future__ import annotations
 
 import ast
+import codecs
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -44,6 +47,11 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PASS_TOKENS = 4096  # tokens that go through a layer at a time
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
+LEAST_TEXT, TEXT_BYTES = 1 << 22, 64  # a larger file is read in part: bytes in all, and for each token that is wanted
+WINDOW, PIECE = 1 << 14, 1 << 14  # bytes of such a part, characters that are encoded at a time
+LINE_START = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
+CONTINUATION = bytes(range(0x80, 0xc0))  # bytes of UTF-8 within a character
+CHATML = "<|im_start|>", "<|im_end|>"
 NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model described below; the "
           "scores below are that model's.\n\n")
 
@@ -81,12 +89,26 @@ class Config:
     norm_topk_prob: bool
     tie_word_embeddings: bool
     eos_token_id: int | None
+    max_positions: int | None = None  # tokens of a sequence that it is made for
     clip_qkv: float | None = None  # OLMoE
     linear_key_heads: int = 0  # Qwen3.5, Gated DeltaNet
     linear_key_head_dim: int = 0
     linear_value_heads: int = 0
     linear_value_head_dim: int = 0
     linear_conv_width: int = 0
+    biased: str = ""  # projections of the attention that have a bias, of "qkvo"
+    dense_layers: tuple[int, ...] = ()  # mlp_only_layers
+    sparse_step: int = 1  # every so many layers have experts
+    full_attention_step: int = 1  # every so many layers have full attention, unless `layer_types` tells
+    layer_types: tuple[str, ...] = ()
+    sparse: bool = True  # of one layer: whether it has experts
+    recurrent: bool = False  # and whether its token mixer is linear attention
+
+    def of_layer(self, i: int) -> Config:
+        """Return the Config of decoder layer i."""
+        sparse = self.num_experts > 0 and i not in self.dense_layers and (i + 1) % self.sparse_step == 0
+        full = self.layer_types[i] == "full_attention" if self.layer_types else (i + 1) % self.full_attention_step == 0
+        return replace(self, sparse=sparse, recurrent=not full)
 
 
 # ------------------------------------------------------------------------------------------------ forward pass
@@ -318,13 +340,15 @@ class Family(NamedTuple):
     gated_query: bool = False  # in full attention
     shared_expert: bool = False  # in every sparse layer
     dense: bool = False  # no layer has experts
+    dense_layers: bool = False  # some layers have none, by mlp_only_layers and decoder_sparse_step
+    recurrent_layers: bool = False  # most layers have linear attention, by layer_types or full_attention_interval
 
 
 QWEN3_5 = Family(qwen_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
-                 gated_query=True, shared_expert=True)
+                 gated_query=True, shared_expert=True, recurrent_layers=True)
 FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
-            "qwen2_moe": Family(qwen_attention, head_norms=False, shared_expert=True),
-            "qwen3": Family(qwen_attention, dense=True), "qwen3_moe": Family(qwen_attention),
+            "qwen2_moe": Family(qwen_attention, head_norms=False, shared_expert=True, dense_layers=True),
+            "qwen3": Family(qwen_attention, dense=True), "qwen3_moe": Family(qwen_attention, dense_layers=True),
             "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
 
 
@@ -355,9 +379,9 @@ class Model:
     dtype : of activations and products (norms and the router's softmax stay in float32 or better)
     device : holds weights and activations while they are in use
 
-    Attributes: `checkpoint`, `config`, `dtype`, `device`, and `layer_names`, the prefix of each layer's tensors: first
-    the decoder layers, then those of a multi-token prediction head. Raises InputError if the checkpoint is missing,
-    malformed or of an unsupported type.
+    Attributes: `checkpoint`, `config`, `dtype`, `device`, and by layer, first those of the decoder, then those of a
+    multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`. Raises InputError if the
+    checkpoint is missing, malformed or of an unsupported type.
     """
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
@@ -371,7 +395,9 @@ class Model:
         names = self.checkpoint.tensors
         self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
         self.layer_names = find_layers(self.checkpoint.path, names, self.prefix, self.config)
-        check_tensors(self.checkpoint.path, names, self.prefix, self.config, self.layer_names)
+        self.layer_configs = [self.config.of_layer(i) if i < self.config.num_layers else self.config
+                              for i in range(len(self.layer_names))]
+        check_tensors(self.checkpoint.path, names, self.prefix, dict(zip(self.layer_names, self.layer_configs)))
         self._embedding = f"{self.prefix}embed_tokens.weight"
         tied = self.config.tie_word_embeddings and "lm_head.weight" not in names  # a head that is stored counts
         self._head = self._embedding if tied else "lm_head.weight"
@@ -472,7 +498,7 @@ class Model:
         at_once = max(1, PASS_TOKENS // length)  # sequences
         parts = zip(h.split(at_once), x.split(at_once * length), y.split(at_once * length))
         for h_part, x_part, y_part in parts:
-            x_new, gates_new, y_new = run_layer(h_part, layer, self.config)
+            x_new, gates_new, y_new = run_layer(h_part, layer, self.layer_configs[index])
             if not y_new.isfinite().all():
                 raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
                                  f"in its weights, or an overflow of {self.dtype}")
@@ -511,13 +537,30 @@ class Model:
     def encode(self, documents: Iterable[str]) -> torch.Tensor:
         """Return the token ids (T,) of the documents, one after the other, each ended by the end-of-text token if any.
         Raises InputError if the tokenizer is missing, unreadable or has ids beyond the vocabulary."""
-        encodings = self.use_tokenizer(lambda tokenizer: tokenizer.encode_batch([*documents], add_special_tokens=False))
         end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
-        ids = [token for encoding in encodings for token in encoding.ids + end]
-        if ids and max(ids) >= self.config.vocab_size:
-            raise InputError(f"{self.checkpoint.path / 'tokenizer.json'}: token id {max(ids)} is beyond the vocabulary "
-                             f"of {self.config.vocab_size}")
-        return torch.tensor(ids, dtype=torch.int64)
+        parts = ((piece, end * last) for document in documents for piece, last in pieces(document))
+
+        def batches(tokenizer) -> Iterator[torch.Tensor]:  # of bounded size: an encoding takes 80 times its text
+            while batch := [*islice(parts, 32)]:
+                texts, ends = zip(*batch)
+                found = tokenizer.encode_batch(texts, add_special_tokens=False)
+                yield torch.tensor([i for own, after in zip(found, ends) for i in own.ids + after], dtype=torch.int64)
+        ids = torch.cat(self.use_tokenizer(lambda tokenizer: [torch.zeros(0, dtype=torch.int64), *batches(tokenizer)]))
+        if len(ids) and ids.max() >= self.config.vocab_size:
+            raise InputError(f"{self.checkpoint.path / 'tokenizer.json'}: token id {ids.max()} is beyond the "
+                             f"vocabulary of {self.config.vocab_size}")
+        return ids
+
+    def encode_file(self, path: str | os.PathLike, tokens: int | None = None) -> torch.Tensor:
+        """Return the token ids (T,) of a file's documents; of a large file, if no more than some `tokens` are wanted,
+        those of windows spread over it. Raises InputError as `read_documents` and `encode` do, and for chats if the
+        tokenizer lacks their markers."""
+        documents = read_documents(path, tokens)
+        chats = any(document.startswith(CHATML[0]) for document in documents)
+        if chats and self.use_tokenizer(lambda tokenizer: None in map(tokenizer.token_to_id, CHATML)):
+            raise InputError(f"{path}: has chats; {self.checkpoint.path / 'tokenizer.json'} has no {CHATML[0]}, "
+                             f"{CHATML[1]}; give text")
+        return self.encode(documents)
 
     def use_tokenizer(self, use: Callable):
         """Return use(tokenizer) of the checkpoint's tokenizer, without padding or truncation."""
@@ -532,10 +575,26 @@ class Model:
         except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException as err:  # the library raises plain Exception, and panics that are none
-            raise InputError(f"{path}: not a tokenizer that works ({err})") from None
+            raise InputError(f"{path}: not a tokenizer that works ({cause(path, err)})") from None
 
 
 # ----------------------------------------------------------------------------------------------------- loading
+
+def cause(path: Path, err: BaseException) -> object:
+    """Return why a file cannot be read: the error, or that Git LFS has not fetched the file."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(30).startswith(b"version https://git-lfs"):
+            return "a Git LFS pointer; `git lfs pull` fetches the file"
+    return err
+
+
+def beside(path: str | os.PathLike, suffix: str) -> Path:
+    """Return the default place of what is made of a checkpoint: its path with a suffix; of a repository in the cache of
+    the Hugging Face hub, whose folders are not ours to write in, its name with the suffix in the current folder."""
+    whole = os.path.abspath(path)
+    repository = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots(?:/|$)", Path(whole).as_posix())
+    return Path(os.path.abspath((repository[1] if repository else whole) + suffix))
+
 
 def read_json(path: Path) -> dict:
     """Return the JSON object in `path`. Raises InputError if there is none."""
@@ -573,7 +632,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, ValueError, RecursionError, SafetensorError) as err:
-        raise InputError(f"{path}: not a readable safetensors file ({err})") from None
+        raise InputError(f"{path}: not a readable safetensors file ({cause(path, err)})") from None
     header.pop("__metadata__", None)
     infos = {name: TensorInfo(path.name, of["dtype"], of["shape"], *(8 + length + at for at in of["data_offsets"]))
              for name, of in sorted(header.items(), key=lambda item: item[1]["data_offsets"])}
@@ -686,6 +745,12 @@ def read_config(raw: dict) -> Config:
 
     def of_experts(key: str) -> int:
         return 0 if family.dense else whole(key)
+
+    def listed(key: str, kind: type) -> tuple:
+        values = text.get(key) or []
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise InputError(f"config.json: {key} is {values!r}; it must be a list")
+        return tuple(values)
     num_heads = whole("num_attention_heads")
     head_dim = whole("head_dim", default=whole("hidden_size") // num_heads)
     rotary_dim = head_dim
@@ -701,13 +766,20 @@ def read_config(raw: dict) -> Config:
         top_k=of_experts("num_experts_per_tok"), dense_width=optional("intermediate_size", int),
         shared_width=optional("shared_expert_intermediate_size", int),
         norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, False),
-        tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False),
+        tie_word_embeddings=any(value_of(each, "tie_word_embeddings", bool, False) for each in (raw, text)),
         eos_token_id=(eos or [None])[0] if isinstance(eos, list) else eos,
+        max_positions=optional("max_position_embeddings", int),
         linear_key_heads=whole("linear_num_key_heads", default=16),
         linear_key_head_dim=whole("linear_key_head_dim", default=128),
         linear_value_heads=whole("linear_num_value_heads", default=32),
         linear_value_head_dim=whole("linear_value_head_dim", default=128),
-        linear_conv_width=whole("linear_conv_kernel_dim", default=4))
+        linear_conv_width=whole("linear_conv_kernel_dim", default=4),
+        biased="qkv" * value_of(text, "qkv_bias", bool, True) if raw["model_type"] == "qwen2_moe" else
+        "qkvo" * value_of(text, "attention_bias", bool, False),
+        dense_layers=listed("mlp_only_layers", int) if family.dense_layers else (),
+        sparse_step=whole("decoder_sparse_step", default=1) if family.dense_layers else 1,
+        layer_types=listed("layer_types", str) if family.recurrent_layers else (),
+        full_attention_step=whole("full_attention_interval", default=4) if family.recurrent_layers else 1)
     check_config(config)
     return config
 
@@ -722,6 +794,9 @@ def check_config(config: Config) -> None:
              "rotate; it must be an even number of them"),
             (config.top_k <= config.num_experts,
              f"num_experts_per_tok {config.top_k} is above {config.num_experts} experts"),
+            (len(config.layer_types) in (0, config.num_layers)
+             and {*config.layer_types} <= {"full_attention", "linear_attention"},
+             f"layer_types must be full_attention or linear_attention for each of {config.num_layers} layers"),
             (config.num_heads % config.num_kv_heads == 0,
              f"num_key_value_heads is {config.num_kv_heads}; it must divide {config.num_heads}"),
             (config.linear_value_heads % config.linear_key_heads == 0,
@@ -773,10 +848,10 @@ def find_layers(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Co
     return names + sorted(name for name in stored if name.startswith("mtp."))
 
 
-def mixer_shapes(cfg: Config, recurrent: bool) -> dict[str, list[int]]:
-    """Return the shapes of the weights of a token mixer, by name in the layer without `.weight`."""
+def mixer_shapes(cfg: Config) -> dict[str, list[int]]:
+    """Return the shapes of the weights of a layer's token mixer, by name in the layer without `.weight`."""
     d, family = cfg.hidden_size, FAMILIES[cfg.model_type]
-    if recurrent:
+    if cfg.recurrent:
         value_heads = cfg.linear_value_heads
         key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, value_heads * cfg.linear_value_head_dim
         return {"linear_attn.in_proj_qkv": [2 * key + value, d], "linear_attn.in_proj_z": [value, d],
@@ -790,39 +865,38 @@ def mixer_shapes(cfg: Config, recurrent: bool) -> dict[str, list[int]]:
         | {f"self_attn.{name}_norm": [size] for name, size in zip("qk", norms) if family.head_norms}
 
 
-def layer_shapes(cfg: Config, stored: set[str]) -> dict[str, list[int | None]]:
-    """Return the shapes of the tensors that a decoder layer must have, by name in the layer. What is stored tells a
-    recurrent layer from one with full attention, a sparse from a dense one, and fused experts from single ones."""
+def layer_shapes(cfg: Config, fused: bool) -> dict[str, list[int | None]]:
+    """Return the shapes of the tensors that a layer must have, by name in the layer; `fused` experts or single ones."""
     n, d, f = cfg.num_experts, cfg.hidden_size, cfg.expert_width
-    recurrent = "linear_attn.A_log" in stored
-    sparse = "mlp.gate.weight" in stored
-    fused = "mlp.experts.gate_up_proj" in stored
-    shapes = {"input_layernorm": [d], "post_attention_layernorm": [d]} | mixer_shapes(cfg, recurrent)
-    blocks = {} if sparse else {"mlp": cfg.dense_width}
-    if sparse:
+    shapes = {"input_layernorm": [d], "post_attention_layernorm": [d]} | mixer_shapes(cfg)
+    blocks = {} if cfg.sparse else {"mlp": cfg.dense_width}
+    if cfg.sparse:
         shapes["mlp.gate"] = [n, d]
-    if sparse and FAMILIES[cfg.model_type].shared_expert:
+    if cfg.sparse and FAMILIES[cfg.model_type].shared_expert:
         shapes["mlp.shared_expert_gate"] = [1, d]
         blocks["mlp.shared_expert"] = cfg.shared_width
-    if sparse and not fused:
+    if cfg.sparse and not fused:
         blocks |= {f"mlp.experts.{e}": f for e in range(n)}
     for block, width in blocks.items():
         shapes |= {f"{block}.gate_proj": [width, d], f"{block}.up_proj": [width, d], f"{block}.down_proj": [d, width]}
     shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
-    if recurrent:
+    if cfg.recurrent:
         shapes |= {"linear_attn.A_log": [cfg.linear_value_heads], "linear_attn.dt_bias": [cfg.linear_value_heads]}
-    if fused:
+    else:
+        shapes |= {f"self_attn.{part}_proj.bias": shapes[f"self_attn.{part}_proj.weight"][:1] for part in cfg.biased}
+    if cfg.sparse and fused:
         shapes |= {"mlp.experts.gate_up_proj": [n, 2 * f, d], "mlp.experts.down_proj": [n, d, f]}
     return shapes
 
 
-def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Config, layers: list[str]) -> None:
+def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layers: dict[str, Config]) -> None:
     """Raise InputError if a tensor that the model reads is missing, of no floating-point type, or of a shape that
-    does not follow from config.json, and if there are more experts than it says. Reads no weight."""
+    does not follow from config.json, and if a layer has one that it does not ask for. `layers` : name -> its Config.
+    Reads no weight."""
     def check(name: str, shape: list[int | None]) -> None:
         info = tensors.get(name)
         for wrong, says in (
-                (info is None, f"the weights have no tensor {name!r}"),
+                (info is None, f"the weights have no tensor {name!r}, which config.json asks for"),
                 (None in shape, f"config.json does not say how wide {name} is"),
                 (info and info.shape != shape,
                  f"{name} has shape {info and info.shape}; by config.json it must be {shape}"),
@@ -830,6 +904,7 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: 
                  f"{name} is stored as {info and info.dtype}; supported: {', '.join(DTYPES)}")):
             if wrong:
                 raise InputError(f"{path}: {says}")
+    cfg = next(iter(layers.values()))
     d = cfg.hidden_size
     expected = {f"{prefix}embed_tokens.weight": [cfg.vocab_size, d], f"{prefix}norm.weight": [d]}
     if not cfg.tie_word_embeddings or "lm_head.weight" in tensors:  # a head that is stored is the one that counts
@@ -843,44 +918,80 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: 
         if layer and layer[1] in stored:
             stored[layer[1]].add(layer[2])
     for layer, names in stored.items():
-        if "mlp.gate.weight" in names:  # before a stranger's number of experts is counted up to
-            check(f"{layer}.mlp.gate.weight", [cfg.num_experts, d])
-        shapes = layer_shapes(cfg, names)
-        biases = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()
-                  if not name.startswith("mlp.")}
-        shapes |= {name: shape for name, shape in biases.items() if name in names}
+        if layers[layer].sparse:  # before a stranger's number of experts is counted up to
+            check(f"{layer}.mlp.gate.weight", [layers[layer].num_experts, d])
+        shapes = layer_shapes(layers[layer], "mlp.experts.gate_up_proj" in names)
         expected |= {f"{layer}.{name}": shape for name, shape in shapes.items()}
     for name, shape in expected.items():
         check(name, shape)
-    more = {f"{layer}.{name}" for layer, names in stored.items() for name in names if name.startswith("mlp.")}
+    more = {f"{layer}.{name}" for layer, names in stored.items() for name in names
+            if re.match(r"(mlp|self_attn|linear_attn)\.(?!rotary_emb)", name)}
     for name in sorted(more - expected.keys()):
         raise InputError(f"{path}: {name} is none of the tensors that config.json asks for")
 
 
 # -------------------------------------------------------------------------------------------------------- text
 
-def read_documents(paths: Iterable[str | os.PathLike]) -> list[str]:
-    """Return one document a UTF-8 text file, or one a line (its `text` field) of a `.jsonl` or `.json` file. Raises
-    InputError if a file cannot be read as that."""
-    documents = []
-    for path in map(Path, paths):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as err:
-            raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(err, 'strerror', err)})") from None
-        if not text.strip():
-            raise InputError(f"{path}: no text in it")
-        if path.suffix.lower() not in (".jsonl", ".json"):
-            documents.append(text)
-            continue
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                documents += [json.loads(line)["text"]] if line.strip() else []
-                documents[-1:] and documents[-1].encode()  # neither a number nor a lone surrogate is text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise InputError(f'{path}, line {number}: expected a JSON object with a "text" field that is a string'
-                                 ) from None
+def read_documents(path: str | os.PathLike, tokens: int | None = None) -> list[str]:
+    """Return one document a UTF-8 text file, or one a line of a `.jsonl` or `.json` file. If no more than some `tokens`
+    are wanted, windows of a large file are read, and of a document in it that is longer than a window a part. Raises
+    InputError if the file cannot be read as that, or has no text."""
+    path, documents, empty = Path(path), [], True
+    lines = path.suffix.lower() in (".jsonl", ".json")
+    for start, whole, text in windows(path, max(LEAST_TEXT, TEXT_BYTES * tokens) if tokens else sys.maxsize, lines):
+        empty = empty and not text.strip()
+        found = json_documents(path, start, text) if lines else [text]
+        documents += found if whole else [part[start % max(1, len(part) - WINDOW):][:WINDOW] for part in found]
+    if empty:
+        raise InputError(f"{path}: no text in it")
     return documents
+
+
+def windows(path: Path, most: int, lines: bool) -> Iterator[tuple[int, bool, str]]:
+    """Yield the text of a file: where it starts, whether it is whole, and the text. If the file has more than `most`
+    bytes, these are windows, evenly spaced, `most` bytes in all; they have whole `lines` or may end within a word."""
+    try:
+        with open(path, "rb") as file:
+            size, end = file.seek(0, os.SEEK_END), 0
+            count, width = (1, size) if size <= most else (most // WINDOW, WINDOW)
+            for start in (i * (size - width) // max(1, count - 1) for i in range(count)):
+                if start < end:  # within the last line that was read
+                    continue
+                file.seek(start)
+                if lines and start:
+                    file.readline()
+                data = file.read(width) + (file.readline() if lines else b"")
+                end, final = file.tell(), lines or count == 1
+                decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+                yield start, count == 1, decoder.decode(data if final else data.lstrip(CONTINUATION), final)
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(err, 'strerror', err)})") from None
+
+
+def json_documents(path: Path, start: int, text: str) -> Iterator[str]:
+    """Yield the `text` of each line, or its `messages` in ChatML. Raises InputError for a line that has neither."""
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                of = json.loads(line)
+                document = of["text"] if "text" in of else "".join(
+                    f"{CHATML[0]}{message['role']}\n{message['content'] + CHATML[1]}\n" for message in of["messages"])
+                document.encode()  # neither a number nor a lone surrogate is text
+                yield document
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            where = f"line {number}" + f" after byte {start}" * (start > 0)
+            raise InputError(f'{path}, {where}: expected a JSON object with a "text" that is a string, or "messages", '
+                             'each with a "role" and a "content" that are strings') from None
+
+
+def pieces(document: str) -> Iterator[tuple[str, bool]]:
+    """Yield a document in pieces that are encoded as in the whole, and whether each is the last: a long one is cut
+    between the end of a line and a letter, where no tokenizer of these families has a token across."""
+    start = 0
+    while cut := LINE_START.search(document, start + PIECE):
+        yield document[start:cut.start()], False
+        start = cut.start()
+    yield document[start:], True
 
 
 @cache
@@ -1019,8 +1130,8 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
         raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
     raw = checkpoint.raw_config
     keys = expert_count_keys(raw.get("text_config") or raw)
-    config = {"config.json": json_bytes(with_keys(raw, dict.fromkeys(keys, count))) for count in counts}
-    write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), config | files)
+    changes = {key: count for key in keys for count in counts}
+    write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), with_keys(raw, changes), files)
 
 
 def json_bytes(value: dict) -> bytes:
@@ -1028,9 +1139,20 @@ def json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], files: dict[str, bytes]) -> None:
-    """Write pieces and files by their names, and the checkpoint's tokenizer and other small files, to the folder `out`,
-    which appears whole or not at all. Raises InputError as `new_folder` does."""
+def untied(config: dict) -> dict:
+    """Return the object of config.json with no flag, at the top or in `text_config`, that ties the head."""
+    return {key: untied(value) if key == "text_config" else False if key == "tie_word_embeddings" else value
+            for key, value in config.items()}
+
+
+def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], config: dict, files: dict[str, bytes]
+                  ) -> None:
+    """Write pieces and files by their names, the object of config.json, and the checkpoint's tokenizer and other small
+    files, to the folder `out`, which appears whole or not at all. The configuration ties no head that is stored. Raises
+    InputError as `new_folder` does."""
+    config = untied(config) if "lm_head.weight" in kept else config
+    if config != checkpoint.raw_config:
+        files = {"config.json": json_bytes(config)} | files
     with new_folder(out) as staging:
         for file, metadata in checkpoint.metadata.items():
             shard = {name: piece for name, piece in kept.items() if piece.file == file}

@@ -232,7 +232,7 @@ def random_decoder_layer(args: argparse.Namespace, dtype: torch.dtype) -> tuple[
         return (torch.randn(shape, generator=generator) * shape[-1]**-0.5).to(dtype)
     n, d, f = args.experts, args.hidden, args.width
     experts = Experts(normal([n, f, d]), normal([n, f, d]), normal([n, d, f]))
-    shapes = layer_shapes(cfg, {"mlp.gate.weight", "mlp.experts.gate_up_proj"})
+    shapes = layer_shapes(cfg, fused=True)
     weights = {name: normal(shape) for name, shape in shapes.items() if ".experts." not in name}
     return cfg, Layer(experts, weights.pop("mlp.gate.weight"), weights)
 

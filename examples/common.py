@@ -116,8 +116,7 @@ TEXTS = {"documentation": model_io.python_documentation, "code": python_code}  #
 
 def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
     """The folder of the barriers: --cache, or CKPT-barriers beside CKPT. Raises InputError if it lies in CKPT."""
-    source = Path(os.path.abspath(model.checkpoint.path))
-    cache = args.cache or source.with_name(f"{source.name}-barriers")
+    cache = args.cache or model_io.beside(model.checkpoint.path, "-barriers")
     hodgecover.refuse_inside(model, cache, "cache")
     return cache
 
@@ -132,7 +131,7 @@ def show_output(model: Model, out: Path) -> None:
 def read_eval(model: Model, args: argparse.Namespace) -> torch.Tensor:
     """The text of --eval, (B, L). Raises InputError for one that cannot be read or has not one whole sequence."""
     try:
-        return model_io.sequences(model.encode(model_io.read_documents([args.eval])), args.seq_len)
+        return model_io.sequences(model.encode_file(args.eval), args.seq_len)
     except InputError as err:
         raise InputError(f"eval: {err}") from None
 
@@ -325,8 +324,7 @@ def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[in
     changes = {key: len(experts) for key in keys for experts in survivors.values()} | config
     kept = {name: edited(checkpoint, piece, edits[piece.source], shapes.get(piece.source))
             if piece.source in edits else piece for name, piece in kept.items()}
-    files = {"config.json": model_io.json_bytes(model_io.with_keys(raw, changes))} | files
-    model_io.write_tensors(checkpoint, out, kept, files)
+    model_io.write_tensors(checkpoint, out, kept, model_io.with_keys(raw, changes), files)
 
 
 def overwrite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, row: int | None = None) -> None:

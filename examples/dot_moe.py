@@ -364,8 +364,7 @@ def export(model: Model, splits: dict[str, Split], top_k: int, out: Path, files:
     weights."""
     experts = len(next(iter(splits.values())).router)
     config = sparse_config(model.checkpoint.raw_config, model.config, experts, top_k)
-    files = files | {"config.json": model_io.json_bytes(config)}
-    model_io.write_tensors(model.checkpoint, out, sparse_tensors(model.checkpoint, splits, top_k), files)
+    model_io.write_tensors(model.checkpoint, out, sparse_tensors(model.checkpoint, splits, top_k), config, files)
 
 
 # --------------------------------------------------------------------------------------------------------- the command

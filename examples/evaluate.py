@@ -103,7 +103,8 @@ def read_text(model: Model, file: Path, seq_len: int, max_tokens: int | None) ->
     """The sequences (B, L) of a text that are to be predicted. Raises InputError if there is none."""
     if max_tokens is not None and max_tokens < seq_len:
         raise InputError(f"max_tokens {max_tokens}: must be at least seq_len ({seq_len})")
-    ids = model_io.sequences(model.encode(model_io.read_documents([file])), seq_len)
+    hodgecover.warn_of_length(model, seq_len)
+    ids = model_io.sequences(model.encode_file(file, max_tokens), seq_len)
     return ids if max_tokens is None else common.evenly_spaced(ids, max_tokens // seq_len)
 
 

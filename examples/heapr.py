@@ -262,12 +262,9 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
 
 def choose_width(model: Model, rate: float | None = None, width: int | None = None) -> int:
     """Return the width that stays: `width`, or (1 - rate) f, rounded as above; warn if it is no multiple of 8. Raises
-    InputError if it is not from 1 to f, and for a model whose experts cannot have a width of their own."""
+    InputError if it is not from 1 to f, and for a dense model."""
     cfg = model.config
-    sparse = hodgecover.sparse_layers(model)
-    if cfg.model_type == "olmoe" and len(sparse) < len(model.layer_names):
-        raise InputError(f"{model.checkpoint.path}: intermediate_size is the width of its dense layers, too, so that "
-                         "its experts cannot be made narrower alone")
+    hodgecover.sparse_layers(model)
     if rate is not None:
         hodgecover.check_range("rate", rate, 0, 1)
         exact = (1 - rate) * cfg.expert_width

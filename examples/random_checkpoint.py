@@ -48,11 +48,9 @@ def tensor_shapes(cfg: dict) -> dict[str, list[int]]:
     """Shapes of all tensors by name, in the order of the file."""
     config, d, vocab = model_io.read_config(cfg | COMMON), cfg["hidden_size"], cfg["vocab_size"]
     first = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate.weight"))
-    fused = {"mlp.experts.gate_up_proj"} if config.shared_width else set()
     shapes = {"model.embed_tokens.weight": [vocab, d]}
     for i in range(config.num_layers):
-        recurrent = {"linear_attn.A_log"} if (i + 1) % cfg.get("full_attention_interval", 1) else set()
-        layer = first | model_io.layer_shapes(config, {"mlp.gate.weight"} | fused | recurrent)
+        layer = first | model_io.layer_shapes(config.of_layer(i), fused=bool(config.shared_width))
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes | {"model.norm.weight": [d], "lm_head.weight": [vocab, d]}
 

@@ -85,7 +85,7 @@ def initial_weights(cfg: Config) -> dict[str, torch.Tensor]:
               "lm_head.weight": (cfg.vocab_size, d)}
     for i in range(cfg.num_layers):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in {
-            "input_layernorm": (d,), "post_attention_layernorm": (d,), **model_io.mixer_shapes(cfg, recurrent=False),
+            "input_layernorm": (d,), "post_attention_layernorm": (d,), **model_io.mixer_shapes(cfg),
             **feed_forward}.items()}
     weights = {}
     for name, shape in shapes.items():

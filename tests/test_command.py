@@ -485,3 +485,31 @@ def test_calibration_is_sampled_by_seed_and_a_short_text_is_said(tiny, tmp_path,
     (tmp_path / "short.txt").write_text("A short text. " * 100)
     assert len(hodgecover.calibration_ids(model, [tmp_path / "short.txt"], 2048, 128, 0)) < 16
     assert "all used; 2048 were asked" in capsys.readouterr().err
+
+
+def test_each_file_gives_as_much_of_the_sample(tiny, tmp_path, capsys):
+    """Whatever its length; of one file it is what a file alone gives. A file shorter than its share is refused."""
+    model = Model(tiny)
+    files = [tmp_path / name for name in ("long.txt", "short.txt", "other.txt")]
+    for file, times in zip(files, (300, 40, 80)):
+        file.write_text(f"{file.name} is a text of its own, the {file.stem} one. " * times)
+    ids = hodgecover.calibration_ids(model, files, 7 * 32, 32, 1)
+    parts = [hodgecover.calibration_ids(model, [file], count * 32, 32, 1) for file, count in zip(files, (3, 2, 2))]
+    assert torch.equal(ids, torch.cat(parts))
+    entry = hodgecover.record_entry("", {}, ids, files, source=model)
+    assert entry["settings"]["text"] == ["long.txt", "short.txt", "other.txt"]
+    assert entry["settings"]["tokens_of_each"] == [96, 64, 64]
+    with pytest.raises(InputError, match="^seq_len 32: must be from 2 to 30$"):
+        hodgecover.calibration_ids(model, files, 92, 32)
+    with pytest.raises(InputError, match=r"short\.txt: has \d+ tokens, its share of tokens 3200; give more"):
+        hodgecover.calibration_ids(model, files, 9600, 32)
+    assert not capsys.readouterr().err
+
+
+def test_a_sequence_longer_than_the_model_s_is_warned_of(tiny, tmp_path, capsys):
+    model = Model(tiny)
+    most = model.config.max_positions
+    assert most == json.loads((tiny / "config.json").read_text())["max_position_embeddings"]
+    for length in (most, most + 1):
+        hodgecover.calibration_ids(model, [], 2 * length, length)
+        assert ("max_position_embeddings" in capsys.readouterr().err) == (length > most)

@@ -13,13 +13,12 @@ import model_io
 import pytest
 import refit
 import torch
-from conftest import (KINDS, PROSE, QUICK, assert_refused, assert_survives_kills, contents, named, record, refuse,
-                      run, some_ids, sparse_names, with_tokenizer)
+from conftest import (DENSE, KINDS, PROSE, QUICK, assert_refused, assert_survives_kills, contents, named, record,
+                      refuse, run, some_ids, sparse_names, with_tokenizer)
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_io import Experts, Model
-from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 
@@ -465,22 +464,8 @@ def test_a_checkpoint_that_cannot_be_continued(small, tmp_path, capsys, monkeypa
     assert_refused(capsys, run(heapr, small, "--width", 8, "--out", tmp_path / "out"), "not a record")
 
 
-def with_dense_layer(small: Path, layers: list[int]) -> None:
-    """Make layers of an OLMoE checkpoint dense, of the experts' width: that of expert 0."""
-    tensors = load_file(small / "model.safetensors")
-    for name in list(tensors):
-        for layer in (f"model.layers.{index}.mlp." for index in layers):
-            if name.startswith(f"{layer}experts.0."):
-                tensors[name.replace("experts.0.", "")] = tensors[name]
-            if name.startswith((f"{layer}experts.", f"{layer}gate.")):
-                del tensors[name]
-    save_file(tensors, small / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.parametrize("layers, says", [([1], "intermediate_size is the width of its dense layers, too"),
-                                          ([0, 1], "it is dense")])
-def test_what_has_no_width_of_its_experts_alone_is_refused(small, tmp_path, capsys, monkeypatch, layers, says):
-    with_dense_layer(small, layers)
+def test_a_dense_model_is_refused(tmp_path, capsys, monkeypatch):
+    dense = with_tokenizer(DENSE[0], tmp_path / "dense")
     monkeypatch.setattr(Model, "layer", refuse)
-    assert_refused(capsys, run(heapr, small, "--width", 8, "--out", tmp_path / "out"), says)
+    assert_refused(capsys, run(heapr, dense, "--width", 8, "--out", tmp_path / "out"), "it is dense")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 """Reading, running and rewriting checkpoints, against transformers' golden logits and the safetensors library."""
 import dataclasses
 import doctest
+import itertools
 import json
 import os
 import re
@@ -243,15 +244,103 @@ def test_a_comparison_asks_for_one_vocabulary(tiny):
 def test_documents_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "url": 1}\n', encoding="utf-8")
-    assert model_io.read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one\n\ntwo", "three", "four"]
+    assert model_io.read_documents(tmp_path / "a.txt") == ["one\n\ntwo"]
+    assert model_io.read_documents(tmp_path / "b.jsonl") == ["three", "four"]
     (tmp_path / "u.json").write_text('{"text": "five\u2028six"}', encoding="utf-8")
-    assert model_io.read_documents([tmp_path / "u.json"]) == ["five\u2028six"]
+    assert model_io.read_documents(tmp_path / "u.json") == ["five\u2028six"]
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
     for name, line in (("d", "[1]"), ("e", '{"text": 5}'), ("f", '{"text": "\\ud800"}'), ("g", "[" * 100_000)):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n' + line)
     for name in ("c.txt", "d.jsonl, line 2", "e.jsonl, line 2", "f.jsonl, line 2", "g.jsonl, line 2", "absent.txt"):
         with pytest.raises(InputError, match=name):
-            model_io.read_documents([tmp_path / name.split(",")[0]])
+            model_io.read_documents(tmp_path / name.split(",")[0])
+
+
+@pytest.fixture
+def less_text(monkeypatch):
+    """A file of more than 1,000 bytes is read in windows of 100."""
+    for name, value in {"LEAST_TEXT": 1000, "TEXT_BYTES": 1, "WINDOW": 100}.items():
+        monkeypatch.setattr(model_io, name, value)
+
+
+@pytest.mark.usefixtures("less_text")
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u6f22"])
+def test_a_large_text_is_read_in_windows_spread_over_it(tmp_path, letter):
+    """One without a line or a space, whose characters have one to three bytes: each is whole, from first to last. A
+    byte that is no text is found; if no number of tokens is told, all is read."""
+    letters = [letter, "\u00f1", *map(chr, range(0x4e00, 0x4e00 + 98))]
+    text = "".join(each * 100 for each in letters)
+    path = tmp_path / "a.txt"
+    path.write_text(text, encoding="utf-8")
+    read = model_io.read_documents(path, 5)
+    assert len(read) == 10 and all(part in text for part in read) and 900 < len("".join(read).encode()) <= 1000
+    places = [text.index(part[len(part) // 2]) for part in read]
+    assert read[0][0] == text[0] and read[-1][-1] == text[-1]
+    assert places == sorted(places) and max(b - a for a, b in zip(places, places[1:])) < 1600
+    assert len(model_io.read_documents(path, 2000)) == 20 and model_io.read_documents(path) == [text]
+    path.write_bytes(text.encode()[:-50] + b"\xff" + text.encode()[-49:])
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        model_io.read_documents(path, 5)
+
+
+@pytest.mark.usefixtures("less_text")
+def test_a_large_file_of_lines_is_read_in_whole_lines(tmp_path):
+    """No line twice, a long one in part; a wrong one is named by its place."""
+    path = tmp_path / "a.jsonl"
+    texts = [" ".join(f"[{i}] {j}" for j in range(i % 5 if i % 3 else 100)) + f"[{i}] end" for i in range(300)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    read = model_io.read_documents(path, 5)
+    places = [int(re.search(r"\[(\d+)\]", part)[1]) for part in read]
+    assert sorted({*places}) == places and places[0] == 0 and places[-1] > 290 and 10 < len(places) < 60
+    assert max(b - a for a, b in zip(places, places[1:])) < 60
+    long = [(part, texts[i]) for part, i in zip(read, places) if i % 3 == 0]
+    assert len(long) > 5 and all(len(part) == 100 and part in text for part, text in long)
+    assert any(not text.startswith(part) for part, text in long)
+    assert all(part == texts[i] for part, i in zip(read, places) if i % 3)
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts[:200]) + "\n[1]" * 2000)
+    with pytest.raises(InputError, match=r"a\.jsonl, line \d+ after byte \d+: expected"):
+        model_io.read_documents(path, 5)
+
+
+def test_a_long_document_is_encoded_in_pieces_as_in_the_whole(tiny, monkeypatch):
+    """Code, tables, blank lines, indents, and lines that start with anything."""
+    text = Path(model_io.__file__).read_text(encoding="utf-8") + "a\n\nb\n c\n\n\n9\nd.\n\ne  \nf\n" * 50
+    whole = Model(tiny).encode([text, "", text[:100]])
+    monkeypatch.setattr(model_io, "PIECE", 40)
+    assert len([*model_io.pieces(text)]) > 40 and "".join(piece for piece, _ in model_io.pieces(text)) == text
+    assert torch.equal(Model(tiny).encode([text, "", text[:100]]), whole)
+
+
+def test_chats_are_read_in_the_markers_of_the_tokenizer(tiny, tmp_path):
+    path = tmp_path / "a.jsonl"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "name": "x"}]
+    path.write_text(json.dumps({"messages": chat}) + '\n{"text": "plain"}')
+    rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
+    assert model_io.read_documents(path) == [rendered, "plain"]
+    with pytest.raises(InputError, match=r"a\.jsonl: has chats; .*tokenizer\.json has no <\|im_start\|>.*; give text"):
+        Model(tiny).encode_file(path)
+    shutil.copytree(tiny, tmp_path / "c")
+    raw = json.loads((tiny / "tokenizer.json").read_text(encoding="utf-8"))
+    special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    raw["added_tokens"] += [{"id": 2046 + i, "content": name, **special} for i, name in enumerate(model_io.CHATML)]
+    raw["model"]["vocab"] = {name: i for name, i in raw["model"]["vocab"].items() if i < 2046}
+    raw["model"]["merges"] = [pair for pair in raw["model"]["merges"] if "".join(pair) in raw["model"]["vocab"]]
+    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(raw))
+    ids = Model(tmp_path / "c").encode_file(path).tolist()
+    assert ids.count(2046) == ids.count(2047) == 2 and ids[0] == 2046
+    for wrong in ({"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": [1]}]}, {"messages": 5}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=r'line 1: expected .*"messages", each with a "role" and a "content"'):
+            Model(tiny).encode_file(path)
+
+
+def test_what_is_made_of_a_repository_in_the_hub_s_cache_lies_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "hub" / "models--allenai--OLMoE-1B" / "snapshots" / "abc"
+    assert model_io.beside(snapshot, "-keep4") == tmp_path / "OLMoE-1B-keep4"
+    assert model_io.beside(tmp_path / "hub" / "models--gpt2" / "snapshots" / "abc", ".json") == tmp_path / "gpt2.json"
+    assert model_io.beside("a", "-keep4") == tmp_path / "a-keep4"
+    assert model_io.beside(tmp_path / "snapshots" / "abc", "-x") == tmp_path / "snapshots" / "abc-x"
 
 
 def test_the_parts_of_the_documentation_are_apart(tmp_path, monkeypatch):
@@ -310,10 +399,11 @@ def test_encode_ends_each_document_and_decode_undoes_it(tiny):
 
 def test_a_tokenizer_that_does_not_work_is_named(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "c")
-    for content in ("{}", "", "[1]"):
+    for content in ("{}", "", "[1]", pointer := "version https://git-lfs.github.com/spec/v1"):
         (tmp_path / "c" / "tokenizer.json").write_text(content)
         for use in (lambda model: model.encode(["a"]), lambda model: decode(model, [1])):
-            with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer that works"):
+            says = r"tokenizer\.json: not a tokenizer that works" + ".*git lfs pull" * (content == pointer)
+            with pytest.raises(InputError, match=says):
                 use(Model(tmp_path / "c"))
 
 
@@ -661,6 +751,13 @@ def test_a_head_of_its_own_counts_whatever_the_flag_says(tmp_path):
     (path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(raw | {"tie_word_embeddings": True}).encode())
     reference = load_file(path / "golden.safetensors")
     torch.testing.assert_close(Model(path).logits(reference["ids"]), reference["logits"], rtol=0, atol=1e-4)
+    for survivors in ({}, {"model.layers.0": [0, 1, 2], "model.layers.1": [3, 4, 5]}):  # a plain copy, too, says so
+        out = tmp_path / f"out-{len(survivors)}"
+        model_io.write_checkpoint(Checkpoint(path), out, survivors, {})
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    nested = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "a": 1}, "vision_config": {}}
+    assert model_io.untied(nested) == {"tie_word_embeddings": False, "vision_config": {}, "text_config": {
+        "tie_word_embeddings": False, "a": 1}}
 
 
 @pytest.mark.parametrize("change, says", [
@@ -693,6 +790,18 @@ def test_a_head_of_its_own_counts_whatever_the_flag_says(tmp_path):
     ({"head_dim": 2, "of": "qwen3-dense-first"}, r"q_proj.weight has shape .* by config.json it must be \[8, 32\]"),
     ({"head_dim": 10, "of": "qwen3-dense-first"}, r"must be \[40, 32\]"),
     ({"linear_key_head_dim": 7, "of": "qwen3_5-text"}, "linear_attn.* by config.json it must be"),
+    ({"mlp_only_layers": [], "of": "qwen2-dense-between"}, "no tensor 'model.layers.1.mlp.gate.weight'"),
+    ({"mlp_only_layers": [0, 1], "of": "qwen3-dense-first"}, "no tensor 'model.layers.1.mlp.gate_proj.weight'"),
+    ({"mlp_only_layers": "0", "of": "qwen3-dense-first"}, "mlp_only_layers is '0'; it must be a list"),
+    ({"decoder_sparse_step": 1, "of": "qwen2-renormalised"}, "no tensor 'model.layers.0.mlp.gate.weight'"),
+    ({"layer_types": ["full_attention"] * 4, "of": "qwen3_5-text"}, "no tensor 'model.layers.0.self_attn.q_proj"),
+    ({"layer_types": ["linear_attention"] * 4, "of": "qwen3_5-text"}, "no tensor 'model.layers.3.linear_attn"),
+    ({"layer_types": ["full_attention"] * 3, "of": "qwen3_5-text"}, "layer_types must be .* each of 4 layers"),
+    ({"layer_types": None, "full_attention_interval": 2, "of": "qwen3_5-text"}, "no tensor 'model.layers.1.self_attn"),
+    ({"attention_bias": True}, "no tensor 'model.layers.0.self_attn.q_proj.bias'"),
+    ({"attention_bias": None, "of": "qwen3-plain-tied"}, "self_attn.k_proj.bias is none of the tensors"),
+    ({"qkv_bias": False, "of": "qwen2-dense-between"}, "self_attn.k_proj.bias is none of the tensors"),
+    ({"qkv_bias": None, "of": "qwen2-renormalised"}, "no tensor 'model.layers.0.self_attn.q_proj.bias'"),
 ])
 def test_a_wrong_configuration_is_named(tmp_path, change, says):
     shutil.copytree(named(change.get("of", "olmoe-plain")), tmp_path / "c")
@@ -722,7 +831,8 @@ def test_configurations_of_transformers_4_and_their_defaults():
     assert (config.rope_theta, config.clip_qkv, config.head_dim) == (10000, None, 8)
     qwen = json.loads((named("qwen3_5-text") / "config.json").read_text())
     assert model_io.read_config(qwen).rotary_dim == 8  # its own half of 16
-    del qwen["rope_parameters"], qwen["rms_norm_eps"]
+    del qwen["rope_parameters"], qwen["rms_norm_eps"], qwen["layer_types"]
+    assert [model_io.read_config(qwen).of_layer(i).recurrent for i in range(8)] == [True, True, True, False] * 2
     config = model_io.read_config(qwen | {"rope_theta": 1e7})
     assert (config.rotary_dim, config.rope_theta, config.rms_norm_eps, config.norm_topk_prob) == (4, 1e7, 1e-6, True)
 
@@ -834,10 +944,11 @@ STORED = (PLAIN / model_io.WEIGHTS).read_bytes()
 @pytest.mark.parametrize("file, broken, says", [
     ("config.json", [b"[1]", b"{", b"[" * 100_000], "config.json"),
     (model_io.WEIGHTS, [b"", STORED[:100], STORED[:-1], b"\xff" * 8 + STORED[8:]], "not a readable safetensors file"),
+    (model_io.WEIGHTS, [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"], "git lfs pull"),
     (model_io.INDEX, [b"{}", b'{"weight_map": []}'], "no weight_map"),
     (model_io.INDEX, [json.dumps({"weight_map": {"a": name}}).encode() for name in (
         "../golden/model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin")], "not the name of a safetens"),
-], ids=["configuration", "weights", "index", "shards"])
+], ids=["configuration", "weights", "pointer", "index", "shards"])
 def test_broken_files_are_named(tmp_path, file, broken, says):
     shutil.copytree(PLAIN, tmp_path / "c")
     if file == model_io.INDEX:
@@ -848,13 +959,12 @@ def test_broken_files_are_named(tmp_path, file, broken, says):
             Checkpoint(tmp_path / "c")
 
 
-def test_a_nested_configuration_ties_at_its_top():
+def test_a_nested_configuration_ties_at_either_place():
+    """transformers 5 reads the one for a language model, the other for one of images and text."""
     raw = json.loads((MTP / "config.json").read_text())
-    raw["text_config"]["tie_word_embeddings"] = True
-    assert not model_io.read_config(raw).tie_word_embeddings
-    del raw["tie_word_embeddings"]
-    assert not model_io.read_config(raw).tie_word_embeddings  # as transformers takes its default there
-    assert model_io.read_config(raw | {"tie_word_embeddings": True}).tie_word_embeddings
+    for top, text in itertools.product((True, False, None), repeat=2):
+        places = {"tie_word_embeddings": top, "text_config": raw["text_config"] | {"tie_word_embeddings": text}}
+        assert model_io.read_config(raw | places).tie_word_embeddings == (True in (top, text))
 
 
 def test_both_names_of_the_number_of_experts_change():
@@ -882,10 +992,11 @@ def test_every_weight_is_checked_before_one_is_read(golden):
         wrong = [rest | {name: info._replace(dtype="I8")}]
         wrong += [rest | {name: info._replace(shape=[size + (a == axis) for a, size in enumerate(info.shape)])}
                   for axis in range(len(info.shape))]
-        optional = name.endswith(".bias") or re.search(r"mlp\.gate\.weight|A_log|experts\.gate_up_proj", name)
-        for found in wrong + ([] if optional else [rest]):  # without those that tell the kinds of layers apart
-            with pytest.raises(InputError, match=re.escape(name)):
-                model_io.check_tensors(golden, found, model.prefix, model.config, model.layer_names)
+        layers = dict(zip(model.layer_names, model.layer_configs))
+        for found in [*wrong, rest]:
+            single = found is rest and name.endswith("experts.gate_up_proj")  # are the experts without it
+            with pytest.raises(InputError, match="experts" if single else re.escape(name)):
+                model_io.check_tensors(golden, found, model.prefix, layers)
 
 
 def test_missing_weights_are_named(tmp_path):
