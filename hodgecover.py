@@ -443,8 +443,8 @@ def warn_of_length(model: Model, seq_len: int) -> None:
 
 
 def sparse_layers(model: Model) -> list[int]:
-    """Indices of the layers that have a router. Raises InputError if there is none, or no two experts."""
-    found = [i for i, name in enumerate(model.layer_names) if f"{name}.mlp.gate.weight" in model.checkpoint.tensors]
+    """Indices of the layers that have experts. Raises InputError if there is none, or no two experts."""
+    found = [i for i, config in enumerate(model.layer_configs) if config.sparse]
     if not found or model.config.num_experts < 2:
         raise InputError(f"{model.checkpoint.path}: no layer has a router over two experts or more; it is dense")
     return found
@@ -452,8 +452,8 @@ def sparse_layers(model: Model) -> list[int]:
 
 def check_keep(model: Model, keep: int) -> None:
     """Raise InputError for a dense model, and if not every layer can keep `keep` experts."""
-    n, k = model.config.num_experts, model.config.top_k
-    if sparse_layers(model) and not k <= keep <= n:
+    n, k = min(model.layer_configs[i].num_experts for i in sparse_layers(model)), model.config.top_k
+    if not k <= keep <= n:
         raise InputError(f"keep {keep}: must be from {k} to {n}: the model has {n} experts, and routes a token to {k}")
 
 

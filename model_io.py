@@ -52,6 +52,7 @@ WINDOW, PIECE = 1 << 14, 1 << 14  # bytes of such a part, characters that are en
 LINE_START = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
 CONTINUATION = bytes(range(0x80, 0xc0))  # bytes of UTF-8 within a character
 CHATML = "<|im_start|>", "<|im_end|>"
+MODELING = "modeling_per_layer"  # the code by which transformers reads a checkpoint with a `per_layer_config`
 NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model described below; the "
           "scores below are that model's.\n\n")
 
@@ -101,6 +102,7 @@ class Config:
     sparse_step: int = 1  # every so many layers have experts
     full_attention_step: int = 1  # every so many layers have full attention, unless `layer_types` tells
     layer_types: tuple[str, ...] = ()
+    per_layer: tuple[tuple[int, int, int], ...] = ()  # layer, and its number and width of experts if they are its own
     sparse: bool = True  # of one layer: whether it has experts
     recurrent: bool = False  # and whether its token mixer is linear attention
 
@@ -108,7 +110,8 @@ class Config:
         """Return the Config of decoder layer i."""
         sparse = self.num_experts > 0 and i not in self.dense_layers and (i + 1) % self.sparse_step == 0
         full = self.layer_types[i] == "full_attention" if self.layer_types else (i + 1) % self.full_attention_step == 0
-        return replace(self, sparse=sparse, recurrent=not full)
+        n, f = {i: own for i, *own in self.per_layer}.get(i, (self.num_experts, self.expert_width))
+        return replace(self, num_experts=n, expert_width=f, sparse=sparse, recurrent=not full)
 
 
 # ------------------------------------------------------------------------------------------------ forward pass
@@ -420,14 +423,15 @@ class Model:
         """Read the weights of decoder layer `index` (those of the multi-token head come last)."""
         layer = self.layer_names[index]
         names = [name for name in self.checkpoint.tensors if name.startswith(f"{layer}.")]
-        experts = self._experts(layer) if f"{layer}.mlp.gate.weight" in names else None
+        experts = self._experts(index) if self.layer_configs[index].sparse else None
         weights = {name.removeprefix(f"{layer}."): self.tensor(name) for name in names
                    if not name.startswith(f"{layer}.mlp.experts.")}
         return Layer(experts, weights.pop("mlp.gate.weight", None), weights)
 
-    def _experts(self, layer: str) -> Experts:
+    def _experts(self, index: int) -> Experts:
         """Read a layer's experts, stored fused or one by one. bfloat16 ones stay so: half a float32 run's memory."""
-        n, d, f = self.config.num_experts, self.config.hidden_size, self.config.expert_width
+        layer, config = self.layer_names[index], self.layer_configs[index]
+        n, d, f = config.num_experts, config.hidden_size, config.expert_width
         prefix, load, tensors = f"{layer}.mlp.experts.", self.checkpoint.load, self.checkpoint.tensors
         stored = {info.dtype for name, info in tensors.items() if name.startswith(prefix)}
         dtype = torch.bfloat16 if stored == {"BF16"} else self.dtype
@@ -780,8 +784,25 @@ def read_config(raw: dict) -> Config:
         sparse_step=whole("decoder_sparse_step", default=1) if family.dense_layers else 1,
         layer_types=listed("layer_types", str) if family.recurrent_layers else (),
         full_attention_step=whole("full_attention_interval", default=4) if family.recurrent_layers else 1)
+    config = replace(config, per_layer=per_layer_sizes(text, config, expert_width_key(raw)))
     check_config(config)
     return config
+
+
+def per_layer_sizes(text: dict, config: Config, width_key: str) -> tuple[tuple[int, int, int], ...]:
+    """Return (layer, number of experts, their width) for each layer of `per_layer_config`. Raises InputError if it has
+    another form or changes anything else."""
+    own, sizes = text.get("per_layer_config") or {}, []
+    if not isinstance(own, dict) or not all(isinstance(of, dict) and re.fullmatch(r"\d{1,9}", i)
+                                            and int(i) < config.num_layers for i, of in own.items()):
+        raise InputError("config.json: per_layer_config must be an object with an object for each of some layers")
+    for i, of in own.items():
+        for key in of.keys() - {"num_experts", "num_local_experts", width_key}:
+            raise InputError(f"config.json: per_layer_config changes {key} in layer {i}; only num_experts and "
+                             f"{width_key} can be a layer's own")
+        count = value_of(of, expert_count_keys(of)[0], int, config.num_experts)
+        sizes.append((int(i), count, value_of(of, width_key, int, config.expert_width)))
+    return tuple(sizes)
 
 
 def check_config(config: Config) -> None:
@@ -792,8 +813,8 @@ def check_config(config: Config) -> None:
              f"eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}"),
             (rotary % 2 == 0 and rotary <= config.head_dim, f"{rotary} of the {config.head_dim} dimensions of a head "
              "rotate; it must be an even number of them"),
-            (config.top_k <= config.num_experts,
-             f"num_experts_per_tok {config.top_k} is above {config.num_experts} experts"),
+            (config.top_k <= (fewest := min([config.num_experts, *(n for _, n, _ in config.per_layer)])),
+             f"num_experts_per_tok {config.top_k} is above {fewest} experts"),
             (len(config.layer_types) in (0, config.num_layers)
              and {*config.layer_types} <= {"full_attention", "linear_attention"},
              f"layer_types must be full_attention or linear_attention for each of {config.num_layers} layers"),
@@ -1098,10 +1119,17 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
     return kept
 
 
-def with_keys(config: dict, changes: dict[str, int]) -> dict:
-    """Return the object of config.json with other values of some keys, at the top or in `text_config`."""
-    text = config.get("text_config")
-    return config | ({"text_config": text | changes} if text else changes)
+def with_keys(config: dict, changes: dict[str, int], per_layer: dict[int, dict[str, int]] = {}) -> dict:
+    """Return the object of config.json with other values of some keys, at the top or in `text_config`: one for all
+    layers, or a layer's own, which transformers reads by the code that `auto_map` names."""
+    text = config.get("text_config") or config
+    own = {int(i): {key: value for key, value in of.items() if key not in changes}
+           for i, of in (text.get("per_layer_config") or {}).items()}
+    own = {str(i): of for i in sorted({*own, *per_layer}) if (of := own.get(i, {}) | per_layer.get(i, {}))}
+    text = {key: value for key, value in (text | changes).items() if key != "per_layer_config"}
+    text |= {"per_layer_config": own} if own else {}
+    config = config | {"text_config": text} if config.get("text_config") else text
+    return {key: value for key, value in config.items() if own or key != "auto_map" or MODELING not in str(value)}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str, str]) -> None:
@@ -1166,6 +1194,8 @@ def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], con
         for name, content in files.items():
             (staging / name).write_bytes(content)
         copy_small_files(checkpoint.path, staging)
+        if "per_layer_config" not in (config.get("text_config") or config):
+            (staging / f"{MODELING}.py").unlink(missing_ok=True)
 
 
 def copy_small_files(source: Path, out: Path) -> None:

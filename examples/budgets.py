@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Search which experts stay by what the whole model then predicts: how many in each layer, or which ones.
 
-    python examples/budgets.py CKPT evo --keep 32 --out PLAN.json            a number for each layer, 32 on average
-    python examples/budgets.py CKPT barriers --keep 32 --plan P --out PLAN.json   the same, by HodgeCover's barriers
-    python examples/budgets.py CKPT rco --keep 32 --out DIR                  32 in every layer: a checkpoint
-    python examples/budgets.py CKPT rco --keep 32 --ragged --out PLAN.json   32 on average
+    python examples/budgets.py CKPT evo --keep 32 --out DIR              a number for each layer, 32 on average
+    python examples/budgets.py CKPT barriers --keep 32 --plan P --out DIR   the same, by HodgeCover's barriers
+    python examples/budgets.py CKPT rco --keep 32 --out DIR              32 in every layer
+    python examples/budgets.py CKPT rco --keep 32 --ragged --out DIR     32 on average
 
-A checkpoint has one number of experts, num_experts. So a ragged plan, with other numbers in other layers, is no
-checkpoint and cannot become one: it is searched, evaluated in memory (--eval) and written as a file to read.
+The output has the number of experts of each layer in the `per_layer_config` of its config.json. All commands here read
+it; transformers 4.57 and 5.24 read it by the code beside the weights, with trust_remote_code=True. --plan-only writes
+the plan alone.
 
 evo (EvoESAP, arXiv 2603.06003). The experts of a layer go in a fixed order, the least REAP saliency first, or from the
 end of a --plan's `order`; a candidate says how many. It is worth ESAP = mean_t sum_v min(p, q) = 1 - TV, p the source's
@@ -47,7 +48,6 @@ import hodgecover
 import model_io
 import rco
 import torch
-from common import Pruned
 from model_io import InputError, Model
 
 TOKENS = 16384  # default sample
@@ -62,26 +62,26 @@ Budget = tuple[int, ...]  # experts that go, of each sparse decoder layer
 # ---------------------------------------------------------------------------------------------------------- barriers
 
 
-def in_proportion(weights: Sequence[float], low: int, high: int, total: int) -> Budget:
-    """Share out a total in proportion to positive weights, from `low` to `high` to each.
+def in_proportion(weights: Sequence[float], low: int, high: Sequence[int], total: int) -> Budget:
+    """Share out a total in proportion to positive weights, from `low` to its own `high` to each.
 
-    >>> in_proportion([9.0, 1.0, 2.0, 3.0], 2, 8, 20), in_proportion([1.0, 1.0, 1.0], 2, 8, 11)
+    >>> in_proportion([9.0, 1.0, 2.0, 3.0], 2, [8, 8, 8, 8], 20), in_proportion([1.0, 1.0, 1.0], 2, [8, 8, 3], 11)
     ((8, 2, 4, 6), (4, 4, 3))
     """
     def shares(scale: float) -> list[float]:
-        return [min(high, max(low, scale * weight)) for weight in weights]
-    few, many = 0.0, high / min(weights)
+        return [min(most, max(low, scale * weight)) for weight, most in zip(weights, high)]
+    few, many = 0.0, max(high) / min(weights)
     for _ in range(100):
         middle = (few + many) / 2
         few, many = (middle, many) if sum(shares(middle)) < total else (few, middle)
     return largest_remainder(shares(many), high, total)
 
 
-def barrier_budget(means: Sequence[float], n: int, top_k: int, keep: int) -> Budget:
-    """How many of n experts of each layer go, by the layers' mean barriers: `keep` stay on average."""
+def barrier_budget(means: Sequence[float], counts: Sequence[int], top_k: int, keep: int) -> Budget:
+    """How many of the experts of each layer go, by the layers' mean barriers: `keep` stay on average."""
     largest = max(means) or 1.0
-    kept = in_proportion([max(each / largest, 1e-6)**0.5 for each in means], top_k, n, keep * len(means))
-    return tuple(n - each for each in kept)
+    kept = in_proportion([max(each / largest, 1e-6)**0.5 for each in means], top_k, counts, keep * len(means))
+    return tuple(n - each for n, each in zip(counts, kept))
 
 
 def mean_barriers(path: Path, names: Iterable[str]) -> list[float]:
@@ -97,20 +97,20 @@ def mean_barriers(path: Path, names: Iterable[str]) -> list[float]:
 # --------------------------------------------------------------------------------------------------------------- evo
 
 
-def largest_remainder(weights: Sequence[float], capacity: int, total: int) -> Budget:
-    """Share out a total in proportion to weights, `capacity` at most to each: the whole parts, then one each by the
-    largest remainder, then one each in turn.
+def largest_remainder(weights: Sequence[float], capacity: Sequence[int], total: int) -> Budget:
+    """Share out a total in proportion to weights, its own `capacity` at most to each: the whole parts, then one each by
+    the largest remainder, then one each in turn.
 
-    >>> largest_remainder([1, 1, 2], 9, 10), largest_remainder([0, 0, 1], 4, 10)
-    ((3, 2, 5), (3, 3, 4))
+    >>> largest_remainder([1, 1, 2], [9, 9, 9], 10), largest_remainder([0, 0, 1], [2, 4, 4], 10)
+    ((3, 2, 5), (2, 4, 4))
     """
     wanted = [total * weight / sum(weights) for weight in weights]
-    shares = [min(int(each), capacity) for each in wanted]
+    shares = [min(int(each), most) for each, most in zip(wanted, capacity)]
     by_remainder = sorted(range(len(weights)), key=lambda i: shares[i] - wanted[i])
     for i in itertools.chain(by_remainder, itertools.cycle(range(len(weights)))):
         if sum(shares) == total:
             return tuple(shares)
-        shares[i] += shares[i] < capacity
+        shares[i] += shares[i] < capacity[i]
 
 
 def first_weights(layers: int, rng: random.Random) -> list[list[float]]:
@@ -126,14 +126,14 @@ def first_weights(layers: int, rng: random.Random) -> list[list[float]]:
     return [[shape(i) for i in range(layers)] for shape in shapes]
 
 
-def mutated(budget: Budget, capacity: int, rng: random.Random) -> Budget:
-    """A budget in which experts moved between layers, a few times: the sum stays, no layer loses more than `capacity`.
-    """
+def mutated(budget: Budget, capacity: Sequence[int], rng: random.Random) -> Budget:
+    """A budget in which experts moved between layers, a few times: the sum stays, no layer loses more than its
+    `capacity`."""
     moved, child = 0, list(budget)
     moves = min(rng.randint(1, MAX_MOVES), rng.randint(1, MAX_MOVES))
     for _ in range(ATTEMPTS):
         here, there, delta = rng.randrange(len(child)), rng.randrange(len(child)), rng.randint(1, MAX_DELTA)
-        if here != there and child[here] >= delta and child[there] + delta <= capacity:
+        if here != there and child[here] >= delta and child[there] + delta <= capacity[there]:
             child[here] -= delta
             child[there] += delta
             moved += 1
@@ -142,12 +142,12 @@ def mutated(budget: Budget, capacity: int, rng: random.Random) -> Budget:
     return tuple(child)
 
 
-def evolve(worth: Callable[[list[Budget]], list[float]], layers: int, capacity: int, total: int, generations: int,
+def evolve(worth: Callable[[list[Budget]], list[float]], capacity: Sequence[int], total: int, generations: int,
            seed: int = 0) -> Iterator[tuple[Budget, float]]:
     """Search the budget of largest worth among those of a total; yield the best one and its worth after each
     generation."""
     rng = random.Random(seed)
-    population = [largest_remainder(weights, capacity, total) for weights in first_weights(layers, rng)]
+    population = [largest_remainder(weights, capacity, total) for weights in first_weights(len(capacity), rng)]
     for _ in range(generations):
         worth_of = dict(zip(population, worth(population)))
         elite = sorted(population, key=lambda budget: -worth_of[budget])[:ELITE]
@@ -185,7 +185,7 @@ def last_streams(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], 
             layer, depth = common.cut(layer, orders[name]), depth + 1
         after = {}
         for start in dict.fromkeys(budget[:depth] for budget in budgets):
-            own = common.cut(layer, slice(model.config.num_experts - start[-1])) if name in orders else layer
+            own = common.cut(layer, slice(len(orders[name]) - start[-1])) if name in orders else layer
             after[start] = torch.cat([model_io.run_layer(h, own, model.config)[2].view_as(h)
                                       for h in streams[start[:before]].split(at_once)])
         streams = after
@@ -231,7 +231,7 @@ def planned(model: Model, base: dict[str, dict], orders: dict[str, list[int]], b
             ) -> dict[str, dict]:
     """The plans by layer name in which a budget cuts the ends of orders; of layers without one, `keep` experts stay in
     the order of their plan in `base`, which has what was measured of all layers."""
-    counts = {name: model.config.num_experts - gone for name, gone in zip(orders, budget)}
+    counts = {name: len(order) - gone for (name, order), gone in zip(orders.items(), budget)}
     plans = {}
     for name, plan in base.items():
         order, count = orders.get(name, plan["order"]), counts.get(name, keep)
@@ -239,12 +239,6 @@ def planned(model: Model, base: dict[str, dict], orders: dict[str, list[int]], b
         plans[name] = hodgecover.plan_of(order, baselines.nearest_rows(rows, order[:count]), count,
                                          torch.tensor(plan["frequency"]), torch.tensor(plan["saliency"]))
     return plans
-
-
-def pruned(model: Model, plans: dict[str, dict]) -> Pruned:
-    """A checkpoint with the survivors of plans by layer name, in memory."""
-    survivors = {name: plan["survivors"] for name, plan in plans.items()}
-    return Pruned(model.checkpoint.path, survivors, model.dtype, str(model.device))
 
 
 def decoder_orders(model: Model, base: dict[str, dict]) -> dict[str, list[int]]:
@@ -265,14 +259,13 @@ def command_line() -> hodgecover.Parser:
                         "go in; evo without one: REAP's")
     parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="of evo [%(default)s]")
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="of rco's optimiser [%(default)s]")
-    parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers, and a plan file")
-    parser.add_argument("--eval", metavar="FILE", type=Path, help="perplexity of the result on this text, and its KL "
-                        "from the source, beside those of K experts in every layer by the fixed order")
+    parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers")
+    parser.add_argument("--plan-only", action="store_true", help="write the plan alone, as a file")
     return parser
 
 
 UNUSED = {"evo": ("steps", "ragged"), "rco": ("plan", "generations"),
-          "barriers": ("steps", "ragged", "generations", "calib", "tokens", "seed", "memory")}
+          "barriers": ("steps", "ragged", "generations", "calib", "tokens", "seq_len", "seed", "memory")}
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -280,22 +273,22 @@ def check_options(args: argparse.Namespace) -> None:
     common.refuse_given(command_line(), args, UNUSED[args.search], args.search)
     if args.search == "barriers" and not args.plan:
         raise InputError("plan: missing; barriers are read from a plan of hodgecover.py")
-    if args.search == "barriers" and not args.eval:
-        common.refuse_given(command_line(), args, ("seq_len",), "barriers without --eval")
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
 
 
-def writes_plan(args: argparse.Namespace) -> bool:
-    """Whether the output is a plan, which no checkpoint holds."""
-    return args.search != "rco" or args.ragged
-
-
 def check_budget(model: Model, keep: int) -> None:
-    """Raise InputError if no expert would go, or not every layer can keep `keep` experts."""
-    hodgecover.check_keep(model, keep)
-    if keep == model.config.num_experts:
-        raise InputError(f"keep {keep}: no expert would go; must be below {keep}")
+    """Raise InputError for a dense model, and if no expert would go, or too few would stay for the top-k."""
+    hodgecover.sparse_layers(model)
+    sizes, k = expert_counts(model), model.config.top_k
+    most = (sum(sizes) - 1) // len(sizes)
+    if not k <= keep <= most:
+        raise InputError(f"keep {keep}: must be from {k}, the experts of a token, to {most}, for an expert to go")
+
+
+def expert_counts(model: Model) -> list[int]:
+    """The number of experts of each sparse decoder layer."""
+    return [config.num_experts for config in model.layer_configs[:model.config.num_layers] if config.sparse]
 
 
 def search_key(model: Model, ids: torch.Tensor, *more: object) -> dict[str, str]:
@@ -306,23 +299,27 @@ def search_key(model: Model, ids: torch.Tensor, *more: object) -> dict[str, str]
 def run_evo(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args: argparse.Namespace, cache: Path,
             bar: Callable[[float | None], None]) -> Budget:
     """Search a number for each layer; print each generation's best."""
-    n, layers = model.config.num_experts, len(orders)
-    uniform = (n - args.keep,) * layers
+    counts = expert_counts(model)
+    uniform = tuple(max(0, n - args.keep) for n in counts)
     worth = remembered(esap_of(model, ids, orders, args.memory), cache, search_key(model, ids, "evo", orders))
-    search = evolve(worth, layers, n - model.config.top_k, sum(uniform), args.generations, args.seed)
+    search = evolve(worth, [n - model.config.top_k for n in counts], sum(counts) - args.keep * len(counts),
+                    args.generations, args.seed)
     for number, (best, value) in enumerate(search, 1):
         bar(None)
-        kept = " ".join(str(n - gone) for gone in best)
+        kept = " ".join(str(n - gone) for n, gone in zip(counts, best))
         print(f"generation {number}: ESAP {value:.4f}, experts kept {kept}", flush=True)
         bar(number / args.generations)
     bar(None)
-    print(f"ESAP: {worth([uniform])[0]:.4f} with {args.keep} in every layer, {value:.4f} found")
+    print(f"ESAP: {worth([uniform])[0]:.4f} with {args.keep} at most in every layer, {value:.4f} found")
     return best
 
 
 def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args: argparse.Namespace, cache: Path,
             bar: Callable[[float | None], None]) -> tuple[dict[str, list[int]], Budget]:
-    """Search experts; print the loss now and then. Returns the new orders, and how many go."""
+    """Search experts; print the loss now and then. Returns the new orders, and how many go. Raises InputError if the
+    layers have different numbers of experts."""
+    if len({*expert_counts(model)}) > 1:
+        raise InputError(f"{model.checkpoint.path}: its layers have different numbers of experts; rco takes one number")
     alpha, limits = rco.start(model.config, len(orders), args.keep, args.ragged)
     key = search_key(model, ids, "rco", args.keep, args.ragged, args.steps, args.seed)
     loss_of = rco.masked_loss(model, ids, [model.layer_names.index(name) for name in orders], args.memory)
@@ -336,18 +333,18 @@ def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
 
 
 def write(model: Model, plans: dict[str, dict], ids: torch.Tensor | None, args: argparse.Namespace) -> None:
-    """Write the checkpoint of plans by layer name, or the plans alone if they are ragged. Without ids (B, L) the record
-    leaves what text there was to that of --plan."""
+    """Write the checkpoint of plans by layer name, or the plans alone. Without ids (B, L) the record leaves what text
+    there was to that of --plan."""
     used = {name: getattr(args, name) for name in ("generations", "steps", "ragged") if name not in UNUSED[args.search]}
     if args.plan:
         used["plan_sha256"] = hashlib.sha256(args.plan.read_bytes()).hexdigest()
     entry = hodgecover.plan_entry(model, plans, args.keep, common.settings_of(args), ids, args.calib,
                                   Path(__file__).name, search=args.search, **used)
-    if not writes_plan(args):
-        hodgecover.export(model, plans, args.out, entry)
-        return common.show_output(model, args.out)
-    model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
-    print(f"plan: {args.out}; no checkpoint holds it, since num_experts is one number for all layers")
+    if args.plan_only:
+        model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
+        return print(f"plan: {args.out}; examples/export_plan.py writes its checkpoint")
+    common.export(model, plans, args.out, entry)
+    common.show_output(model, args.out)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -356,30 +353,22 @@ def run(args: argparse.Namespace) -> None:
     model = common.open_model(args.checkpoint, args)
     check_budget(model, args.keep)
     cache = common.folder_beside(args.out, "budgets", model)
-    hodgecover.check_out(model, args.out, cache, writes_plan(args))
-    held_out = common.read_eval(model, args) if args.eval else None
+    hodgecover.check_out(model, args.out, cache, args.plan_only)
     base = export_plan.read_orders(model, args.plan) if args.plan else None
     ids = common.calibration_ids(model, args) if args.search != "barriers" else None
     bar = hodgecover.progress_bar()
     with common.made(cache):
         base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
         orders = decoder_orders(model, base)
-        uniform = planned(model, base, orders, (model.config.num_experts - args.keep,) * len(orders), args.keep)
         if args.search == "evo":
             budget = run_evo(model, ids, orders, args, cache, bar)
         elif args.search == "barriers":
-            cfg = model.config
-            budget = barrier_budget(mean_barriers(args.plan, orders), cfg.num_experts, cfg.top_k, args.keep)
+            means, counts = mean_barriers(args.plan, orders), expert_counts(model)
+            budget = barrier_budget(means, counts, model.config.top_k, args.keep)
         else:
             orders, budget = run_rco(model, ids, orders, args, cache, bar)
     plans = planned(model, base, orders, budget, args.keep)
     print(f"experts kept in each layer: {' '.join(str(len(plan['survivors'])) for plan in plans.values())}", flush=True)
-    if held_out is not None:
-        for what, chosen in (("fixed order, uniform", uniform), ("found", plans)):
-            found = common.compare(model, pruned(model, chosen), held_out, bar)
-            bar(None)
-            print(f"{what}: perplexity {found.source_perplexity:.2f} -> {found.output_perplexity:.2f}, KL(source || "
-                  f"output) {found.kl:.4f} nats a token")
     write(model, plans, ids, args)
     common.clear(cache, ["budgets-*.safetensors"])
 

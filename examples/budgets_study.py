@@ -60,9 +60,9 @@ def layers_of(sample: Sample) -> list[str]:
 
 def barrier_budget(sample: Sample, keep: int) -> budgets.Budget:
     """The budget of HodgeCover's barriers: how many experts of each layer go."""
-    cfg, measured = sample.source.config, sample.signals()
+    measured = sample.signals()
     means = [measured[name].barriers.mean().item() for name in layers_of(sample)]
-    return budgets.barrier_budget(means, cfg.num_experts, cfg.top_k, keep)
+    return budgets.barrier_budget(means, budgets.expert_counts(sample.source), sample.source.config.top_k, keep)
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def evo_budget(sample: Sample, keep: int, generations: int) -> budgets.Budget:
     worth = budgets.remembered(budgets.esap_of(source, sample.ids, orders), sample.cache,
                                budgets.search_key(source, sample.ids, "evo", orders))
     cfg = source.config
-    *_, (best, _) = budgets.evolve(worth, len(orders), cfg.num_experts - cfg.top_k,
+    *_, (best, _) = budgets.evolve(worth, [cfg.num_experts - cfg.top_k] * len(orders),
                                    (cfg.num_experts - keep) * len(orders), generations, sample.seed)
     return best
 
@@ -86,7 +86,7 @@ def spared(sample: Sample, keep: int) -> budgets.Budget:
     if gone > most * others:
         raise InputError(f"columns: if the first layer keeps all its experts, the others would lose {gone} of the "
                          f"{most * others} that they can")
-    return 0, *budgets.largest_remainder([1] * others, most, gone)
+    return 0, *budgets.largest_remainder([1] * others, [most] * others, gone)
 
 
 @functools.cache
@@ -105,18 +105,18 @@ def rco_found(sample: Sample, keep: int, steps: int, ragged: bool) -> tuple[dict
 
 def with_budget(sample: Sample, dropped: float, out: Path, method: str,
                 budget: Callable[[Sample, int], budgets.Budget]) -> Model:
-    """The survivors of one method, with the budget that `budget` gives so many experts, in memory."""
+    """The survivors of one method, with the budget that `budget` gives so many experts."""
     gone = budget(sample, reproduce.survivors(sample.source, dropped))
     kept = {name: sample.source.config.num_experts - each for name, each in zip(layers_of(sample), gone)}
     plans = reproduce.plans(sample, method, reproduce.uniform(sample.source, dropped) | kept)
-    return budgets.pruned(reproduce.whole(sample, 0, out), plans)
+    return reproduce.export(sample, plans, out)
 
 
 def rco_way(sample: Sample, dropped: float, out: Path, steps: int, ragged: bool) -> Model:
-    """What rco finds: with one budget for all layers, in memory, or with one for each."""
+    """What rco finds: with one budget for all layers, or with one for each."""
     source, keep = sample.source, reproduce.survivors(sample.source, dropped)
     plans = budgets.planned(source, ranked(sample), *rco_found(sample, keep, steps, ragged), keep)
-    return budgets.pruned(reproduce.whole(sample, 0, out), plans) if ragged else reproduce.export(sample, plans, out)
+    return reproduce.export(sample, plans, out)
 
 
 def first_wide(sample: Sample, rate: float, out: Path) -> Model:

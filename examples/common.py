@@ -190,8 +190,8 @@ def check_source(model: Model, source: Model) -> None:
             raise InputError(f"{model.checkpoint.path}: has {width} neurons in the experts of a layer; "
                              f"{source.checkpoint.path} has {source.config.dense_width}")
         return
-    sizes = [(each.config.num_experts, each.config.expert_width) for each in (model, source)]
-    if any(own > of_source for own, of_source in zip(*sizes)):
+    pairs = zip(model.layer_configs, source.layer_configs)
+    if any(own.num_experts > of.num_experts or own.expert_width > of.expert_width for own, of in pairs):
         raise InputError(f"{model.checkpoint.path}: has more or wider experts than {source.checkpoint.path}; the "
                          "source must be the larger one, and come first")
 
@@ -211,7 +211,7 @@ def size_of(text: str) -> Size:
 def check_size(model: Model, size: Size) -> tuple[int, int]:
     """Return the experts and the hidden units of a prefix. Raises InputError if a model has no such prefix."""
     keep, width = size
-    most = model.config.expert_width
+    most = min(config.expert_width for config in model.layer_configs)
     hodgecover.check_keep(model, keep)
     if width is not None and not 1 <= width <= most:
         raise InputError(f"width {width}: must be from 1 to {most}, the width of the experts")
@@ -227,20 +227,6 @@ def cut(layer: Layer, kept: slice | list[int], width: int | None = None) -> Laye
     kept = kept if isinstance(kept, slice) else torch.tensor(kept)
     experts = Experts(gate[kept, :width], up[kept, :width], down[kept, :, :width])
     return Layer(experts, layer.router[kept], layer.weights)
-
-
-class Pruned(Model):
-    """A checkpoint of which each sparse layer runs some of its experts alone, not as many in each: `survivors`, layer
-    name -> indices. In memory it is what no checkpoint can be; all else is `Model`'s."""
-
-    def __init__(self, path: Path, survivors: dict[str, list[int]], dtype: torch.dtype = torch.float32,
-                 device: str | torch.device = "cpu"):
-        super().__init__(path, dtype, device)
-        self.survivors = survivors
-
-    def layer(self, index: int) -> Layer:
-        """Read the weights of a layer, of its experts the survivors'."""
-        return cut(super().layer(index), self.survivors.get(self.layer_names[index], slice(None)))
 
 
 def folder_beside(out: Path, command: str, *inputs: Model) -> Path:
@@ -284,6 +270,12 @@ def made(cache: Path, *patterns: str) -> Iterator[None]:
 # -------------------------------------------------------------------------------- the tensors of a checkpoint, changed
 
 
+# model type -> the classes of transformers that read it, of text alone, and of images and text
+TRANSFORMERS = {"olmoe": ("OlmoeForCausalLM", None), "qwen2_moe": ("Qwen2MoeForCausalLM", None),
+                "qwen3_moe": ("Qwen3MoeForCausalLM", None), "qwen3_next": ("Qwen3NextForCausalLM", None),
+                "qwen3_vl_moe": (None, "Qwen3VLMoeForConditionalGeneration"),
+                "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
+                "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", None)}
 EXPERT = re.compile(r"(?P<layer>.+)\.mlp\.(?:experts\.(?:(?P<expert>\d+)\.)?|(?P<shared>shared_expert)\.)"
                     r"(?P<part>gate|up|gate_up|down)_proj(?:\.weight)?")
 
@@ -312,8 +304,9 @@ def edited(checkpoint: Checkpoint, piece: Piece, edit: Edit, shape: list[int] | 
 
 
 def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes],
-                 edits: dict[str, Edit], shapes: dict[str, list[int]] = {}, config: dict[str, int] = {}) -> None:
-    """Write a checkpoint as `model_io.write_checkpoint` does, some of whose tensors are changed.
+                 edits: dict[str, Edit] = {}, shapes: dict[str, list[int]] = {}, config: dict[str, int] = {}) -> None:
+    """Write a checkpoint as `model_io.write_checkpoint` does, some of whose tensors are changed, and whose layers may
+    keep different numbers of experts: its configuration then has a `per_layer_config`, and MODELING lies beside it.
 
     edits : name of a tensor in the source -> its edit
     shapes : name of a tensor in the source -> its shape in the output, if its edit changes that
@@ -321,10 +314,32 @@ def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[in
     """
     raw, kept = checkpoint.raw_config, surviving_tensors(checkpoint, survivors)
     keys = model_io.expert_count_keys(raw.get("text_config") or raw)
-    changes = {key: len(experts) for key in keys for experts in survivors.values()} | config
+    counts = {name: len(experts) for name, experts in survivors.items()}
+    of_mtp = [count for name, count in counts.items() if name.startswith("mtp.")]  # it has no key of its own
+    per_layer = {int(name.rsplit(".", 1)[1]): dict.fromkeys(keys, count) for name, count in counts.items()
+                 if len({*counts.values()}) > 1 and not name.startswith("mtp.")}
+    changes = {key: (of_mtp or [max(counts.values())])[0] for key in keys if counts} | config
+    raw = model_io.with_keys(raw, changes, per_layer)
+    if per_layer:
+        raw |= {"auto_map": auto_map(raw)}
+        files = files | {f"{model_io.MODELING}.py": Path(__file__).with_name(f"{model_io.MODELING}.py").read_bytes()}
     kept = {name: edited(checkpoint, piece, edits[piece.source], shapes.get(piece.source))
             if piece.source in edits else piece for name, piece in kept.items()}
-    model_io.write_tensors(checkpoint, out, kept, model_io.with_keys(raw, changes), files)
+    model_io.write_tensors(checkpoint, out, kept, raw, files)
+
+
+def auto_map(raw: dict) -> dict[str, str]:
+    """The classes of MODELING by which transformers opens a checkpoint of the object of config.json."""
+    autos = zip(("AutoModelForCausalLM", "AutoModelForImageTextToText"), TRANSFORMERS[raw["model_type"]])
+    return {auto: f"{model_io.MODELING}.{name}" for auto, name in autos if name}
+
+
+def export(model: Model, plans: dict[str, dict], out: Path, entry: dict) -> None:
+    """Write the checkpoint of plans by layer name and its record, as `hodgecover.export` does; the layers may keep
+    different numbers of experts."""
+    survivors = {name: plan["survivors"] for name, plan in plans.items()}
+    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)}
+    write_edited(model.checkpoint, out, survivors, files)
 
 
 def overwrite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
@@ -361,15 +376,10 @@ def store(model: Model, layer: str, weights: dict[str, torch.Tensor]) -> dict[st
 
 
 def store_down(model: Model, layer: str, down: torch.Tensor) -> torch.Tensor:
-    """Write the down projections (n, d, f) of a layer over those in the checkpoint's files; return them as stored. Of a
-    `Pruned` model they are the survivors'. Raises InputError if they overflow that type."""
-    kept = slice(None)
-    if isinstance(model, Pruned):
-        kept = model.survivors[layer]
-        whole = Model.layer(model, model.layer_names.index(layer)).experts.down.to(down.dtype)
-        down = whole.index_copy(0, torch.tensor(kept, device=down.device), down)
+    """Write the down projections (n, d, f) of a layer over those in the checkpoint's files; return them as stored.
+    Raises InputError if they overflow that type."""
     stored = [*store(model, layer, {"mlp.experts.down": down}).values()]
-    return (stored[0] if stored[0].dim() == 3 else torch.stack(stored))[kept]
+    return stored[0] if stored[0].dim() == 3 else torch.stack(stored)
 
 
 def rerun(model: Model, step: LayerPass, empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:

@@ -56,9 +56,10 @@ class Shape(NamedTuple):
 
 
 def shape_of(model: Model, vocab_sample: int = 0) -> Shape:
-    """The Shape of a model's layers."""
-    cfg = model.config
-    return Shape(cfg.num_experts, cfg.top_k, cfg.hidden_size, cfg.expert_width, cfg.vocab_size,
+    """The Shape of a model's layers; of those that differ, the largest."""
+    cfg, sparse = model.config, [model.layer_configs[index] for index in hodgecover.sparse_layers(model)]
+    n, f = max(each.num_experts for each in sparse), max(each.expert_width for each in sparse)
+    return Shape(n, cfg.top_k, cfg.hidden_size, f, cfg.vocab_size,
                  min(vocab_sample or cfg.vocab_size, cfg.vocab_size))
 
 
@@ -125,8 +126,8 @@ def sweep_rate(model: Model, shape: Shape) -> float:
 
 def layer_sizes(model: Model) -> tuple[list[float], float]:
     """(bytes of each layer in memory, parameters of all of them that one token meets)."""
-    cfg, held, active = model.config, [], 0.0
-    for layer in model.layer_names:
+    held, active = [], 0.0
+    for layer, cfg in zip(model.layer_names, model.layer_configs):
         held.append(0.0)
         for name, info in model.checkpoint.tensors.items():
             if name.startswith(f"{layer}."):

@@ -42,13 +42,14 @@ class Parameters(NamedTuple):
 def count_parameters(model: Model) -> Parameters:
     """Parameters by the shapes of the stored tensors. Of the routed experts a token meets k of n; a vision tower and a
     multi-token head it does not meet."""
-    cfg, total, active = model.config, 0, 0
+    total, active, layers = 0, 0, dict(zip(model.layer_names, model.layer_configs))
     experts = common.expert_matrices(model.checkpoint)
     for name, info in model.checkpoint.tensors.items():
         size = torch.Size(info.shape).numel()
         total += size
         if name.startswith((model.prefix, "lm_head.")):
             routed = name in experts and not experts[name]["shared"]
+            cfg = layers[experts[name]["layer"]] if routed else model.config
             active += size * cfg.top_k // cfg.num_experts if routed else size
     return Parameters(total, active)
 

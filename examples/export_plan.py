@@ -7,7 +7,7 @@
 
 PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of
 baselines.py or of budgets.py rco. Its last history entry is the plan, and must have been made from CKPT's weights. Of
-each layer `survivors` decides what stays, ascending, the same number in every layer.
+each layer `survivors` decides what stays, ascending.
 
 A plan that was not edited gives the same files, byte for byte, as the command that made it. All else in the record of
 an edited one, but for `keep`, remains that of the plan before the edit.
@@ -39,7 +39,10 @@ def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, dict]]:
         plans = {layer["name"]: {key: layer[key] for key in PLAN} for layer in entry["layers"]}
         for plan in plans.values():
             plan["redirect"] = {int(dropped): target for dropped, target in plan["redirect"].items()}
-        return entry | {"settings": entry["settings"] | {"keep": number_kept(model, plans)}}, plans
+        check_survivors(model, plans)
+        counts = {len(plan["survivors"]) for plan in plans.values()}
+        keep = {"keep": count for count in counts if len(counts) == 1}  # of an edited plan it may be another
+        return entry | {"settings": entry["settings"] | keep}, plans
     except InputError as err:
         raise InputError(f"{path}: {err}") from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as err:
@@ -51,7 +54,7 @@ def read_orders(model: Model, path: Path) -> dict[str, dict]:
     InputError if it does not."""
     plans = read_plan(model, path)[1]
     for name, plan in plans.items():
-        order, everyone = plan["order"], [*range(model.config.num_experts)]
+        order, everyone = plan["order"], [*range(experts_of(model, name))]
         if not isinstance(order, list) or any(type(e) is not int for e in order) or sorted(order) != everyone \
                 or sorted(order[:len(plan["survivors"])]) != plan["survivors"]:
             raise InputError(f"{path}: order of {name} must have each of its experts once, the survivors first")
@@ -72,17 +75,19 @@ def check_origin(model: Model, entry: dict) -> None:
         raise InputError(f"its layers must be {', '.join(names)}")
 
 
-def number_kept(model: Model, plans: dict[str, dict]) -> int:
-    """How many experts stay in every layer. Raises InputError for plans by layer name that the export cannot take."""
-    n, counts = model.config.num_experts, sorted({len(plan["survivors"]) for plan in plans.values()})
+def experts_of(model: Model, name: str) -> int:
+    """The number of experts of a layer."""
+    return model.layer_configs[model.layer_names.index(name)].num_experts
+
+
+def check_survivors(model: Model, plans: dict[str, dict]) -> None:
+    """Raise InputError for plans by layer name whose survivors the export cannot take."""
     for name, plan in plans.items():
-        kept = plan["survivors"]
+        kept, n = plan["survivors"], experts_of(model, name)
         if not isinstance(kept, list) or any(type(e) is not int for e in kept) or kept != sorted({*kept} & {*range(n)}):
             raise InputError(f"survivors of {name} must be ascending numbers from 0 to {n - 1}")
-    if len(counts) > 1:
-        raise InputError(f"survivors: all layers must keep the same number of experts; they keep {str(counts)[1:-1]}")
-    hodgecover.check_keep(model, counts[0])
-    return counts[0]
+        if len(kept) < model.config.top_k:
+            raise InputError(f"survivors of {name} must be {model.config.top_k} or more: a token is routed to so many")
 
 
 def command_line() -> hodgecover.Parser:
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     model = Model(args.checkpoint)
     hodgecover.check_out(model, args.out)
     entry, plans = read_plan(model, args.plan)
-    hodgecover.export(model, plans, args.out, entry)
+    common.export(model, plans, args.out, entry)
     common.show_output(model, args.out)
 
 

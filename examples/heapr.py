@@ -195,7 +195,7 @@ def score_units(model: Model, score: str, ids: torch.Tensor | None = None, seed:
     ids (B, L) are for heapr and camera, `seed` is for random, `empty` and `cache` for heapr. Raises InputError if
     there is no sparse layer, and for scores that are not finite.
     """
-    layers, shape = hodgecover.sparse_layers(model), (model.config.num_experts, model.config.expert_width)
+    layers = hodgecover.sparse_layers(model)
     if score == "heapr":
         return heapr_scores(model, ids, empty, tick, cache)
     if score == "camera":
@@ -205,7 +205,8 @@ def score_units(model: Model, score: str, ids: torch.Tensor | None = None, seed:
     for index in layers:
         name = model.layer_names[index]
         if score == "random":
-            generator = torch.Generator().manual_seed(seed + index)
+            generator, cfg = torch.Generator().manual_seed(seed + index), model.layer_configs[index]
+            shape = cfg.num_experts, cfg.expert_width
             found[name] = torch.rand(shape, generator=generator, dtype=torch.float64)
         else:
             experts = model.layer(index).experts
@@ -247,10 +248,11 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
         own = kept[match["layer"]][row if match["expert"] is None else int(match["expert"])]
         return narrowed(matrix, own, match["part"])
     routed = {name: match for name, match in common.expert_matrices(checkpoint).items() if not match["shared"]}
+    widths = {name: config.expert_width for name, config in zip(model.layer_names, model.layer_configs)}
     edits, shapes = {name: partial(edit, match=match) for name, match in routed.items()}, {}
     for name, match in routed.items():
         shapes[name], axis = [*checkpoint.tensors[name].shape], -1 if match["part"] == "down" else -2
-        shapes[name][axis] = shapes[name][axis] // model.config.expert_width * width
+        shapes[name][axis] = shapes[name][axis] // widths[match["layer"]] * width
         if match["expert"] is None:
             shapes[name][0] = len(experts[match["layer"]])
     config = {model_io.expert_width_key(checkpoint.raw_config): width}
@@ -261,19 +263,18 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
 
 
 def choose_width(model: Model, rate: float | None = None, width: int | None = None) -> int:
-    """Return the width that stays: `width`, or (1 - rate) f, rounded as above; warn if it is no multiple of 8. Raises
-    InputError if it is not from 1 to f, and for a dense model."""
-    cfg = model.config
-    hodgecover.sparse_layers(model)
+    """Return the width that stays: `width`, or (1 - rate) f, rounded as above, f the least of the layers'; warn if it is
+    no multiple of 8. Raises InputError if it is not from 1 to f, and for a dense model."""
+    most = min(model.layer_configs[index].expert_width for index in hodgecover.sparse_layers(model))
     if rate is not None:
         hodgecover.check_range("rate", rate, 0, 1)
-        exact = (1 - rate) * cfg.expert_width
+        exact = (1 - rate) * most
         aligned = common.ALIGNED * round(exact / common.ALIGNED)
-        width = aligned if abs(aligned - exact) <= ROUNDING * cfg.expert_width else round(exact)
+        width = aligned if abs(aligned - exact) <= ROUNDING * most else round(exact)
         if width < 1:
-            raise InputError(f"rate {rate}: no hidden unit of {cfg.expert_width} would stay; must be lower")
-    if not 1 <= width <= cfg.expert_width:
-        raise InputError(f"width {width}: must be from 1 to {cfg.expert_width}, the width of the experts")
+            raise InputError(f"rate {rate}: no hidden unit of {most} would stay; must be lower")
+    if not 1 <= width <= most:
+        raise InputError(f"width {width}: must be from 1 to {most}, the width of the experts")
     common.warn_of_width(width)
     return width
 
@@ -310,7 +311,7 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
     model = common.open_model(args.checkpoint, args)
-    width, before = choose_width(model, args.rate, args.width), model.config.expert_width
+    width, before = choose_width(model, args.rate, args.width), max(each.expert_width for each in model.layer_configs)
     cache = common.folder_beside(args.out, "heapr", model)
     hodgecover.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,

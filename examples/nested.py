@@ -70,7 +70,7 @@ def write_slice(model: Model, keep: int, width: int, out: Path, files: dict[str,
     """Write the checkpoint of the first `keep` experts and `width` hidden units of each to the folder `out`; `files`,
     name -> content, lie beside the weights."""
     names = [model.layer_names[index] for index in hodgecover.sparse_layers(model)]
-    units = torch.arange(width).expand(model.config.num_experts, width)
+    units = torch.arange(width).expand(max(config.num_experts for config in model.layer_configs), width)
     heapr.export(model, dict.fromkeys(names, units), out, files, dict.fromkeys(names, list(range(keep))))
 
 
@@ -91,7 +91,7 @@ def cut(model: Model, args: argparse.Namespace) -> None:
     """Write a prefix."""
     try:
         keep, width = common.check_size(model, args.slice)
-        if width < model.config.expert_width:
+        if width < max(config.expert_width for config in model.layer_configs):
             heapr.choose_width(model, width=width)
     except InputError as err:
         raise InputError(f"slice: {err}") from None

@@ -104,7 +104,7 @@ def uniform(source: Model, dropped: float) -> dict[str, int]:
 
 def export(sample: Sample, plans: dict[str, dict], out: Path) -> Model:
     """Write the checkpoint of plans by layer name."""
-    hodgecover.export(sample.source, plans, out, {"command": "reproduce.py"})
+    common.export(sample.source, plans, out, {"command": "reproduce.py"})
     return Model(out)
 
 

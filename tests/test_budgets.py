@@ -6,12 +6,16 @@ import itertools
 import json
 import math
 import random
-import shutil
+from pathlib import Path
 
 import baselines
 import budgets
 import common
+import distil
+import estimate
+import evaluate
 import export_plan
+import heapr
 import hodgecover
 import model_io
 import nested
@@ -19,6 +23,7 @@ import pytest
 import rco
 import refit
 import torch
+import wanda
 from conftest import (KINDS, PROSE, QUICK, assert_refused, assert_survives_kills, contents, named, record, refuse, run,
                       with_tokenizer)
 from fake_device import Accelerator
@@ -68,13 +73,14 @@ def test_esap_is_a_mean_over_tokens():
 
 
 @settings(max_examples=40)
-@given(weights=st.lists(st.floats(0.01, 9), min_size=1, max_size=6), capacity=st.integers(1, 9), share=st.floats(0, 1))
-def test_shares_are_whole_and_sum_to_the_total(weights, capacity, share):
-    total = round(share * capacity * len(weights))
+@given(layers=st.lists(st.tuples(st.floats(0.01, 9), st.integers(1, 9)), min_size=1, max_size=6), share=st.floats(0, 1))
+def test_shares_are_whole_and_sum_to_the_total(layers, share):
+    weights, capacity = zip(*layers)
+    total = round(share * sum(capacity))
     shares = budgets.largest_remainder(weights, capacity, total)
-    assert sum(shares) == total and all(0 <= each <= capacity for each in shares)
+    assert sum(shares) == total and all(0 <= each <= most for each, most in zip(shares, capacity))
     wanted = [total * weight / sum(weights) for weight in weights]
-    if max(wanted) <= capacity - 1:  # none is in the way of another
+    if all(exact <= most - 1 for exact, most in zip(wanted, capacity)):  # none is in the way of another
         assert all(abs(each - exact) < 1 for each, exact in zip(shares, wanted))
         lower = [exact - each for each, exact in zip(shares, wanted)]
         assert max(lower) - min(lower) < 1 + 1e-9  # none with a smaller remainder was rounded up
@@ -94,20 +100,20 @@ def test_the_first_generation_has_the_twelve_shapes():
 
 
 @settings(max_examples=60)
-@given(seed=SEEDS, layers=st.integers(1, 6), capacity=st.integers(1, 7))
-def test_every_mutant_keeps_the_sum_and_the_capacity(seed, layers, capacity):
+@given(seed=SEEDS, capacity=st.lists(st.integers(1, 7), min_size=1, max_size=6))
+def test_every_mutant_keeps_the_sum_and_the_capacity(seed, capacity):
     rng = random.Random(seed)
-    budget = tuple(rng.randint(0, capacity) for _ in range(layers))
+    budget = tuple(rng.randint(0, most) for most in capacity)
     for _ in range(5):
         child = budgets.mutated(budget, capacity, rng)
-        assert sum(child) == sum(budget) and all(0 <= gone <= capacity for gone in child)
+        assert sum(child) == sum(budget) and all(0 <= gone <= most for gone, most in zip(child, capacity))
         moved = sum(abs(a - b) for a, b in zip(budget, child)) / 2
         assert moved <= budgets.MAX_MOVES * budgets.MAX_DELTA
         budget = child
 
 
 def test_mutants_are_various():
-    children = {budgets.mutated((8, 8, 8, 8), 16, random.Random(seed)) for seed in range(300)}
+    children = {budgets.mutated((8, 8, 8, 8), [16] * 4, random.Random(seed)) for seed in range(300)}
     moved = {sum(abs(gone - 8) for gone in child) // 2 for child in children}
     changed = {sum(gone != 8 for gone in child) for child in children}
     assert moved >= {1, 2, 3, 4, 5, 6, 7, 8} and changed - {0} == {2, 3, 4}
@@ -124,13 +130,19 @@ def test_the_search_finds_the_best_of_all_small_budgets(seed):
     def of(new):
         asked.extend(new)
         return [worth[budget] for budget in new]
-    found = list(budgets.evolve(budgets.remembered(of), 3, 3, 5, 12, seed))
+    found = list(budgets.evolve(budgets.remembered(of), [3] * 3, 5, 12, seed))
     values = [value for _, value in found]
     assert found[-1] == max(worth.items(), key=lambda item: item[1]) and len(values) == 12
     assert values == sorted(values) and len(asked) == len({*asked})
 
 
-def test_the_search_finds_the_best_of_all_in_a_model():
+def exported(model: Model, plans: dict[str, dict], out: Path) -> Model:
+    """The checkpoint of plans by layer name."""
+    common.export(model, plans, out, {})
+    return Model(out, model.dtype)
+
+
+def test_the_search_finds_the_best_of_all_in_a_model(tmp_path):
     """Exhaustively over the budgets of three layers of 8 experts, top-3, of which 12 of 24 stay; and what a budget is
     worth is what its plan's model gives."""
     model, ids = Model(named("olmoe-sharded")), some_ids(2)
@@ -138,26 +150,20 @@ def test_the_search_finds_the_best_of_all_in_a_model():
     of = budgets.remembered(budgets.esap_of(model, ids, orders))
     everything = [each for each in itertools.product(range(6), repeat=3) if sum(each) == 12]
     values = dict(zip(everything, of(everything)))
-    *_, (best, value) = budgets.evolve(of, 3, 5, 12, 3)
+    *_, (best, value) = budgets.evolve(of, [5] * 3, 12, 12, 3)
     assert value == max(values.values()) == values[best] and len({*values.values()}) == len(values) == 10
     base = reap_plans(model, ids, 4)
     plans = budgets.planned(model, base, orders, best, 4)
     assert [len(plan["survivors"]) for plan in plans.values()] == [8 - gone for gone in best]
-    logits = [each.logits(ids).softmax(-1) for each in (model, budgets.pruned(model, plans))]
+    logits = [each.logits(ids).softmax(-1) for each in (model, exported(model, plans, tmp_path / "out"))]
     assert value == pytest.approx(torch.minimum(*logits).sum(-1).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
-def test_in_memory_is_what_the_written_checkpoint_is(path, tmp_path):
-    """In every family: logits and all streams of a uniform plan, a multi-token head's among them; and the streams of
-    several budgets together are those of each alone, as masking the router's logits gives them."""
+def test_streams_of_several_budgets_are_those_of_each_alone(path):
+    """In every family, as masking the router's logits gives them."""
     model, ids = Model(path, torch.float64), some_ids()
     base = reap_plans(model, ids, 5)
-    out = tmp_path / "out"
-    model_io.write_checkpoint(model.checkpoint, out, {name: plan["survivors"] for name, plan in base.items()}, {})
-    written, memory = Model(out, torch.float64), budgets.pruned(model, base)
-    for one, other in zip(written.stream(ids), memory.stream(ids), strict=True):
-        assert torch.equal(one.y, other.y)
     orders = budgets.decoder_orders(model, base)
     layers = len(orders)
     assert layers == sum(index < model.config.num_layers for index in hodgecover.sparse_layers(model))
@@ -204,22 +210,6 @@ def test_a_layer_is_read_once_for_all_budgets_and_memory_splits_them(monkeypatch
     split = budgets.esap_of(model, ids, orders, memory=2 * 2 * ids.numel() * 32 * 4)
     read.clear()
     assert split(chosen) == found and read == [0, 1, 0, 1]
-
-
-def test_a_ragged_plan_is_refitted_in_memory(tmp_path):
-    """Each layer's error falls; the other experts' weights stay."""
-    shutil.copytree(named("qwen3-plain-tied"), tmp_path / "copy")
-    source, ids = Model(named("qwen3-plain-tied")), some_ids(8, 16)
-    orders = budgets.decoder_orders(source, reap_plans(source, ids, 4))
-    survivors = {name: sorted(order[:8 - gone]) for (name, order), gone in zip(orders.items(), (2, 5))}
-    output = common.Pruned(tmp_path / "copy", survivors)
-    before = common.compare(source, output, ids).kl
-    assert all(layer.after < layer.before for layer in refit.refit(source, output, ids))
-    assert common.compare(source, output, ids).kl < before
-    for index, name in enumerate(source.layer_names):
-        old, new = source.layer(index).experts.down, Model(tmp_path / "copy").layer(index).experts.down
-        same = [torch.equal(a, b) for a, b in zip(old, new)]
-        assert [e for e in range(8) if not same[e]] == survivors[name]
 
 
 # -------------------------------------------------------------------------------------------------------------- RCO
@@ -454,16 +444,10 @@ EVO, RCO, RAGGED = ["evo", "--generations", 2], ["rco", "--steps", 3], ["rco", "
 
 
 def test_every_family(family, tmp_path, quick, capsys):
-    """rco writes a checkpoint of ordinary layout that does what the plan does in memory, and whose plan can be exported
-    again; evo a plan alone."""
-    given_files, source, held_out = contents(family), Model(family), tmp_path / "held-out.txt"
-    held_out.write_text(PROSE[:200])
-    arguments = work(family, tmp_path, "rco", "--steps", 1)
-    assert run(budgets, *arguments, "--out", tmp_path / "out", "--eval", held_out) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("found: ")]
-    ids = model_io.sequences(source.encode([PROSE[:200]]), 16)
-    found = common.compare(source, Model(tmp_path / "out"), ids)
-    assert f"-> {found.output_perplexity:.2f}, KL(source || output) {found.kl:.4f} nats" in said[0]
+    """rco writes a checkpoint of ordinary layout, whose plan can be exported again; evo a ragged one."""
+    given_files, source = contents(family), Model(family)
+    assert run(budgets, *work(family, tmp_path, "rco", "--steps", 1), "--out", tmp_path / "out") == 0
+    assert f"output: {tmp_path / 'out'}" in capsys.readouterr().out
     layers = record(tmp_path / "out")["layers"]
     assert [layer["name"] for layer in layers] == [source.layer_names[i] for i in hodgecover.sparse_layers(source)]
     assert all(sorted(layer["order"][:4]) == layer["survivors"] and sorted(layer["order"]) == [*range(8)]
@@ -471,13 +455,13 @@ def test_every_family(family, tmp_path, quick, capsys):
     assert run(export_plan, family, tmp_path / "out" / "hodgecover.json", "--out", tmp_path / "again") == 0
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     check_ragged(family, tmp_path, "evo", "--generations", 1)
-    assert "no checkpoint holds it" in capsys.readouterr().out
+    assert "export_plan.py writes its checkpoint" in capsys.readouterr().out
     assert contents(family) == given_files and not [*tmp_path.glob("*-budgets")]
 
 
 def check_ragged(source, tmp_path, *search: object) -> None:
     """A search whose plan keeps 4 experts on average, the top-k at least, and 4 in a multi-token head."""
-    assert run(budgets, *work(source, tmp_path, *search), "--out", tmp_path / "plan.json") == 0
+    assert run(budgets, *work(source, tmp_path, *search), "--plan-only", "--out", tmp_path / "plan.json") == 0
     entry = json.loads((tmp_path / "plan.json").read_text())["history"][-1]
     decoder = [layer for layer in entry["layers"] if not layer["name"].startswith("mtp.")]
     assert sum(len(layer["survivors"]) for layer in decoder) == 4 * len(decoder)
@@ -492,24 +476,87 @@ def test_a_ragged_rco(name, tmp_path, quick):
     check_ragged(with_tokenizer(named(name), tmp_path / "source"), tmp_path, *RAGGED)
 
 
-def test_a_ragged_plan_is_refused_by_the_export(tmp_path, capsys, quick, monkeypatch):
-    source = with_tokenizer(named("olmoe-sharded"), tmp_path / "source")
+# ------------------------------------------------------------------------------------------------ ragged checkpoints
+
+@pytest.fixture
+def ragged(tmp_path, request) -> tuple[Path, Path]:
+    """A golden checkpoint, and what the budget (5, 4, 3, ...) of its layers makes of it; 4 in a multi-token head."""
+    source = with_tokenizer(request.param, tmp_path / "source")
     (tmp_path / "text.txt").write_text(PROSE)
-    monkeypatch.setattr(budgets, "evolve", lambda *_: [((5, 4, 3), 0.5)])
-    assert run(budgets, *work(source, tmp_path, *EVO), "--out", tmp_path / "plan.json") == 0
+    model = Model(source)
+    plans = reap_plans(model, some_ids(), 4)
+    for name, count in zip((name for name in plans if not name.startswith("mtp.")), (5, 4, 3, 6)):
+        plans[name]["survivors"] = sorted(plans[name]["order"][:count])
+    entry = hodgecover.plan_entry(model, plans, 4, hodgecover.Settings(), None)
+    common.export(model, plans, tmp_path / "ragged", entry)
+    return source, tmp_path / "ragged"
+
+
+@pytest.mark.parametrize("ragged", KINDS, ids=lambda path: path.name, indirect=True)
+def test_a_ragged_checkpoint(ragged):
+    """Its configuration tells each layer's number; kept tensors are the source's, byte for byte, and it is the model
+    whose router never takes the other experts."""
+    source, output = map(Model, ragged)
+    layers = [layer for layer in record(ragged[1])["layers"] if not layer["name"].startswith("mtp.")]
+    raw = json.loads((ragged[1] / "config.json").read_text())
+    own = (raw.get("text_config") or raw)["per_layer_config"]
+    assert {int(i): {*of.values()} for i, of in own.items()} == {
+        layer["layer"]: {len(layer["survivors"])} for layer in layers}
+    assert raw["auto_map"] and (ragged[1] / "modeling_per_layer.py").is_file()
+    assert [config.num_experts for config in output.layer_configs if config.sparse][:2] == [5, 4]
+    for layer in layers:
+        kept, whole = (model.layer(layer["layer"]) for model in (output, source))
+        assert torch.equal(kept.router, whole.router[layer["survivors"]])
+        assert all(torch.equal(a, b[layer["survivors"]]) for a, b in zip(kept.experts, whole.experts))
+    wide, orders = Model(ragged[1], torch.float64), {layer["name"]: layer["order"] for layer in layers}
+    budget = [len(layer["order"]) - len(layer["survivors"]) for layer in layers]
+    torch.testing.assert_close(wide.hidden(some_ids()), masked_router(source.checkpoint.path, orders, budget).hidden(
+        some_ids()), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("ragged", [named("qwen3_5-vision-mtp"), named("olmoe-sharded")], ids=str, indirect=True)
+def test_every_command_takes_a_ragged_checkpoint(ragged, tmp_path, quick, capsys):
+    """As its input and as its source. Those that keep all experts keep the layers' numbers, the others may end them."""
+    source, output = ragged
+    text = ["--calib", tmp_path / "text.txt", *QUICK]
+    layers = len(Model(output).layer_configs)
+
+    def counts(name: str) -> list[int]:
+        model = Model(tmp_path / name)
+        assert ("auto_map" in model.checkpoint.raw_config) == (tmp_path / name / "modeling_per_layer.py").is_file()
+        assert all(step.y.isfinite().all() for step in model.stream(some_ids()))
+        return [config.num_experts for config in model.layer_configs]
+    before = counts("ragged")
+    assert run(export_plan, source, output / "hodgecover.json", "--out", tmp_path / "again") == 0
+    assert contents(tmp_path / "again") == contents(output)
+    for name, command, options in (
+            ("wanda", wanda, [output, "--rate", 0.5, *text]), ("narrow", heapr, [output, "--width", 8, *text]),
+            ("refit", refit, [source, output, *text]), ("nested", nested, [output, *text]),
+            ("distil", distil, [source, output, *text]), ("layerwise", distil, [source, output, "--layerwise", *text]),
+            ("of narrow", refit, [output, tmp_path / "narrow", *text])):
+        assert run(command, *options, "--out", tmp_path / name) == 0
+        assert counts(name) == before
+    assert run(evaluate, source, output, "--text", tmp_path / "text.txt", "--seq-len", 32) == 0
+    assert run(estimate, output, "--keep", 3, *QUICK) == 0
+    for name, command, options in (("hodge", hodgecover, []), ("reap", baselines, ["--method", "reap"]),
+                                 ("merge", baselines, ["--method", "hc-smoe"])):
+        assert run(command, output, "--keep", 3, *options, *text, "--out", tmp_path / name) == 0
+        assert counts(name) == [3] * layers
+    assert run(nested, tmp_path / "nested", "--slice", "3,8", "--out", tmp_path / "slice") == 0
+    assert counts("slice") == [3] * layers
     capsys.readouterr()
-    for command, plan in ((export_plan, [tmp_path / "plan.json"]), (nested, ["--plan", tmp_path / "plan.json"])):
-        assert_refused(capsys, run(command, source, *plan, "--out", tmp_path / "out"),
-                       "all layers must keep the same number of experts; they keep 3, 4, 5")
+    assert_refused(capsys, run(hodgecover, output, "--keep", 4, *text, "--out", tmp_path / "no"), "--keep 4: must be")
+    assert_refused(capsys, run(budgets, output, "rco", "--keep", 3, *text, "--out", tmp_path / "no"), "rco takes one")
+    assert run(budgets, output, "evo", "--keep", 3, "--generations", 1, *text, "--out", tmp_path / "fewer") == 0
 
 
 @given(st.lists(st.floats(0, 10), min_size=2, max_size=3), st.integers(2, 16))
 def test_the_budget_of_barriers_is_near_the_best_for_its_loss(means, keep):
     """Among all budgets, of the sum of barriers over experts that stay: 16 experts a layer, 1 at least."""
-    assert budgets.barrier_budget([1.0, 4.0], 30, 2, 9) == (24, 18)
+    assert budgets.barrier_budget([1.0, 4.0], [30, 30], 2, 9) == (24, 18)
     def loss(kept) -> float:
         return sum(mean / count for mean, count in zip(means, kept))
-    kept = [16 - gone for gone in budgets.barrier_budget(means, 16, 1, keep)]
+    kept = [16 - gone for gone in budgets.barrier_budget(means, [16] * len(means), 1, keep)]
     assert sum(kept) == keep * len(means) and all(1 <= count <= 16 for count in kept)
     every = itertools.product(range(1, 17), repeat=len(means))
     assert loss(kept) <= 1.1 * min(loss(budget) for budget in every if sum(budget) == sum(kept)) + 1e-12
@@ -519,9 +566,9 @@ def test_a_budget_by_barriers(small, tmp_path, capsys):
     """Of a plan of hodgecover.py: its order, and as many experts as its mean barriers say."""
     text, plan, out = ["--calib", tmp_path / "text.txt", *QUICK], tmp_path / "plan.json", tmp_path / "ragged.json"
     assert run(hodgecover, small, "--keep", 5, "--plan-only", *text, "--out", plan) == 0
-    assert run(budgets, small, "barriers", "--keep", 4, "--plan", plan, "--out", out) == 0
+    assert run(budgets, small, "barriers", "--keep", 4, "--plan", plan, "--plan-only", "--out", out) == 0
     given, found = (json.loads(path.read_text())["history"][-1] for path in (plan, out))
-    gone = budgets.barrier_budget([layer["diagnostics"]["mean_barrier"] for layer in given["layers"]], 8, 3, 4)
+    gone = budgets.barrier_budget([layer["diagnostics"]["mean_barrier"] for layer in given["layers"]], [8, 8], 3, 4)
     for layer, ranked, count in zip(found["layers"], given["layers"], gone):
         assert layer["order"] == ranked["order"] and layer["survivors"] == sorted(layer["order"][:8 - count])
     assert found["settings"]["plan_sha256"] == hashlib.sha256(plan.read_bytes()).hexdigest()
@@ -545,16 +592,11 @@ def test_the_order_of_a_plan(small, tmp_path, quick, capsys):
     text = ["--calib", tmp_path / "text.txt", *QUICK]
     assert run(baselines, small, "--keep", 6, "--method", "random", *text, "--out", tmp_path / "few") == 0
     orders = {layer["name"]: layer["order"] for layer in record(tmp_path / "few")["layers"]}
-    assert run(budgets, *work(small, tmp_path, *EVO), "--plan", tmp_path / "few" / "hodgecover.json", "--eval",
-               tmp_path / "text.txt", "--out", tmp_path / "plan.json") == 0
+    assert run(budgets, *work(small, tmp_path, *EVO), "--plan", tmp_path / "few" / "hodgecover.json", "--plan-only",
+               "--out", tmp_path / "plan.json") == 0
     for layer in json.loads((tmp_path / "plan.json").read_text())["history"][-1]["layers"]:
         assert layer["order"] == orders[layer["name"]]
         assert layer["survivors"] == sorted(layer["order"][:len(layer["survivors"])])
-    said = capsys.readouterr().out
-    source = Model(small)
-    uniform = common.Pruned(small, {name: sorted(order[:4]) for name, order in orders.items()})
-    kl = common.compare(source, uniform, model_io.sequences(source.encode([PROSE]), 16)).kl
-    assert "fixed order, uniform: perplexity" in said and f"KL(source || output) {kl:.4f}" in said
 
 
 @pytest.mark.parametrize("search", [EVO, RCO, RAGGED], ids=["evo", "rco", "ragged"])
@@ -600,8 +642,8 @@ def test_on_another_device(search, small, tmp_path, quick):
 
 
 @pytest.mark.parametrize("options, says", [
-    (["evo", "--keep", 2], "--keep 2: must be from 3 to 8"), (["rco", "--keep", 9], "--keep 9: must be from 3 to 8"),
-    (["rco", "--keep", 8], "--keep 8: no expert would go"), (["both", "--keep", 4], "invalid choice"),
+    (["evo", "--keep", 2], "--keep 2: must be from 3, the"), (["rco", "--keep", 9], "--keep 9: must be from 3, the"),
+    (["rco", "--keep", 8], "--keep 8: must be from 3, the experts of a token, to 7"), (["both", "--keep", 4], "invalid choice"),
     (["evo"], "required: --keep"), (["evo", "--keep", 4, "--steps", 9], "--steps: evo does not use it"),
     (["evo", "--keep", 4, "--ragged"], "--ragged: evo does not use it"),
     (["rco", "--keep", 4, "--generations", 9], "--generations: rco does not use it"),
@@ -611,13 +653,12 @@ def test_on_another_device(search, small, tmp_path, quick):
     (["rco", "--keep", 4, "--tokens", 1], "--tokens 1: must be"),
     (["barriers", "--keep", 4], "--plan: missing; barriers are read from a plan"),
     (["barriers", "--keep", 4, "--plan", "x", "--tokens", 64], "--tokens: barriers does not use it"),
-    (["barriers", "--keep", 4, "--plan", "x", "--seq-len", 7], "--seq-len: barriers without --eval does not use it"),
+    (["barriers", "--keep", 4, "--plan", "x", "--seq-len", 7], "--seq-len: barriers does not use it"),
     (["evo", "--keep", 4, "--plan", "nowhere"], "nowhere: cannot be read"),
-    (["evo", "--keep", 4, "--eval", "nowhere"], "nowhere: cannot be read"),
     (["rco", "--keep", 4, "--out", "SMALL/out"], "lies in the checkpoint"),
     (["evo", "--keep", 4, "--out", "TEXT"], "exists and is not an empty folder"),
-    (["evo", "--keep", 4, "--out", "EMPTY"], "a plan is a file in a folder that is there"),
-    (["rco", "--keep", 4, "--ragged", "--out", "EMPTY/a/b"], "a plan is a file in a folder that is there"),
+    (["evo", "--keep", 4, "--plan-only", "--out", "EMPTY"], "a plan is a file in a folder that is there"),
+    (["rco", "--keep", 4, "--plan-only", "--out", "EMPTY/a/b"], "a plan is a file in a folder that is there"),
     (["rco", "--keep", 4, "--seed", -1], "--seed -1: must be")])
 def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkeypatch, options, says):
     monkeypatch.setattr(Model, "layer", refuse)
