@@ -270,12 +270,9 @@ def made(cache: Path, *patterns: str) -> Iterator[None]:
 # -------------------------------------------------------------------------------- the tensors of a checkpoint, changed
 
 
-# model type -> the classes of transformers that read it, of text alone, and of images and text
-TRANSFORMERS = {"olmoe": ("OlmoeForCausalLM", None), "qwen2_moe": ("Qwen2MoeForCausalLM", None),
-                "qwen3_moe": ("Qwen3MoeForCausalLM", None), "qwen3_next": ("Qwen3NextForCausalLM", None),
-                "qwen3_vl_moe": (None, "Qwen3VLMoeForConditionalGeneration"),
-                "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
-                "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", None)}
+TRANSFORMERS = {"olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+                "qwen3_next": "Qwen3NextForCausalLM", "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+                "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
 EXPERT = re.compile(r"(?P<layer>.+)\.mlp\.(?:experts\.(?:(?P<expert>\d+)\.)?|(?P<shared>shared_expert)\.)"
                     r"(?P<part>gate|up|gate_up|down)_proj(?:\.weight)?")
 
@@ -329,9 +326,9 @@ def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[in
 
 
 def auto_map(raw: dict) -> dict[str, str]:
-    """The classes of MODELING by which transformers opens a checkpoint of the object of config.json."""
-    autos = zip(("AutoModelForCausalLM", "AutoModelForImageTextToText"), TRANSFORMERS[raw["model_type"]])
-    return {auto: f"{model_io.MODELING}.{name}" for auto, name in autos if name}
+    """The class of MODELING by which transformers opens a checkpoint of the object of config.json."""
+    autos = ["AutoModelForCausalLM"] + ["AutoModelForImageTextToText"] * ("text_config" in raw)
+    return dict.fromkeys(autos, f"{model_io.MODELING}.{TRANSFORMERS[raw['model_type']]}")
 
 
 def export(model: Model, plans: dict[str, dict], out: Path, entry: dict) -> None:

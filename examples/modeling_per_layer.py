@@ -23,9 +23,9 @@ def of_layer(config, index):
 
 
 class PerLayer:
+    _auto_class = "AutoModelForCausalLM"  # so that save_pretrained copies this file
+
     def __init__(self, config):
-        if not isinstance(config, self.config_class):  # of a model of images and text
-            config = config.get_text_config()
         text = config.get_text_config()
         text.allow_global_per_layer_attribute_access = True  # the stock class reads one num_experts for all layers
         super().__init__(config)
