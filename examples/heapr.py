@@ -245,11 +245,12 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
 
     def edit(matrix: torch.Tensor, row: int, match: re.Match) -> torch.Tensor:
         own = kept[match["layer"]][row if match["expert"] is None else int(match["expert"])]
-        return narrowed(matrix, own, match["part"])
+        return model.turned(match[0], narrowed(model.turned(match[0], matrix), own, match["part"]))
     routed = {name: match for name, match in common.expert_matrices(checkpoint).items() if not match["shared"]}
     edits, shapes = {name: partial(edit, match=match) for name, match in routed.items()}, {}
     for name, match in routed.items():
-        shapes[name], axis = [*checkpoint.tensors[name].shape], -1 if match["part"] == "down" else -2
+        down, turned = match["part"] == "down", name in model.transposed
+        shapes[name], axis = [*checkpoint.tensors[name].shape], -2 + (down != turned)
         shapes[name][axis] = shapes[name][axis] // model.config.expert_width * width
         if match["expert"] is None:
             shapes[name][0] = len(experts[match["layer"]])
@@ -277,6 +278,9 @@ def choose_width(model: Model, rate: float | None = None, width: int | None = No
             raise InputError(f"rate {rate}: no hidden unit of {cfg.expert_width} would stay; must be lower")
     if not 1 <= width <= cfg.expert_width:
         raise InputError(f"width {width}: must be from 1 to {cfg.expert_width}, the width of the experts")
+    if model.transposed and cfg.hidden_size in (width, 2 * width):
+        raise InputError(f"width {width}: transposed experts that are square are read as others by transformers; take "
+                         "another width")
     common.warn_of_width(width)
     return width
 
