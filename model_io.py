@@ -92,7 +92,7 @@ class Config:
     eos_token_id: int | None
     max_positions: int | None = None  # tokens of a sequence that it is made for
     clip_qkv: float | None = None  # OLMoE
-    linear_key_heads: int = 0  # Qwen3.5, Gated DeltaNet
+    linear_key_heads: int = 0  # Qwen3-Next and Qwen3.5, Gated DeltaNet
     linear_key_head_dim: int = 0
     linear_value_heads: int = 0
     linear_value_head_dim: int = 0
@@ -207,9 +207,9 @@ def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
 
 
 def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen: biases on q, k, v in Qwen2; q/k norms per head since Qwen3; in Qwen3.5 Gated DeltaNet in most layers, and
-    in the others a gate beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed ->
-    (B, L, d)."""
+    """Qwen: biases on q, k, v in Qwen2; q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers,
+    and in the others a gate beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed
+    -> (B, L, d)."""
     if "linear_attn.A_log" in w:
         return gated_delta_net(x, w, cfg)
     query, key, value = (linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (count, -1))
@@ -228,7 +228,8 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     """Gated DeltaNet (arXiv 2412.06464), with a short causal convolution over q, k and v. x (B, L, d) -> (B, L, d)."""
     wide = widened(x.dtype)
     kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
-    mixed = functional.pad(linear(x, w, "linear_attn.in_proj_qkv").transpose(1, 2), (kernel.shape[-1] - 1, 0))
+    qkv, z, b, a = delta_net_inputs(x, w, cfg)
+    mixed = functional.pad(qkv.transpose(1, 2), (kernel.shape[-1] - 1, 0))
     mixed = functional.silu(functional.conv1d(mixed, kernel, groups=len(kernel))).transpose(1, 2)
     key_dim = cfg.linear_key_heads * cfg.linear_key_head_dim
     query, key, value = mixed.split((key_dim, key_dim, mixed.shape[-1] - 2 * key_dim), dim=-1)
@@ -240,13 +241,25 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
         return part.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
     query = key_heads(query) * cfg.linear_key_head_dim ** -0.5
     value = value.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
-    step_size = functional.softplus(linear(x, w, "linear_attn.in_proj_a").to(wide) + w["linear_attn.dt_bias"])
+    step_size = functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
     log_decay = -w["linear_attn.A_log"].exp() * step_size
-    beta = linear(x, w, "linear_attn.in_proj_b").sigmoid().to(wide)
-    out = chunked_gated_delta_rule(query, key_heads(key), value, log_decay, beta).to(x.dtype)
-    gate = linear(x, w, "linear_attn.in_proj_z").unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
+    out = chunked_gated_delta_rule(query, key_heads(key), value, log_decay, b.sigmoid().to(wide)).to(x.dtype)
+    gate = z.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
     out = rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * functional.silu(gate)
     return linear(out.to(x.dtype).flatten(2), w, "linear_attn.out_proj")
+
+
+def delta_net_inputs(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> list[torch.Tensor]:
+    """Return q, k and v side by side, z, b and a of x (B, L, d), each (B, L, its width). Qwen3.5 has a matrix for each;
+    Qwen3-Next has two in all, whose rows are sorted by key head."""
+    if not FAMILIES[cfg.model_type].by_key_head:
+        return [linear(x, w, f"linear_attn.in_proj_{part}") for part in ("qkv", "z", "b", "a")]
+    qkvz, ba = (linear(x, w, f"linear_attn.in_proj_{part}").unflatten(-1, (cfg.linear_key_heads, -1))
+                for part in ("qkvz", "ba"))
+    key = cfg.linear_key_head_dim
+    value = qkvz.shape[-1] // 2 - key  # of the value heads that share the key head
+    *qkv, z = (part.flatten(2) for part in qkvz.split((key, key, value, value), dim=-1))
+    return [torch.cat(qkv, dim=-1), z, *(part.flatten(2) for part in ba.chunk(2, dim=-1))]
 
 
 def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
@@ -336,11 +349,15 @@ class Family(NamedTuple):
     """What differs between model families."""
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]  # token mixer of x (B, L, d)
     rms_norm_eps: float = 1e-6  # unless config.json has it
+    rope_theta: float = 10000.0  # likewise
+    norm_topk_prob: bool = False  # likewise
     partial_rotary_factor: float | None = None  # likewise; None: the whole head rotates, whatever config.json says
     always_renormalised: bool = False  # the gates, whatever norm_topk_prob says
     norms_less_1: bool = False  # norm weights are stored less 1
     head_norms: bool = True  # of Qwen's queries and keys
     gated_query: bool = False  # in full attention
+    by_key_head: bool = False  # the recurrence has two projections, with rows sorted so, rather than four
+    may_be_transposed: bool = False  # fused experts: (n, d, 2 f) and (n, f, d)
     shared_expert: bool = False  # in every sparse layer
     dense: bool = False  # no layer has experts
     dense_layers: bool = False  # some layers have none, by mlp_only_layers and decoder_sparse_step
@@ -352,7 +369,13 @@ QWEN3_5 = Family(qwen_attention, partial_rotary_factor=0.25, always_renormalised
 FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
             "qwen2_moe": Family(qwen_attention, head_norms=False, shared_expert=True, dense_layers=True),
             "qwen3": Family(qwen_attention, dense=True), "qwen3_moe": Family(qwen_attention, dense_layers=True),
+            "qwen3_vl_moe": Family(qwen_attention, rope_theta=500000.0, always_renormalised=True,
+                                   may_be_transposed=True, dense_layers=True),
+            "qwen3_next": QWEN3_5._replace(always_renormalised=False, norm_topk_prob=True, by_key_head=True,
+                                           dense_layers=True),
             "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
+REFUSED = {"qwen3_omni_moe": "two models with experts in one checkpoint, a thinker and a talker",
+           "flex_olmo": "a norm after the experts: their outputs do not add up in the stream"}
 
 
 # -------------------------------------------------------------------------------------- the model that streams
@@ -382,9 +405,10 @@ class Model:
     dtype : of activations and products (norms and the router's softmax stay in float32 or better)
     device : holds weights and activations while they are in use
 
-    Attributes: `checkpoint`, `config`, `dtype`, `device`, and by layer, first those of the decoder, then those of a
-    multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`. Raises InputError if the
-    checkpoint is missing, malformed or of an unsupported type.
+    Attributes: `checkpoint`, `config`, `dtype`, `device`; by layer, first those of the decoder, then those of a
+    multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`; `transposed`, the names
+    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or of an
+    unsupported type.
     """
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
@@ -400,7 +424,8 @@ class Model:
         self.layer_names = find_layers(self.checkpoint.path, names, self.prefix, self.config)
         self.layer_configs = [self.config.of_layer(i) if i < self.config.num_layers else self.config
                               for i in range(len(self.layer_names))]
-        check_tensors(self.checkpoint.path, names, self.prefix, dict(zip(self.layer_names, self.layer_configs)))
+        self.transposed = check_tensors(self.checkpoint.path, names, self.prefix,
+                                        dict(zip(self.layer_names, self.layer_configs)))
         self._embedding = f"{self.prefix}embed_tokens.weight"
         tied = self.config.tie_word_embeddings and "lm_head.weight" not in names  # a head that is stored counts
         self._head = self._embedding if tied else "lm_head.weight"
@@ -439,7 +464,8 @@ class Model:
                             for shape in ((f, d), (f, d), (d, f))))
         for e, own in enumerate(zip(*experts)):
             if f"{prefix}gate_up_proj" in tensors:
-                parts = *load(f"{prefix}gate_up_proj", e).chunk(2), load(f"{prefix}down_proj", e)
+                parts = [self.turned(prefix + name, load(prefix + name, e)) for name in ("gate_up_proj", "down_proj")]
+                parts = *parts[0].chunk(2), parts[1]
             else:
                 parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
             for weight, part in zip(own, parts):
@@ -447,6 +473,11 @@ class Model:
                     raise InputError(f"{self.checkpoint.path}: expert {e} of {layer} has NaN or infinity in it")
                 weight.copy_(part)
         return experts
+
+    def turned(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """Return an expert's matrix, or a stack of them, transposed if the tensor `name` is stored so: from the file's
+        layout to that of `Experts`, and back."""
+        return matrix.mT if name in self.transposed else matrix
 
     def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
         """Return the embeddings (B, L, d) of ids (B, L), the residual stream before the first layer, in a tensor that
@@ -719,11 +750,11 @@ class Checkpoint:
 
 def value_of(text: dict, key: str, kind: type, default: float | None = None):
     """Return text[key], or default if absent or null. Raises InputError if there is neither, if the value is not of the
-    `kind`, and for a number that is not above 0 and finite, a whole one below 2^31."""
+    `kind`, and for a number that is not above 0, below 2^31 if it is whole, else below 3e38."""
     value = text.get(key) if text.get(key) is not None else default
     if value is None:
         raise InputError(f"config.json: the key {key!r} is missing")
-    fits = kind is bool or isinstance(value, (int, kind)) and 0 < value < (2**31 if kind is int else math.inf)
+    fits = kind is bool or isinstance(value, (int, kind)) and 0 < value < (2**31 if kind is int else 3e38)
     if fits and isinstance(value, bool) == (kind is bool):
         return value
     what = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
@@ -735,8 +766,9 @@ def read_config(raw: dict) -> Config:
     Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind."""
     family = FAMILIES.get(str(raw.get("model_type")))
     if not family:
-        raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported; "
-                         f"supported: {', '.join(FAMILIES)}")
+        why = REFUSED.get(str(raw.get("model_type")))
+        raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported"
+                         f"{f' ({why})' if why else ''}; supported: {', '.join(FAMILIES)}")
     text = raw.get("text_config") or raw
     rope = isinstance(text, dict) and (text.get("rope_scaling") or text.get("rope_parameters") or {})
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -764,12 +796,13 @@ def read_config(raw: dict) -> Config:
     config = Config(
         model_type=raw["model_type"], vocab_size=whole("vocab_size"), hidden_size=whole("hidden_size"),
         num_layers=whole("num_hidden_layers"), num_heads=num_heads, head_dim=head_dim, rotary_dim=rotary_dim,
-        num_kv_heads=whole("num_key_value_heads", default=num_heads), rope_theta=number("rope_theta", default=10000.0),
+        num_kv_heads=whole("num_key_value_heads", default=num_heads),
+        rope_theta=number("rope_theta", default=family.rope_theta),
         rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps), clip_qkv=optional("clip_qkv", float),
         num_experts=of_experts(expert_count_keys(text)[0]), expert_width=of_experts(expert_width_key(raw)),
         top_k=of_experts("num_experts_per_tok"), dense_width=optional("intermediate_size", int),
         shared_width=optional("shared_expert_intermediate_size", int),
-        norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, False),
+        norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, family.norm_topk_prob),
         tie_word_embeddings=any(value_of(each, "tie_word_embeddings", bool, False) for each in (raw, text)),
         eos_token_id=(eos or [None])[0] if isinstance(eos, list) else eos,
         max_positions=optional("max_position_embeddings", int),
@@ -875,10 +908,12 @@ def mixer_shapes(cfg: Config) -> dict[str, list[int]]:
     if cfg.recurrent:
         value_heads = cfg.linear_value_heads
         key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, value_heads * cfg.linear_value_head_dim
-        return {"linear_attn.in_proj_qkv": [2 * key + value, d], "linear_attn.in_proj_z": [value, d],
-                "linear_attn.in_proj_a": [value_heads, d], "linear_attn.in_proj_b": [value_heads, d],
-                "linear_attn.conv1d": [2 * key + value, 1, cfg.linear_conv_width],
-                "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, value]}
+        projections = {"qkv": 2 * key + value, "z": value, "a": value_heads, "b": value_heads}
+        if family.by_key_head:
+            projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * value_heads}
+        return {f"linear_attn.in_proj_{part}": [rows, d] for part, rows in projections.items()} \
+            | {"linear_attn.conv1d": [2 * key + value, 1, cfg.linear_conv_width],
+               "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, value]}
     query, key = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     norms = [cfg.head_dim] * 2 if family.attention is qwen_attention else [query, key]
     return {"self_attn.q_proj": [query * (1 + family.gated_query), d], "self_attn.k_proj": [key, d],
@@ -910,10 +945,10 @@ def layer_shapes(cfg: Config, fused: bool) -> dict[str, list[int | None]]:
     return shapes
 
 
-def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layers: dict[str, Config]) -> None:
+def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layers: dict[str, Config]) -> set[str]:
     """Raise InputError if a tensor that the model reads is missing, of no floating-point type, or of a shape that
     does not follow from config.json, and if a layer has one that it does not ask for. `layers` : name -> its Config.
-    Reads no weight."""
+    Return the names of fused experts that are stored transposed. Reads no weight."""
     def check(name: str, shape: list[int | None]) -> None:
         info = tensors.get(name)
         for wrong, says in (
@@ -933,15 +968,20 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
     if any(layer.startswith("mtp.") for layer in layers):
         expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d], "mtp.pre_fc_norm_embedding.weight": [d],
                      "mtp.pre_fc_norm_hidden.weight": [d]}
-    stored = {layer: set() for layer in layers}
-    for name in tensors:
+    stored, transposed = {layer: {} for layer in layers}, set()
+    for name, info in tensors.items():
         layer = re.match(r"(.*?layers\.\d+)\.(.*)", name)
         if layer and layer[1] in stored:
-            stored[layer[1]].add(layer[2])
+            stored[layer[1]][layer[2]] = info.shape
     for layer, names in stored.items():
         if layers[layer].sparse:  # before a stranger's number of experts is counted up to
             check(f"{layer}.mlp.gate.weight", [layers[layer].num_experts, d])
         shapes = layer_shapes(layers[layer], "mlp.experts.gate_up_proj" in names)
+        turned = {name: [shape[0], *shape[:0:-1]] for name, shape in shapes.items() if ".experts." in name}
+        if FAMILIES[cfg.model_type].may_be_transposed and any(
+                names.get(name) == shape != shapes[name] for name, shape in turned.items()):
+            shapes |= turned
+            transposed |= {f"{layer}.{name}" for name in turned}
         expected |= {f"{layer}.{name}": shape for name, shape in shapes.items()}
     for name, shape in expected.items():
         check(name, shape)
@@ -949,6 +989,7 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
             if re.match(r"(mlp|self_attn|linear_attn)\.(?!rotary_emb)", name)}
     for name in sorted(more - expected.keys()):
         raise InputError(f"{path}: {name} is none of the tensors that config.json asks for")
+    return transposed
 
 
 # -------------------------------------------------------------------------------------------------------- text

@@ -351,7 +351,7 @@ def overwrite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, row: int 
 def store(model: Model, layer: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Write weights of a layer, by their name in `Layer.weights`, over those in the checkpoint's files: the router as
     `mlp.gate.weight`, the experts' as `mlp.experts.gate`, `.up` (these two together) and `.down`, stacked. Return what
-    is stored, by the tensors' names. Raises InputError if one overflows the type that it is stored in."""
+    is stored, by the tensors' names, not transposed. Raises InputError if one overflows the type of its file."""
     weights, checkpoint = dict(weights), model.checkpoint
     stacks = {part: weights.pop(f"mlp.experts.{part}") for part in Experts._fields if f"mlp.experts.{part}" in weights}
     if f"{layer}.mlp.experts.gate_up_proj" in checkpoint.tensors:
@@ -368,7 +368,7 @@ def store(model: Model, layer: str, weights: dict[str, torch.Tensor]) -> dict[st
         stored[name] = (weight - int(model._less_1(name))).to(DTYPES[checkpoint.tensors[name].dtype])
         if not stored[name].isfinite().all():
             raise InputError(f"{name}: its new weights overflow {stored[name].dtype}")
-        overwrite(checkpoint, name, stored[name])
+        overwrite(checkpoint, name, model.turned(name, stored[name]))
     return stored
 
 

@@ -246,12 +246,13 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
 
     def edit(matrix: torch.Tensor, row: int, match: re.Match) -> torch.Tensor:
         own = kept[match["layer"]][row if match["expert"] is None else int(match["expert"])]
-        return narrowed(matrix, own, match["part"])
+        return model.turned(match[0], narrowed(model.turned(match[0], matrix), own, match["part"]))
     routed = {name: match for name, match in common.expert_matrices(checkpoint).items() if not match["shared"]}
     widths = {name: config.expert_width for name, config in zip(model.layer_names, model.layer_configs)}
     edits, shapes = {name: partial(edit, match=match) for name, match in routed.items()}, {}
     for name, match in routed.items():
-        shapes[name], axis = [*checkpoint.tensors[name].shape], -1 if match["part"] == "down" else -2
+        down, turned = match["part"] == "down", name in model.transposed
+        shapes[name], axis = [*checkpoint.tensors[name].shape], -2 + (down != turned)
         shapes[name][axis] = shapes[name][axis] // widths[match["layer"]] * width
         if match["expert"] is None:
             shapes[name][0] = len(experts[match["layer"]])
@@ -263,8 +264,8 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
 
 
 def choose_width(model: Model, rate: float | None = None, width: int | None = None) -> int:
-    """Return the width that stays: `width`, or (1 - rate) f, rounded as above, f the least of the layers'; warn if it is
-    no multiple of 8. Raises InputError if it is not from 1 to f, and for a dense model."""
+    """Return the width that stays: `width`, or (1 - rate) f, rounded as above, f the layers' least; warn if it is no
+    multiple of 8. Raises InputError if it is not from 1 to f, and for a dense model."""
     most = min(model.layer_configs[index].expert_width for index in hodgecover.sparse_layers(model))
     if rate is not None:
         hodgecover.check_range("rate", rate, 0, 1)
@@ -275,6 +276,9 @@ def choose_width(model: Model, rate: float | None = None, width: int | None = No
             raise InputError(f"rate {rate}: no hidden unit of {most} would stay; must be lower")
     if not 1 <= width <= most:
         raise InputError(f"width {width}: must be from 1 to {most}, the width of the experts")
+    if model.transposed and model.config.hidden_size in (width, 2 * width):
+        raise InputError(f"width {width}: transposed experts that are square are read as others by transformers; take "
+                         "another width")
     common.warn_of_width(width)
     return width
 

@@ -48,7 +48,7 @@ def keep_largest(weight: torch.Tensor, norms: torch.Tensor, kept: int, group: in
     tensor([[ True, False,  True]])
     """
     score = weight.abs().double() * (norms.double() if norms.any() else 1.0)
-    score = score.view(-1, group or score.shape[1])
+    score = score.reshape(-1, group or score.shape[1])
     least = score.sort(dim=1, stable=True).indices[:, :score.shape[1] - kept]
     return torch.ones_like(score, dtype=torch.bool).scatter(1, least, False).view(weight.shape)
 
@@ -103,9 +103,9 @@ def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = l
         if step.gates is not None:
             norms = activation_norms(step)
             for name, row, inputs in matrices_of_layer(model.checkpoint, step.name, norms):
-                weight = model.checkpoint.load(name, row)
+                weight = model.turned(name, model.checkpoint.load(name, row))
                 kept = mask(weight, inputs)
-                common.overwrite(model.checkpoint, name, weight.masked_fill(~kept, 0), row)
+                common.overwrite(model.checkpoint, name, model.turned(name, weight.masked_fill(~kept, 0)), row)
                 pruned += kept.logical_not().sum().item()
             step.y.copy_(common.rerun(model, step).y)  # the next layer reads what the pruned one gives
         tick((step.index + 1) / len(model.layer_names))
@@ -138,7 +138,8 @@ def rate_of_rest(total_rate: float, before: int, after: int) -> float:
 def check_groups(model: Model, kept: int, group: int) -> None:
     """Raise InputError if not N < M, or M does not divide the width of every expert's matrices."""
     tensors = model.checkpoint.tensors
-    widths = {tensors[name].shape[-1] for name in common.expert_matrices(model.checkpoint)}
+    widths = {tensors[name].shape[-2 if name in model.transposed else -1]
+              for name in common.expert_matrices(model.checkpoint)}
     if not 0 < kept < group or any(width % group for width in widths):
         raise InputError(f"nm {kept}:{group}: N must be below M, and M divide the width of every expert's matrices, "
                          f"{', '.join(map(str, sorted(widths)))}")

@@ -30,7 +30,8 @@ def named(name: str) -> Path:
 DENSE = [named("dense-qwen3"), named("dense-qwen3-tied")]  # no layer has experts
 GOLDEN = sorted({path for path in named("").iterdir() if path.is_dir()} - {*DENSE})
 KINDS = [named("olmoe-sharded"), named("olmoe-gqa-clip"), named("qwen2-dense-between"),  # shared expert
-         named("qwen3-plain-tied"), named("qwen3_5-vision-mtp")]  # the last: fused experts, Gated DeltaNet
+         named("qwen3-plain-tied"), named("qwen3_5-vision-mtp"),  # the last: fused experts, Gated DeltaNet
+         named("qwen3_next-tied-mtp"), named("qwen3_vl-published")]  # the last: transposed experts
 PROSE = "All work and no play makes an expert dull. " * 40
 QUICK = ["--tokens", "64", "--seq-len", "32", "--dtype", "float32"]  # a small calibration, the same on any machine
 

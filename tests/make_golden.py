@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Make tests/golden: small random checkpoints and the logits that transformers computes for them.
 
-    pip install transformers && python tests/make_golden.py
+    pip install transformers && python tests/make_golden.py [NAME ...]
 
-Each folder holds the checkpoint as transformers saves it, and golden.safetensors with `ids` (B, L) and `logits`
-(B, L, V), for a checkpoint with a multi-token prediction head also `mtp_logits` (B, L - 1, V). One-dimensional
-parameters are shaken, so that a norm or a bias left out would show.
+Each folder holds the checkpoint as transformers saves it (a `published` one: as it reads it), and golden.safetensors
+with `ids` (B, L) and `logits` (B, L, V), for a checkpoint with a multi-token prediction head also `mtp_logits`
+(B, L - 1, V). One-dimensional parameters are shaken, so that a norm or a bias left out would show.
 """
 import json
 import shutil
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 try:
     import transformers
@@ -36,8 +36,15 @@ QWEN3_5 = SMALL | dict(
     rms_norm_eps=1e-3,  # at 1e-6 the norm after the recurrence amplifies float32 rounding to 1e-4 of a logit
     rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5,
                      "mrope_interleaved": True, "mrope_section": [2, 1, 1]})
+QWEN3_NEXT = QWEN3_5 | dict(
+    hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_hidden_layers=2, intermediate_size=24,
+    moe_intermediate_size=8, layer_types=["linear_attention", "full_attention"],
+    rope_parameters={"rope_type": "default", "rope_theta": 1000.0})
+QWEN3_VL = QWEN3 | dict(moe_intermediate_size=8, rope_parameters={
+    "rope_type": "default", "rope_theta": 700.0, "mrope_interleaved": True, "mrope_section": [2, 2, 2]})
 VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4,
               spatial_merge_size=1, temporal_patch_size=1, num_position_embeddings=4)
+QWEN3_VL_VISION = VISION | dict(hidden_size=8, intermediate_size=8, deepstack_visual_indexes=[0])
 CASES = {
     "olmoe-plain": (transformers.OlmoeConfig, OLMOE, {}),
     "olmoe-gqa-clip": (transformers.OlmoeConfig, OLMOE | dict(
@@ -59,6 +66,15 @@ CASES = {
     "qwen3_5-vision-mtp": (transformers.Qwen3_5MoeConfig, dict(
         text_config=QWEN3_5 | dict(mtp_num_hidden_layers=1, layer_types=["linear_attention", "full_attention"] * 2),
         vision_config=VISION), {"max_shard_size": "100KB", "save_original_format": False}),
+    "qwen3_next-dense-first": (transformers.Qwen3NextConfig, QWEN3_NEXT | dict(
+        norm_topk_prob=False, mlp_only_layers=[0]), {}),
+    "qwen3_next-tied-mtp": (transformers.Qwen3NextConfig, QWEN3_NEXT | dict(
+        tie_word_embeddings=True, linear_num_value_heads=6, rope_parameters={
+            "rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}), {"max_shard_size": "40KB"}),
+    "qwen3_vl-resaved": (transformers.Qwen3VLMoeConfig, dict(
+        text_config=QWEN3_VL | dict(mlp_only_layers=[0], attention_bias=True), vision_config=QWEN3_VL_VISION), {}),
+    "qwen3_vl-published": (transformers.Qwen3VLMoeConfig, dict(
+        text_config=QWEN3_VL, vision_config=QWEN3_VL_VISION, tie_word_embeddings=True), {"max_shard_size": "80KB"}),
 }
 
 
@@ -105,6 +121,15 @@ def add_mtp(model: torch.nn.Module, path: Path, ids: torch.Tensor) -> dict[str, 
     return {"mtp_logits": mtp._project_to_logits(drafted).contiguous()}
 
 
+def transpose_experts(path: Path) -> None:
+    """Store the fused experts transposed, as Qwen3-VL is published; transformers 5 reads both layouts, and saves the
+    other one."""
+    for file in path.glob("model*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor
+                   for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
 @torch.no_grad()
 def make(name: str, config_class: type, options: dict, save: dict) -> None:
     """Make a checkpoint folder with its golden logits."""
@@ -113,12 +138,16 @@ def make(name: str, config_class: type, options: dict, save: dict) -> None:
     auto = AutoModelForImageTextToText if "vision_config" in options else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32).eval()
     shake(model)
-    ids = torch.randint(SMALL["vocab_size"], (2, 70 if "qwen3_5" in name else 24))
+    shape = {"qwen3_5": (2, 70), "qwen3_next": (1, 66)}.get(name.partition("-")[0], (2, 24))
+    ids = torch.randint(SMALL["vocab_size"], shape)
     path = HERE / name
     shutil.rmtree(path, ignore_errors=True)
     model.save_pretrained(path, **save)
+    if "published" in name:
+        transpose_experts(path)
+        model = auto.from_pretrained(path).eval()
     golden = {"ids": ids, "logits": model(ids).logits.contiguous()}
-    if "mtp_num_hidden_layers" in options.get("text_config", {}):
+    if name.endswith("mtp"):
         golden |= add_mtp(model, path, ids)
     save_file(golden, path / "golden.safetensors")
     for file in path.iterdir():
@@ -127,5 +156,5 @@ def make(name: str, config_class: type, options: dict, save: dict) -> None:
 
 
 if __name__ == "__main__":
-    for case, arguments in CASES.items():
-        make(case, *arguments)
+    for case in sys.argv[1:] or CASES:
+        make(case, *CASES[case])

@@ -643,7 +643,8 @@ def test_on_another_device(search, small, tmp_path, quick):
 
 @pytest.mark.parametrize("options, says", [
     (["evo", "--keep", 2], "--keep 2: must be from 3, the"), (["rco", "--keep", 9], "--keep 9: must be from 3, the"),
-    (["rco", "--keep", 8], "--keep 8: must be from 3, the experts of a token, to 7"), (["both", "--keep", 4], "invalid choice"),
+    (["rco", "--keep", 8], "--keep 8: must be from 3, the experts of a token, to 7"),
+    (["both", "--keep", 4], "invalid choice"),
     (["evo"], "required: --keep"), (["evo", "--keep", 4, "--steps", 9], "--steps: evo does not use it"),
     (["evo", "--keep", 4, "--ragged"], "--ragged: evo does not use it"),
     (["rco", "--keep", 4, "--generations", 9], "--generations: rco does not use it"),

@@ -18,7 +18,7 @@ from conftest import (DENSE, KINDS, PROSE, QUICK, assert_refused, assert_survive
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_io import Experts, Model
+from model_io import Experts, InputError, Model
 from torch.nn import functional
 
 
@@ -280,7 +280,8 @@ def zero_columns(model: Model, kept: dict[str, torch.Tensor], out: Path) -> Path
                 return down.index_fill(1, torch.tensor(gone), 0)
             edits[f"{layer}.mlp.experts.{e}.down_proj.weight"] = zeroed
             edits.setdefault(f"{layer}.mlp.experts.down_proj", {})[e] = zeroed
-    fused = {name: lambda down, row, of=of: of[row](down, row) for name, of in edits.items() if isinstance(of, dict)}
+    fused = {name: lambda down, row, name=name, of=of: model.turned(name, of[row](model.turned(name, down), row))
+             for name, of in edits.items() if isinstance(of, dict)}
     everyone = {layer: list(range(len(units))) for layer, units in kept.items()}
     common.write_edited(model.checkpoint, out, everyone, {}, edits | fused)
     return out
@@ -293,15 +294,16 @@ def test_every_family(family, tmp_path):
     assert run(heapr, family, "--rate", 0.3, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out") == 0
     assert contents(family) == given_files
     output = Model(tmp_path / "out", torch.float64)
-    assert output.config.expert_width == 11 and output.config.shared_width == model.config.shared_width
+    width = round(0.7 * model.config.expert_width)
+    assert output.config.expert_width == width and output.config.shared_width == model.config.shared_width
     key = "intermediate_size" if model.config.model_type == "olmoe" else "moe_intermediate_size"
     expected = json.loads(given_files["config.json"])
-    expected.get("text_config", expected)[key] = 11
+    expected.get("text_config", expected)[key] = width
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
 
     ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32)
     scores = heapr.score_units(Model(family), "heapr", ids)
-    kept = {name: heapr.best_units(score, 11) for name, score in scores.items()}
+    kept = {name: heapr.best_units(score, width) for name, score in scores.items()}
     assert kept.keys() == {*sparse_names(model)}
     for name, info in model.checkpoint.tensors.items():
         if ".mlp.experts." not in name:
@@ -324,7 +326,9 @@ def test_every_family(family, tmp_path):
         index = json.loads((tmp_path / "out" / model_io.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(i.end - i.start for i in output.checkpoint.tensors.values())
     entry = record(tmp_path / "out")
-    wanted = {"score": "heapr", "width": 11, "source_width": 16, "rate": 1 - 11 / 16, "seed": 0, "dtype": "float32"}
+    before = model.config.expert_width
+    wanted = {"score": "heapr", "width": width, "source_width": before, "rate": 1 - width / before, "seed": 0,
+              "dtype": "float32"}
     assert wanted.items() <= entry["settings"].items() and entry["settings"]["tokens"] == 64
     assert entry["source"]["fingerprint"] == model.checkpoint.fingerprint()
 
@@ -431,8 +435,21 @@ def test_a_killed_run_continues_below_the_layers_that_are_done(name, tmp_path, m
                                                 (0.0, 1000, 1000), (0.5, 1000, 496), (0.66, 768, 264)])
 def test_a_rate_is_a_multiple_of_8_if_that_moves_it_little(monkeypatch, rate, width, taken):
     model = Model(named("qwen3-plain-tied"))
-    model.config = dataclasses.replace(model.config, expert_width=width)
+    model.layer_configs = [dataclasses.replace(config, expert_width=width) for config in model.layer_configs]
     assert heapr.choose_width(model, rate) == taken
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_transposed_experts_do_not_become_square(width):
+    """transformers tells the two layouts apart by the shape alone."""
+    for name in ("qwen3_vl-published", "qwen3_vl-resaved"):
+        model = Model(named(name))  # d is 32
+        model.layer_configs = [dataclasses.replace(config, expert_width=64) for config in model.layer_configs]
+        if model.transposed:
+            with pytest.raises(InputError, match=f"^width {width}: transposed experts that are square"):
+                heapr.choose_width(model, width=width)
+        else:
+            assert heapr.choose_width(model, width=width) == width
 
 
 @pytest.mark.parametrize("options, says", [

@@ -16,8 +16,9 @@ from model_io import Model
 
 def matrices(path) -> dict[str, torch.Tensor]:
     """The matrices of the experts of a checkpoint, and of its dense layers."""
-    checkpoint = model_io.Checkpoint(path)
-    return {name: checkpoint.load(name) for name in checkpoint.tensors if "_proj" in name and ".mlp." in name}
+    model = Model(path)
+    return {name: model.turned(name, model.checkpoint.load(name)) for name in model.checkpoint.tensors
+            if "_proj" in name and ".mlp." in name}
 
 
 @settings(max_examples=30)
@@ -55,7 +56,7 @@ def zeroed(weight: torch.Tensor, x: torch.Tensor, rate: float) -> torch.Tensor:
     return weight.scatter(1, score.argsort(dim=1)[:, :int(rate * score.shape[1])], 0)
 
 
-@pytest.mark.parametrize("name", ["olmoe-plain", "qwen2-dense-between", "qwen3_5-vision-mtp"])
+@pytest.mark.parametrize("name", ["olmoe-plain", "qwen2-dense-between", "qwen3_5-vision-mtp", "qwen3_vl-published"])
 def test_each_layer_is_pruned_on_what_the_pruned_layers_before_it_give(tmp_path, name):
     """Each matrix against the paper's rule, on the pass of a checkpoint whose earlier layers are pruned already. Some
     experts have no token."""
@@ -106,7 +107,7 @@ def test_every_family(family, tmp_path, options):
         elif options[0] == "--rate":
             assert (zeros.sum(-1) == weight.shape[-1] // 2).all()
         else:
-            assert (zeros.view(-1, 4).sum(1) == 2).all()
+            assert (zeros.reshape(-1, 4).sum(1) == 2).all()
     assert contents(family) == given_files
     others = {name: content for name, content in contents(tmp_path / "out").items() if ".safetensors" not in name}
     assert others.keys() == {"hodgecover.json"} | {name for name in given_files if ".safetensors" not in name}
@@ -187,6 +188,12 @@ def test_bad_input_gets_one_line_before_the_work(small, tmp_path, capsys, monkey
     status = run(wanda, ckpt, "--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out", *options)
     assert_refused(capsys, status, says)
     assert not (tmp_path / "out").exists() and not (small / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl-published", "qwen3_vl-resaved"])
+def test_the_groups_of_transposed_experts_are_of_their_inputs(name):
+    with pytest.raises(model_io.InputError, match="matrices, 8, 32$"):
+        wanda.check_groups(Model(named(name)), 2, 16)
 
 
 def test_a_source_of_another_family_is_refused(small, tmp_path, capsys):
