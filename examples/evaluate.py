@@ -40,11 +40,11 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(model: Model) -> Parameters:
-    """Parameters by the shapes of the stored tensors. Of the routed experts a token meets k of n; a vision tower and a
-    multi-token head it does not meet."""
+    """Parameters by the shapes of the stored tensors but scales. Of the routed experts a token meets k of n; a vision
+    tower and a multi-token head it does not meet."""
     cfg, total, active = model.config, 0, 0
     experts = common.expert_matrices(model.checkpoint)
-    for name, info in model.checkpoint.tensors.items():
+    for name, info in model.checkpoint.weights.items():
         size = torch.Size(info.shape).numel()
         total += size
         if name.startswith((model.prefix, "lm_head.")):
