@@ -24,7 +24,6 @@ Left out: the paper's order of hidden dimensions and layers, and its budget rout
 """
 import argparse
 import hashlib
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,31 +51,32 @@ class Order(NamedTuple):
     units: torch.Tensor
 
 
-def best_first(score: torch.Tensor, side: int) -> torch.Tensor:
-    """Return each expert's hidden units, by score (n, f), best first: blocks of `side`, by their sum, an incomplete one
-    last, and inside each its units. Ties go to the lowest.
+def best_first(score: torch.Tensor, sides: set[int] = set()) -> torch.Tensor:
+    """Return each expert's hidden units, by score (n, f), best first, ties to the lowest: blocks of each of these sides
+    by their sum, an incomplete one last, and inside each its units.
 
-    >>> best_first(torch.tensor([[1, 2, 0, 4, 9]]), 2)
-    tensor([[3, 2, 1, 0, 4]])
+    >>> best_first(torch.tensor([[1, 2, 0, 4, 9]])), best_first(torch.tensor([[1, 2, 0, 4, 9]]), {2})
+    (tensor([[4, 3, 1, 0, 2]]), tensor([[3, 2, 1, 0, 4]]))
     """
-    f = score.shape[1]
-    total = functional.pad(score, (0, -f % side)).unflatten(1, (-1, side)).sum(2).double()
-    total[:, f // side:] = -torch.inf
-    place = total.sort(dim=1, descending=True, stable=True).indices.argsort(1)  # of each block
-    units = score.sort(dim=1, descending=True, stable=True).indices
-    return units.gather(1, place.gather(1, units // side).sort(dim=1, stable=True).indices)
+    units, f = score.sort(dim=1, descending=True, stable=True).indices, score.shape[1]
+    for side in sorted(sides):
+        total = functional.pad(score, (0, -f % side)).unflatten(1, (-1, side)).double().sum(2)
+        total[:, f // side:] = -torch.inf
+        place = total.sort(dim=1, descending=True, stable=True).indices.argsort(1)  # of each block
+        units = units.gather(1, place.gather(1, units // side).sort(dim=1, stable=True).indices)
+    return units
 
 
 def measure(model: Model, ids: torch.Tensor, plans: dict[str, dict] | None = None,
             tick: Tick = lambda share: None) -> Iterator[tuple[str, Order]]:
     """Yield (name, order) of each sparse layer, from one forward pass over ids (B, L). The experts' orders are those of
     plans by layer name, REAP's if there are none. Raises InputError for scores that are not finite."""
-    block = model_io.quantisation(model.checkpoint.raw_config)["weight_block_size"] or []
-    side = math.lcm(*block) if common.has_fp8(model.checkpoint) else 1
+    block = model_io.quantisation(model.checkpoint.raw_config)["weight_block_size"]
+    sides = {*block} if block and common.has_fp8(model.checkpoint) else set()
     for step in baselines.routed_passes(model, ids, tick):
         experts = step.layer.experts
         score = heapr.settled(heapr.camera(step), experts, step.name)
-        units = best_first(score, side)
+        units = best_first(score, sides)
         best = baselines.descending(hodgecover.reap_saliency(experts, step.x, step.gates))
         yield step.name, Order(plans[step.name]["order"] if plans else best, units)
 

@@ -66,17 +66,15 @@ CASES = {
         text_config=QWEN3_5 | dict(mtp_num_hidden_layers=1, layer_types=["linear_attention", "full_attention"] * 2),
         vision_config=VISION), {"max_shard_size": "100KB", "save_original_format": False}),
 }
-QWEN3_5_FP8 = QWEN3_5 | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, linear_value_head_dim=8,
-                             shared_expert_intermediate_size=16, num_hidden_layers=2,
+QWEN3_5_FP8 = QWEN3_5 | dict(linear_value_head_dim=8, shared_expert_intermediate_size=16, num_hidden_layers=2,
                              layer_types=["linear_attention", "full_attention"])
 FP8_CASES = {  # likewise; the block size, the scales' dtype
     "fp8-olmoe": (transformers.OlmoeConfig, OLMOE, {"max_shard_size": "40KB"}, [16, 16], torch.float32),
     "fp8-qwen2": (transformers.Qwen2MoeConfig, QWEN2 | dict(
         intermediate_size=32, shared_expert_intermediate_size=48, mlp_only_layers=[0]), {}, [8, 16], torch.bfloat16),
     "fp8-qwen3-incomplete": (transformers.Qwen3MoeConfig, QWEN3 | dict(
-        vocab_size=96, hidden_size=160, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=8, head_dim=36, num_key_value_heads=1, tie_word_embeddings=True), {}, [128, 128],
-        torch.bfloat16),
+        hidden_size=160, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        head_dim=36, num_key_value_heads=1, tie_word_embeddings=True), {}, [128, 128], torch.bfloat16),
     "fp8-qwen3-one-scale": (transformers.Qwen3MoeConfig, QWEN3, {}, None, torch.float32),
     "fp8-dense-qwen3": (transformers.Qwen3Config, DENSE | dict(intermediate_size=32, head_dim=16), {}, [16, 16],
                         torch.float32),
@@ -193,7 +191,7 @@ def make_fp8(name: str, config_class: type, options: dict, save: dict, block: li
         "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": block,
         "modules_to_not_convert": ["lm_head"]}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    ids = torch.randint(SMALL["vocab_size"], (2, 70 if "qwen3_5" in name else 24))
+    ids = torch.randint(SMALL["vocab_size"], (1, 70) if "qwen3_5" in name else (2, 24))
     logits = {}
     for folder in (plain, path):
         model, info = auto.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
