@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import audit
 import baselines
 import budgets
 import common
@@ -221,6 +222,19 @@ def test_a_dense_checkpoint_becomes_a_sparse_one_in_bfloat16(tmp_path, text, cap
     assert capsys.readouterr().out.count(SAYS) == 1
     assert stored_bytes(outputs[0]) == stored_bytes(outputs[1]) and quantisation_of(outputs[0]) == {}
     assert Model(outputs[0]).config.num_experts == 4
+
+
+def test_what_only_reads_says_the_same_of_both(tmp_path, text, capsys):
+    """Diagnostics and a searched budget."""
+    path, said = with_tokenizer(OLMOE, tmp_path / "fp8"), []
+    for each in (path, dequantised(path, tmp_path / "plain")):
+        out = ["--out", f"{each}.json", "--calib", text, *QUICK]
+        assert run(budgets, each, "evo", "--keep", 4, "--generations", 1, *out) == 0
+        assert run(audit, each, "--keep", 3, "--orders", 2, "--calib", text, *QUICK) == 0
+        said.append(capsys.readouterr().out.replace(each.name, "NAME"))
+        assert run(estimate, each, "--keep", 3, "--refit", 512) == 0
+        assert f"output: {estimate.in_units(estimate.output_bytes(Model(each), 3))}" in capsys.readouterr().out
+    assert said[0] == said[1] != ""
 
 
 def test_a_plan_is_exported_in_fp8(tmp_path, text):
