@@ -45,6 +45,9 @@ __version__ = "0.3.0"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+FP8, SCALE = "F8_E4M3", "_scale_inv"  # dtype name of quantised weights; NAME_scale_inv multiplies NAME
+STORED = DTYPES | {FP8: torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}  # the last: of scales alone
+FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(STORED[FP8]).float()  # by their bytes
 PASS_TOKENS = 4096  # tokens that go through a layer at a time
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
 LEAST_TEXT, TEXT_BYTES = 1 << 22, 64  # a larger file is read in part: bytes in all, and for each token that is wanted
@@ -419,13 +422,14 @@ class Model:
             raise InputError(f"{self.checkpoint.path}/{err}") from None
         self.dtype = dtype
         self.device = torch.device(device)
-        names = self.checkpoint.tensors
+        names = self.checkpoint.weights
         self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
         self.layer_names = find_layers(self.checkpoint.path, names, self.prefix, self.config)
         self.layer_configs = [self.config.of_layer(i) if i < self.config.num_layers else self.config
                               for i in range(len(self.layer_names))]
         self.transposed = check_tensors(self.checkpoint.path, names, self.prefix,
                                         dict(zip(self.layer_names, self.layer_configs)))
+        check_scales(self.checkpoint)
         self._embedding = f"{self.prefix}embed_tokens.weight"
         tied = self.config.tie_word_embeddings and "lm_head.weight" not in names  # a head that is stored counts
         self._head = self._embedding if tied else "lm_head.weight"
@@ -447,19 +451,19 @@ class Model:
     def layer(self, index: int) -> Layer:
         """Read the weights of decoder layer `index` (those of the multi-token head come last)."""
         layer = self.layer_names[index]
-        names = [name for name in self.checkpoint.tensors if name.startswith(f"{layer}.")]
+        names = [name for name in self.checkpoint.weights if name.startswith(f"{layer}.")]
         experts = self._experts(index) if self.layer_configs[index].sparse else None
         weights = {name.removeprefix(f"{layer}."): self.tensor(name) for name in names
                    if not name.startswith(f"{layer}.mlp.experts.")}
         return Layer(experts, weights.pop("mlp.gate.weight", None), weights)
 
     def _experts(self, index: int) -> Experts:
-        """Read a layer's experts, stored fused or one by one. bfloat16 ones stay so: half a float32 run's memory."""
+        """Read a layer's experts, fused or one by one: bfloat16 if stored so, or FP8, half a float32 run's memory."""
         layer, config = self.layer_names[index], self.layer_configs[index]
         n, d, f = config.num_experts, config.hidden_size, config.expert_width
-        prefix, load, tensors = f"{layer}.mlp.experts.", self.checkpoint.load, self.checkpoint.tensors
+        prefix, load, tensors = f"{layer}.mlp.experts.", self.checkpoint.load, self.checkpoint.weights
         stored = {info.dtype for name, info in tensors.items() if name.startswith(prefix)}
-        dtype = torch.bfloat16 if stored == {"BF16"} else self.dtype
+        dtype = torch.bfloat16 if stored <= {"BF16", FP8} else self.dtype
         experts = Experts(*(torch.empty(n, *shape, dtype=dtype, device=self.device)
                             for shape in ((f, d), (f, d), (d, f))))
         for e, own in enumerate(zip(*experts)):
@@ -678,8 +682,8 @@ class Checkpoint:
     """The tensors of a checkpoint folder by name, read lazily.
 
     Attributes: `path`, `raw_config` (config.json as it stands), `tensors` (name -> TensorInfo, in file order),
-    `metadata` (shard file -> its metadata), `sharded` (whether an index lists the shards). Raises InputError if the
-    folder, config.json or a weight file is missing or malformed.
+    `weights` (the same without scales), `metadata` (shard file -> its metadata), `sharded` (whether an index lists the
+    shards). Raises InputError if the folder, config.json or a weight file is missing or malformed.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -695,6 +699,7 @@ class Checkpoint:
             for name in infos.keys() & self.tensors.keys():
                 raise InputError(f"{self.path}: {name} is in {self.tensors[name].file} and in {file}")
             self.tensors |= infos
+        self.weights = {name: info for name, info in self.tensors.items() if not name.endswith(SCALE)}
 
     def _shards(self) -> list[str]:
         """Return the names of the shards that the index lists."""
@@ -711,24 +716,33 @@ class Checkpoint:
                 raise InputError(f"{path}: {file!r} is not the name of a safetensors file in the folder")
         return files
 
-    def load(self, name: str, row: int | None = None) -> torch.Tensor:
-        """Return the named tensor as it is stored, or one row of its first dimension: read rather than mapped, so that
+    def load(self, name: str, row: int | None = None, as_stored: bool = False) -> torch.Tensor:
+        """Return the named tensor, or one row of its first dimension, as it is stored; an FP8 matrix times its scales,
+        bfloat16, unless `as_stored` (no activation is quantised, as FP8 kernels do). Read rather than mapped, so that
         no page of a file stays in this process's memory. Raises InputError for a tensor that is missing, of no
-        floating-point type, or cut off."""
+        floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
         if name not in self.tensors:
             raise InputError(f"{self.path}: the weights have no tensor {name!r}")
         info = self.tensors[name]
         path, shape = self._paths[info.file], info.shape
-        if info.dtype not in DTYPES or row is not None and row not in range((shape or [0])[0]):
+        if info.dtype not in STORED or row is not None and (info.dtype == FP8 or row not in range((shape or [0])[0])):
             raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
-                             f"{', '.join(DTYPES)}, and a row from 0")
-        tensor = torch.empty(shape if row is None else shape[1:], dtype=DTYPES[info.dtype])
+                             f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
+        tensor = torch.empty(shape if row is None else shape[1:], dtype=STORED[info.dtype])
         start, end = info.range(row)
         with open(path, "rb") as file:
             file.seek(start)
             if file.readinto(tensor.flatten().view(torch.uint8).numpy()) != end - start:
                 raise InputError(f"{path}: ends within {name}")
-        return tensor
+        if info.dtype != FP8 or as_stored:
+            return tensor
+        if not (scale := self.load(name + SCALE).float()).isfinite().all():
+            raise InputError(f"{path}: {name}{SCALE} has NaN or infinity in it")
+        high, wide = map(min, quantisation(self.raw_config)["weight_block_size"] or shape, shape)  # of a whole block
+        values = FP8_VALUES.index_select(0, tensor.flatten().view(torch.uint8).int()).view(shape)
+        for rows, own in zip(values.split(high), scale.view(-1, -(-shape[1] // wide))):
+            rows.mul_(own.repeat_interleave(wide)[:shape[1]])
+        return values.bfloat16()
 
     def nbytes(self) -> int:
         """Return the size of the weight files."""
@@ -873,16 +887,24 @@ def expert_width_key(raw: dict) -> str:
     return "intermediate_size" if raw["model_type"] == "olmoe" else "moe_intermediate_size"
 
 
+def quantisation(raw: dict) -> dict:
+    """Return the quantization_config of a config.json, at the top or in `text_config`, with its default block size."""
+    found = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config") or {}
+    return {"weight_block_size": [128, 128]} | (found if isinstance(found, dict) else {"quant_method": found})
+
+
 def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
-    """Raise InputError for what would otherwise give a wrong number: quantised weights, another rope type, a sliding
-    window in use, another activation."""
-    quantised = raw.get("quantization_config") or text.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    """Raise InputError for what would otherwise give a wrong number: weights quantised but to FP8, another rope type, a
+    sliding window in use, another activation."""
+    quantised = quantisation(raw)
+    block, method = repr(quantised["weight_block_size"]), ", ".join(
+        str(quantised[key]) for key in ("quant_method", "quant_algo", "format") if key in quantised)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     window = text.get("use_sliding_window") and text.get("sliding_window", "by default") is not None
     act = text.get("hidden_act", "silu")
     for found, says in (
-            (quantised, f"quantised weights ({method}) are not supported; use bfloat16, float16 or float32 ones"),
+            (method != "fp8" and len(quantised) > 1, f"quantised weights ({method}); fp8 and plain ones are supported"),
+            (not re.fullmatch(r"None|\[[1-9]\d*, [1-9]\d*\]", block), f"weight_block_size {block}: must be 2 above 0"),
             (rope_type != "default", f"rope type {rope_type!r} is not supported; only 'default' is"),
             (window or "sliding_attention" in str(text.get("layer_types")),
              "a sliding window is in use; only full attention is supported"),
@@ -956,7 +978,7 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
                 (None in shape, f"config.json does not say how wide {name} is"),
                 (info and info.shape != shape,
                  f"{name} has shape {info and info.shape}; by config.json it must be {shape}"),
-                (info and info.dtype not in DTYPES,
+                (info and info.dtype not in (*DTYPES, FP8),
                  f"{name} is stored as {info and info.dtype}; supported: {', '.join(DTYPES)}")):
             if wrong:
                 raise InputError(f"{path}: {says}")
@@ -990,6 +1012,19 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
     for name in sorted(more - expected.keys()):
         raise InputError(f"{path}: {name} is none of the tensors that config.json asks for")
     return transposed
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """Raise InputError for an FP8 tensor that is no matrix, or one of which rows are read, and for a scale that is
+    missing, of another shape than follows from config.json, or of no FP8 tensor. Reads no weight."""
+    tensors, block = checkpoint.tensors, quantisation(checkpoint.raw_config)["weight_block_size"]
+    for name in (name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE) or tensors[name].dtype == FP8):
+        own, scale = (tensors.get(each) or TensorInfo("", "missing", [], 0, 0) for each in (name, name + SCALE))
+        wanted = [-(-size // side) for size, side in zip(own.shape, block)] if block else [1] * min(len(scale.shape), 2)
+        whole = len(own.shape) == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
+        if not whole or own.dtype != FP8 or scale.dtype not in STORED or scale.shape != wanted:
+            raise InputError(f"{checkpoint.path}: {name} is {own.dtype} {own.shape}, {name}{SCALE} {scale.dtype} "
+                             f"{scale.shape}; only a matrix that is read whole can be {FP8}, with scales {wanted}")
 
 
 # -------------------------------------------------------------------------------------------------------- text

@@ -27,8 +27,8 @@ sys.path.insert(0, str(HERE.parent))
 import hodgecover  # noqa: E402
 import model_io  # noqa: E402
 from hodgecover import RECORD, TOKENS, Parser, Settings  # noqa: E402
-from model_io import (DTYPES, Checkpoint, Experts, InputError, Layer, LayerPass, Model, Piece,  # noqa: E402
-                      surviving_tensors)
+from model_io import (DTYPES, FP8, SCALE, STORED, Checkpoint, Experts, InputError, Layer, LayerPass,  # noqa: E402
+                      Model, Piece, surviving_tensors)
 
 Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
 
@@ -283,7 +283,34 @@ def expert_matrices(checkpoint: Checkpoint) -> dict[str, re.Match]:
     return {name: match for name in checkpoint.tensors if (match := EXPERT.fullmatch(name))}
 
 
-Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as stored, the row's number) -> changed
+def has_fp8(checkpoint: Checkpoint) -> bool:
+    """Whether some of a checkpoint's weights are stored in FP8."""
+    return any(info.dtype == FP8 for info in checkpoint.tensors.values())
+
+
+def in_bfloat16(checkpoint: Checkpoint, kept: dict[str, Piece], config: dict) -> tuple[dict[str, Piece], dict]:
+    """The pieces of an output and its object of config.json without FP8: weights times their scales, the scales and
+    quantization_config gone. Says so in a line if there is some; else both as they are."""
+    if not has_fp8(checkpoint):
+        return kept, config
+    print("weights: FP8 in the source, bfloat16 in the output", flush=True)
+    kept = {name: edited(checkpoint, piece._replace(dtype="BF16"), lambda weight, _: weight)
+            if piece.dtype == FP8 else piece for name, piece in kept.items() if not piece.source.endswith(SCALE)}
+
+    def plain(config: dict) -> dict:
+        return {key: plain(value) if key == "text_config" and value else value for key, value in config.items()
+                if key != "quantization_config"}
+    return kept, plain(config)
+
+
+def layer_bytes(model: Model, layer: str) -> int:
+    """The bytes of a layer's weights in memory: of experts in bfloat16 or FP8, bfloat16."""
+    return sum(math.prod(info.shape) * (2 if ".experts." in name and info.dtype in ("BF16", FP8)
+                                        else model.dtype.itemsize)
+               for name, info in model.checkpoint.weights.items() if name.startswith(f"{layer}."))
+
+
+Edit = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor or row of it as loaded, the row's number) -> changed
 
 
 def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
@@ -293,17 +320,20 @@ def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
 
 def edited(checkpoint: Checkpoint, piece: Piece, edit: Edit, shape: list[int] | None = None) -> Piece:
     """A piece of an output, changed by an edit of the stored tensor, or of each row that stays; `shape` is that of the
-    piece then, if it is another."""
+    piece then, if it is another. A piece that stays FP8 is not multiplied by its scales."""
     def read() -> Iterator[memoryview]:
         for row in [None] if piece.rows is None else piece.rows:
-            yield as_bytes(edit(checkpoint.load(piece.source, row), row or 0), DTYPES[piece.dtype])
+            tensor = checkpoint.load(piece.source, row, as_stored=piece.dtype == FP8)
+            yield as_bytes(edit(tensor, row or 0), STORED[piece.dtype])
     return piece._replace(shape=shape or piece.shape, read=read)
 
 
 def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes],
-                 edits: dict[str, Edit] = {}, shapes: dict[str, list[int]] = {}, config: dict[str, int] = {}) -> None:
+                 edits: dict[str, Edit] = {}, shapes: dict[str, list[int]] = {}, config: dict[str, int] = {},
+                 stays_fp8: bool = False) -> None:
     """Write a checkpoint as `model_io.write_checkpoint` does, some of whose tensors are changed, and whose layers may
     keep different numbers of experts: its configuration then has a `per_layer_config`, and MODELING lies beside it.
+    What is FP8 in the source is bfloat16 unless `stays_fp8`: then edits are of tensors and scales as they are stored.
 
     edits : name of a tensor in the source -> its edit
     shapes : name of a tensor in the source -> its shape in the output, if its edit changes that
@@ -320,6 +350,8 @@ def write_edited(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[in
     if per_layer:
         raw |= {"auto_map": auto_map(raw)}
         files = files | {f"{model_io.MODELING}.py": Path(__file__).with_name(f"{model_io.MODELING}.py").read_bytes()}
+    if not stays_fp8:
+        kept, raw = in_bfloat16(checkpoint, kept, raw)
     kept = {name: edited(checkpoint, piece, edits[piece.source], shapes.get(piece.source))
             if piece.source in edits else piece for name, piece in kept.items()}
     model_io.write_tensors(checkpoint, out, kept, raw, files)
@@ -336,7 +368,7 @@ def export(model: Model, plans: dict[str, dict], out: Path, entry: dict) -> None
     different numbers of experts."""
     survivors = {name: plan["survivors"] for name, plan in plans.items()}
     files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)}
-    write_edited(model.checkpoint, out, survivors, files)
+    write_edited(model.checkpoint, out, survivors, files, stays_fp8=True)
 
 
 def overwrite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
@@ -431,14 +463,14 @@ def next_token_loss(log_p: torch.Tensor, tokens: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def copied(model: Model, out: Path, entry: dict) -> Iterator[Model]:
-    """Context manager: a copy of a checkpoint, to be changed in place, that becomes the folder `out` on success and
-    vanishes on failure. Its record is the checkpoint's with `entry`, as it is in the end.
+    """Context manager: a copy of a checkpoint, without FP8, to be changed in place, that becomes the folder `out` on
+    success and vanishes on failure. Its record is the checkpoint's with `entry`, as it is in the end.
 
     Raises InputError as `hodgecover.check_out` does.
     """
     hodgecover.check_out(model, out)
     with model_io.new_folder(out) as folder:
-        model_io.write_checkpoint(model.checkpoint, folder, {}, {})
+        write_edited(model.checkpoint, folder, {}, {}, {})
         try:
             yield Model(folder, model.dtype, str(model.device))
         except InputError as err:  # the fault is the checkpoint's

@@ -481,7 +481,7 @@ def training_bytes(model: Model, modules: Sequence[str], parts: Sequence[str]) -
     gradients, two moments, a copy, and what is being saved."""
     wide, inside = model_io.widened(model.dtype).itemsize, tuple(f"{module}." for module in modules)
     return sum(math.prod(info.shape) * wide * (8 if part_of(name) in parts else 1)
-               for name, info in model.checkpoint.tensors.items() if name.startswith(inside))
+               for name, info in model.checkpoint.weights.items() if name.startswith(inside))
 
 
 def check_memory(model: Model, args: argparse.Namespace, tokens: int, of_layer: int = 0,

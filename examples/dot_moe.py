@@ -7,7 +7,8 @@
 Each feed-forward layer's f neurons are dealt out to n experts of f / n neurons; a router takes k experts for a token.
 Neuron j adds h_j w_j to the layer's output, h_j = silu(gate_j x) (up_j x), w_j column j of the down projection; the
 sparse layer adds those of the k experts that are taken, as they are: unit gates. Rows of the gate and up projections
-are copied bit for bit. The dense weights are frozen; what is learned is which neuron goes where, and the router:
+are copied bit for bit; FP8 ones become bfloat16. The dense weights are frozen; what is learned is which neuron goes
+where, and the router:
 
 - A (f, n), the scores. exp(A / temperature) is scaled to row sums 1 and column sums f / n by 50 rounds of Sinkhorn's
   iteration on logarithms; its entries, the largest first, are rounded to one expert a neuron, f / n neurons an expert.
@@ -46,7 +47,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -336,22 +337,25 @@ def gate_scale(router: torch.Tensor, norm: torch.Tensor) -> float:
 
 def sparse_tensors(checkpoint: model_io.Checkpoint, splits: dict[str, Split], top_k: int) -> dict[str, Piece]:
     """Return the tensors of the sparse checkpoint by name: expert e of a layer has the rows of its neurons of gate and
-    up, and their columns of down times k; the router's rows are scaled. All else stays as it is."""
-    tensors = {}
+    up, and their columns of down times k, bfloat16 for FP8; the router's rows are scaled. All else stays as it is."""
+    tensors, load = {}, lru_cache(maxsize=1)(checkpoint.load)
     for name, info in checkpoint.tensors.items():
         match, whole = MATRIX.fullmatch(name), model_io.copied(checkpoint, name)
+        if info.dtype == model_io.FP8 and match:
+            whole = whole._replace(dtype="BF16")
         if not match:
             tensors[name] = whole
             continue
         layer, part = match.groups()
         router, expert = splits[layer].router, splits[layer].expert
         for e in range(len(router)):
-            own = (expert == e).nonzero().flatten().tolist()
-            piece = model_io.copied(checkpoint, name, own)
-            if part == "down":
-                piece = common.edited(checkpoint, whole, lambda down, _, own=own: down[:, own] * top_k,
-                                      [info.shape[0], len(own)])
-            tensors[f"{layer}.mlp.experts.{e}.{part}_proj.weight"] = piece
+            own = (expert == e).nonzero().flatten()
+
+            def read(name: str = name, own: torch.Tensor = own, dtype: str = whole.dtype) -> list[memoryview]:
+                rows = load(name)[:, own] * top_k if ".down_proj." in name else load(name)[own]
+                return [common.as_bytes(rows, model_io.DTYPES[dtype])]
+            shape = [info.shape[0], len(own)] if part == "down" else [len(own), info.shape[1]]
+            tensors[f"{layer}.mlp.experts.{e}.{part}_proj.weight"] = whole._replace(shape=shape, read=read)
         if part == "gate":
             scaled = router * gate_scale(router, checkpoint.load(f"{layer}.post_attention_layernorm.weight"))
             tensors[f"{layer}.mlp.gate.weight"] = common.edited(checkpoint, whole, lambda *_, scaled=scaled: scaled,
@@ -364,7 +368,8 @@ def export(model: Model, splits: dict[str, Split], top_k: int, out: Path, files:
     weights."""
     experts = len(next(iter(splits.values())).router)
     config = sparse_config(model.checkpoint.raw_config, model.config, experts, top_k)
-    model_io.write_tensors(model.checkpoint, out, sparse_tensors(model.checkpoint, splits, top_k), config, files)
+    tensors, config = common.in_bfloat16(model.checkpoint, sparse_tensors(model.checkpoint, splits, top_k), config)
+    model_io.write_tensors(model.checkpoint, out, tensors, config, files)
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -15,6 +15,7 @@ seconds a layer.
 """
 import argparse
 import math
+import re
 import sys
 import time
 from datetime import timedelta
@@ -126,15 +127,11 @@ def sweep_rate(model: Model, shape: Shape) -> float:
 
 def layer_sizes(model: Model) -> tuple[list[float], float]:
     """(bytes of each layer in memory, parameters of all of them that one token meets)."""
-    held, active = [], 0.0
-    for layer, cfg in zip(model.layer_names, model.layer_configs):
-        held.append(0.0)
-        for name, info in model.checkpoint.tensors.items():
-            if name.startswith(f"{layer}."):
-                routed, size = ".experts." in name, math.prod(info.shape)
-                held[-1] += size * (2 if routed and info.dtype == "BF16" else model.dtype.itemsize)
-                active += size * cfg.top_k / cfg.num_experts if routed else size
-    return held, active
+    active, layers = 0.0, dict(zip(model.layer_names, model.layer_configs))
+    for name, info in model.checkpoint.weights.items():
+        if cfg := layers.get(name[:re.match(r".*?layers\.\d+|", name).end()]):
+            active += math.prod(info.shape) * (cfg.top_k / cfg.num_experts if ".experts." in name else 1)
+    return [common.layer_bytes(model, layer) for layer in model.layer_names], active
 
 
 def estimate(model: Model, settings: Settings, tokens: int, memory: int = hodgecover.MEMORY) -> Cost:
@@ -182,8 +179,8 @@ def estimate_refit(model: Model, keep: int, tokens: int, memory: int = hodgecove
     hidden, inverses = refit.hidden_bytes(tokens * k, f, model.dtype), 8 * keep * f * f
     peak = (max(held) * (1 + keep / shape.n) + weights + inverses + hidden * (hidden <= memory)
             + min(memory, refit.activation_bytes(model, tokens)))
-    stored = sum(info.end - info.start for name, info in model.checkpoint.tensors.items()
-                 if ".experts." in name and "down_proj" in name)
+    stored = sum((info.end - info.start) * (2 if info.dtype == model_io.FP8 else 1)  # as bfloat16
+                 for name, info in model.checkpoint.weights.items() if ".experts." in name and "down_proj" in name)
     rows = min(model_io.PASS_TOKENS, max(1, tokens * k // keep))
     return Cost(operations, operations / refit_rate(model, rows), PROCESS_BYTES + peak, stored * keep / shape.n)
 

@@ -40,11 +40,11 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(model: Model) -> Parameters:
-    """Parameters by the shapes of the stored tensors. Of the routed experts a token meets k of n; a vision tower and a
-    multi-token head it does not meet."""
+    """Parameters by the shapes of the stored tensors but scales. Of the routed experts a token meets k of n; a vision
+    tower and a multi-token head it does not meet."""
     total, active, layers = 0, 0, dict(zip(model.layer_names, model.layer_configs))
     experts = common.expert_matrices(model.checkpoint)
-    for name, info in model.checkpoint.tensors.items():
+    for name, info in model.checkpoint.weights.items():
         size = torch.Size(info.shape).numel()
         total += size
         if name.startswith((model.prefix, "lm_head.")):

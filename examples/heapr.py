@@ -27,6 +27,9 @@ Take a multiple of 8 for the width: the grouped products that transformers uses 
 file of another width runs there with experts_implementation="eager". --rate takes the nearest multiple of 8 if that
 moves the rate by at most one point.
 
+Of an FP8 source the output is FP8 if each block of units that has a scale comes from one such block: if nothing is
+narrowed, or one scale serves a matrix. Else it is bfloat16, since nothing is quantised anew.
+
     n experts of a layer    f width of an expert    d hidden size    T tokens, B sequences of L
     h stream before a layer, y after it             slope dL/dy (B, L, d), or (T, d)
 """
@@ -233,20 +236,33 @@ def narrowed(matrix: torch.Tensor, units: torch.Tensor, projection: str) -> torc
     return torch.cat([part[units] for part in matrix.chunk(2 if projection == "gate_up" else 1)])
 
 
+def same_blocks(units: torch.Tensor, side: int, width: int) -> bool:
+    """Return whether each `side` consecutive ones of an expert's hidden units (n, w) come from one block of as many of
+    its `width`, so that the block's scale serves them, and no block but a last one of all units is short.
+
+    >>> [same_blocks(torch.tensor([units]), 2, 6) for units in ([4, 5, 1, 0], [0, 1, 2], [0, 2])]
+    [True, False, False]
+    """
+    blocks, w = units // side, units.shape[1]
+    return w in (width, w // side * side) and torch.equal(blocks, blocks[:, ::side].repeat_interleave(side, 1)[:, :w])
+
+
 def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[str, bytes],
            experts: dict[str, list[int]] | None = None) -> None:
     """Write the checkpoint whose experts have the units kept[layer] (n, width) alone, one width in all sparse layers,
     to the folder `out`; `files`, name -> content, lie beside the weights.
 
     `experts`, layer -> indices, are those that stay, as many in each layer; None: all. Units and experts come in the
-    order given.
+    order given. FP8 stays if each block of units is one of the source's.
     """
     checkpoint, width = model.checkpoint, next(iter(kept.values())).shape[1]
     experts = experts or {layer: list(range(len(units))) for layer, units in kept.items()}
 
-    def edit(matrix: torch.Tensor, row: int, match: re.Match) -> torch.Tensor:
+    block = model_io.quantisation(checkpoint.raw_config)["weight_block_size"] or []
+
+    def edit(matrix: torch.Tensor, row: int, match: re.Match, side: int = 1) -> torch.Tensor:
         own = kept[match["layer"]][row if match["expert"] is None else int(match["expert"])]
-        return model.turned(match[0], narrowed(model.turned(match[0], matrix), own, match["part"]))
+        return model.turned(match[0], narrowed(model.turned(match[0], matrix), own[::side] // side, match["part"]))
     routed = {name: match for name, match in common.expert_matrices(checkpoint).items() if not match["shared"]}
     widths = {name: config.expert_width for name, config in zip(model.layer_names, model.layer_configs)}
     edits, shapes = {name: partial(edit, match=match) for name, match in routed.items()}, {}
@@ -256,8 +272,14 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
         shapes[name][axis] = shapes[name][axis] // widths[match["layer"]] * width
         if match["expert"] is None:
             shapes[name][0] = len(experts[match["layer"]])
+        scale = name + model_io.SCALE
+        if block and scale in checkpoint.tensors:
+            edits[scale], shapes[scale] = partial(edit, match=match, side=block[axis]), [
+                *checkpoint.tensors[scale].shape]
+            shapes[scale][axis] = -(-width // block[axis])
     config = {model_io.expert_width_key(checkpoint.raw_config): width}
-    common.write_edited(checkpoint, out, experts, files, edits, shapes, config)
+    stays = all(same_blocks(units, side, model.config.expert_width) for units in kept.values() for side in block)
+    common.write_edited(checkpoint, out, experts, files, edits, shapes, config, stays)
 
 
 # -------------------------------------------------------------------------------------------------------- the command

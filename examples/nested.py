@@ -16,7 +16,9 @@ trained for it.
 Experts are ordered by REAP's saliency on the calibration text, as the paper does it, or by `order` in PLAN: a file of
 hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of baselines.py or of
 budgets.py rco. Of hope's order in baselines.py only the survivors mean something: another number has others. Hidden
-units are ordered by CAMERA-P's score of heapr.py (ours; the paper takes mean activations).
+units are ordered by CAMERA-P's score of heapr.py (ours; the paper takes mean activations). Of an FP8 source whole
+blocks of them are, by the sum of their scores, and the units inside each, so that weights and scales keep their bytes;
+so they do in a slice of whole blocks, while any other is bfloat16.
 
 Left out: the paper's order of hidden dimensions and layers, and its budget router. Shared experts stay as they are.
 """
@@ -32,9 +34,11 @@ import common
 import export_plan
 import heapr
 import hodgecover
+import model_io
 import torch
 from hodgecover import RECORD, Tick
 from model_io import InputError, Model
+from torch.nn import functional
 
 COMMAND = Path(__file__).name
 
@@ -47,14 +51,32 @@ class Order(NamedTuple):
     units: torch.Tensor
 
 
+def best_first(score: torch.Tensor, sides: set[int] = set()) -> torch.Tensor:
+    """Return each expert's hidden units, by score (n, f), best first, ties to the lowest: blocks of each of these sides
+    by their sum, an incomplete one last, and inside each its units.
+
+    >>> best_first(torch.tensor([[1, 2, 0, 4, 9]])), best_first(torch.tensor([[1, 2, 0, 4, 9]]), {2})
+    (tensor([[4, 3, 1, 0, 2]]), tensor([[3, 2, 1, 0, 4]]))
+    """
+    units, f = score.sort(dim=1, descending=True, stable=True).indices, score.shape[1]
+    for side in sorted(sides):
+        total = functional.pad(score, (0, -f % side)).unflatten(1, (-1, side)).double().sum(2)
+        total[:, f // side:] = -torch.inf
+        place = total.sort(dim=1, descending=True, stable=True).indices.argsort(1)  # of each block
+        units = units.gather(1, place.gather(1, units // side).sort(dim=1, stable=True).indices)
+    return units
+
+
 def measure(model: Model, ids: torch.Tensor, plans: dict[str, dict] | None = None,
             tick: Tick = lambda share: None) -> Iterator[tuple[str, Order]]:
     """Yield (name, order) of each sparse layer, from one forward pass over ids (B, L). The experts' orders are those of
     plans by layer name, REAP's if there are none. Raises InputError for scores that are not finite."""
+    block = model_io.quantisation(model.checkpoint.raw_config)["weight_block_size"]
+    sides = {*block} if block and common.has_fp8(model.checkpoint) else set()
     for step in baselines.routed_passes(model, ids, tick):
         experts = step.layer.experts
         score = heapr.settled(heapr.camera(step), experts, step.name)
-        units = score.sort(dim=1, descending=True, stable=True).indices
+        units = best_first(score, sides)
         best = baselines.descending(hodgecover.reap_saliency(experts, step.x, step.gates))
         yield step.name, Order(plans[step.name]["order"] if plans else best, units)
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import baselines
+import common
 import hodgecover
 import model_io
 import torch
@@ -143,7 +144,8 @@ def masked_loss(model: Model, ids: torch.Tensor, sparse: list[int], memory: int 
     time; all are, if they take at most `memory` bytes.
     """
     target, head, norm = model.hidden(ids), model.unembedding(), model.norm(f"{model.prefix}norm.weight")
-    read = functools.cache(model.layer) if model.checkpoint.nbytes() <= memory else model.layer
+    layers = sum(common.layer_bytes(model, name) for name in model.layer_names)
+    read = functools.cache(model.layer) if layers <= memory else model.layer
 
     def run(h: torch.Tensor, mask: torch.Tensor | None, index: int) -> torch.Tensor:
         layer = read(index)

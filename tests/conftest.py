@@ -28,7 +28,9 @@ def named(name: str) -> Path:
 
 
 DENSE = [named("dense-qwen3"), named("dense-qwen3-tied")]  # no layer has experts
-GOLDEN = sorted({path for path in named("").iterdir() if path.is_dir()} - {*DENSE})
+FP8 = [named(f"fp8-{name}") for name in ("olmoe", "qwen2", "qwen3-one-scale", "qwen3_5")]  # blocks of other sizes
+FP8_DENSE, INCOMPLETE = named("fp8-dense-qwen3"), named("fp8-qwen3-incomplete")  # the latter: some of 128 x 128, short
+GOLDEN = sorted({path for path in named("").iterdir() if path.is_dir()} - {*DENSE, *FP8, FP8_DENSE, INCOMPLETE})
 KINDS = [named("olmoe-sharded"), named("olmoe-gqa-clip"), named("qwen2-dense-between"),  # shared expert
          named("qwen3-plain-tied"), named("qwen3_5-vision-mtp"),  # the last: fused experts, Gated DeltaNet
          named("qwen3_next-tied-mtp"), named("qwen3_vl-published")]  # the last: transposed experts

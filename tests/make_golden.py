@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Make tests/golden: small random checkpoints and the logits that transformers computes for them.
 
-    pip install transformers && python tests/make_golden.py [NAME ...]
+    pip install transformers accelerate && python tests/make_golden.py [NAME ...]
 
 Each folder holds the checkpoint as transformers saves it (a `published` one: as it reads it), and golden.safetensors
 with `ids` (B, L) and `logits` (B, L, V), for a checkpoint with a multi-token prediction head also `mtp_logits`
 (B, L - 1, V). One-dimensional parameters are shaken, so that a norm or a bias left out would show.
+
+The checkpoints of the folders fp8-* are quantised here as the official FP8 releases are, and transformers dequantises
+them: as it loads them, or, of blocks that are incomplete, which it takes for smaller ones when it loads, by what it
+takes in a backward pass.
 """
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +23,7 @@ from safetensors.torch import load_file, save_file
 try:
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
     from transformers.modeling_layers import MtpModel
 except ImportError:
     sys.exit("make_golden.py needs transformers: pip install transformers")
@@ -76,6 +82,22 @@ CASES = {
     "qwen3_vl-published": (transformers.Qwen3VLMoeConfig, dict(
         text_config=QWEN3_VL, vision_config=QWEN3_VL_VISION, tie_word_embeddings=True), {"max_shard_size": "80KB"}),
 }
+QWEN3_5_FP8 = QWEN3_5 | dict(linear_value_head_dim=8, shared_expert_intermediate_size=16, num_hidden_layers=2,
+                             layer_types=["linear_attention", "full_attention"])
+FP8_CASES = {  # likewise; the block size, the scales' dtype
+    "fp8-olmoe": (transformers.OlmoeConfig, OLMOE, {"max_shard_size": "40KB"}, [16, 16], torch.float32),
+    "fp8-qwen2": (transformers.Qwen2MoeConfig, QWEN2 | dict(
+        intermediate_size=32, shared_expert_intermediate_size=48, mlp_only_layers=[0]), {}, [8, 16], torch.bfloat16),
+    "fp8-qwen3-incomplete": (transformers.Qwen3MoeConfig, QWEN3 | dict(
+        hidden_size=160, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        head_dim=36, num_key_value_heads=1, tie_word_embeddings=True), {}, [128, 128], torch.bfloat16),
+    "fp8-qwen3-one-scale": (transformers.Qwen3MoeConfig, QWEN3, {}, None, torch.float32),
+    "fp8-dense-qwen3": (transformers.Qwen3Config, DENSE | dict(intermediate_size=32, head_dim=16), {}, [16, 16],
+                        torch.float32),
+    "fp8-qwen3_5": (transformers.Qwen3_5MoeConfig, dict(text_config=QWEN3_5_FP8, vision_config=VISION), {}, [16, 16],
+                    torch.bfloat16),
+}
+PROJECTION = re.compile(r"layers\.\d+\..*\.((q|k|v|o|gate|up|down|out)_proj|in_proj_(qkv|z))\.weight")
 
 
 def shake(model: torch.nn.Module) -> None:
@@ -155,6 +177,65 @@ def make(name: str, config_class: type, options: dict, save: dict) -> None:
     print(f"{name}: logits of size {golden['logits'].abs().mean():.2f}")
 
 
+def quantised(weight: torch.Tensor, block: list[int] | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix in FP8, and its scales of that dtype, one a block, or one."""
+    (out, wide), (rows, columns) = weight.shape, block or weight.shape
+    stored, scales = torch.empty(out, wide, dtype=torch.float8_e4m3fn), []
+    for row in range(0, out, rows):
+        for column in range(0, wide, columns):
+            part = weight[row:row + rows, column:column + columns].float()
+            scales.append((part.abs().max() / 448).to(dtype))
+            stored[row:row + rows, column:column + columns] = (part / scales[-1].float()).clamp(-448, 448).to(stored)
+    scales = torch.stack(scales)
+    return stored, scales.view(-1, -(-wide // columns)) if block else scales[0].clone()
+
+
+@torch.no_grad()
+def make_fp8(name: str, config_class: type, options: dict, save: dict, block: list[int] | None, dtype: torch.dtype
+             ) -> None:
+    """Make an FP8 checkpoint folder with its golden logits: of the weights as transformers dequantises them, bfloat16,
+    in float32 products."""
+    torch.manual_seed(sum(name.encode()))
+    auto = AutoModelForImageTextToText if "vision_config" in options else AutoModelForCausalLM
+    model = auto.from_config(config_class(**options), dtype=torch.float32)
+    shake(model)
+    path, plain = HERE / name, HERE / f"{name}-dequantised"
+    shutil.rmtree(path, ignore_errors=True)
+    model.bfloat16().save_pretrained(path, **save)
+    shutil.copytree(path, plain)
+    for file in path.glob("model*.safetensors"):
+        tensors, dequantised = load_file(file), load_file(file)
+        for key in filter(PROJECTION.search, [*tensors]):
+            tensors[key], scale = quantised(tensors[key], block, dtype)
+            tensors[f"{key}_scale_inv"] = scale
+            dequantised[key] = _dequantize_fp8_weight(tensors[key], scale, block, torch.float32).bfloat16()
+        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(dequantised, plain / file.name, metadata={"format": "pt"})
+        if (index_file := path / "model.safetensors.index.json").exists():
+            index = json.loads(index_file.read_text())
+            index["weight_map"] |= dict.fromkeys(tensors, file.name)
+            index_file.write_text(json.dumps(index, indent=2) + "\n")
+    config = json.loads((path / "config.json").read_text())
+    (config.get("text_config") or config)["quantization_config"] = {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": block,
+        "modules_to_not_convert": ["lm_head"]}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    ids = torch.randint(SMALL["vocab_size"], (1, 70) if "qwen3_5" in name else (2, 24))
+    logits = {}
+    for folder in (plain, path):
+        model, info = auto.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+        assert not any(info.values()), info
+        logits[folder] = model.float()(ids).logits.contiguous()
+    shutil.rmtree(plain)
+    if "incomplete" not in name:
+        assert torch.equal(logits[plain], logits[path])
+    save_file({"ids": ids, "logits": logits[plain]}, path / "golden.safetensors")
+    for file in path.iterdir():
+        file.chmod(0o644)
+    print(f"{name}: logits of size {logits[plain].abs().mean():.2f}")
+
+
 if __name__ == "__main__":
-    for case in sys.argv[1:] or CASES:
-        make(case, *CASES[case])
+    makers = dict.fromkeys(CASES, make) | dict.fromkeys(FP8_CASES, make_fp8)
+    for case in sys.argv[1:] or makers:
+        makers[case](case, *(CASES | FP8_CASES)[case])

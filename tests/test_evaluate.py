@@ -82,7 +82,7 @@ def test_parameters_are_those_of_the_tensors(path):
     model = Model(path)
     stored = {name: tensor for file in model.checkpoint.metadata for name, tensor in load_file(path / file).items()}
     active = model.config.vocab_size * model.config.hidden_size + model.config.hidden_size
-    active += 0 if model.config.tie_word_embeddings else model.unembedding().numel()
+    active += model.unembedding().numel() if "lm_head.weight" in stored else 0
     for index in range(model.config.num_layers):
         layer = model.layer(index)
         active += sum(weight.numel() for weight in layer.weights.values())

@@ -15,7 +15,7 @@ import common
 import model_io
 import pytest
 import torch
-from conftest import DENSE, GOLDEN, contents, dropped, named
+from conftest import DENSE, FP8, FP8_DENSE, GOLDEN, contents, dropped, named
 from model_io import NOTICE, Checkpoint, InputError, Model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,15 +24,16 @@ PLAIN, SHARDED, MTP = map(named, ("olmoe-plain", "olmoe-sharded", "qwen3_5-visio
 SURVIVORS = [5, 0, 3, 6]  # not in order: the output permutes them
 
 
-@pytest.fixture(params=[*GOLDEN, *DENSE], ids=lambda path: path.name)
+@pytest.fixture(params=[*GOLDEN, *DENSE, *FP8, FP8_DENSE], ids=lambda path: path.name)
 def golden(request) -> Path:
     return request.param
 
 
 def source_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint, by the safetensors library."""
+    """All weights of a checkpoint, by the safetensors library; of FP8 ones the bytes, which torch can compare."""
     files = [file for file in path.glob("model*.safetensors")]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+            for file in files for name, tensor in load_file(file).items()}
 
 
 # ---------------------------------------------------------------------------------------------- forward passes
@@ -444,7 +445,7 @@ def test_padding_truncation_and_special_tokens_of_the_tokenizer_file_are_not_app
 # ----------------------------------------------------------------------------------------------------- writing
 
 
-@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+@pytest.fixture(params=[*GOLDEN, *FP8], ids=lambda path: path.name)
 def compressed(request, tmp_path) -> tuple[Path, Path]:
     """A golden checkpoint with the small files that published ones have, and its compression to SURVIVORS."""
     source = tmp_path / "source"
@@ -791,7 +792,7 @@ def test_a_head_of_its_own_counts_whatever_the_flag_says(tmp_path):
     ({"model_type": ["olmoe"]}, "is not supported"),
     ({"model_type": "qwen3_omni_moe"}, r"'qwen3_omni_moe' is not supported \(two models with experts in one"),
     ({"model_type": "flex_olmo"}, r"'flex_olmo' is not supported \(a norm after the experts"),
-    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"quantised weights \(fp8\)"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised weights \(gptq\)"),
     ({"head_dim": 2, "of": "qwen3-dense-first"}, r"q_proj.weight has shape .* by config.json it must be \[8, 32\]"),
     ({"head_dim": 10, "of": "qwen3-dense-first"}, r"must be \[40, 32\]"),
     ({"linear_key_head_dim": 7, "of": "qwen3_5-text"}, "linear_attn.* by config.json it must be"),
@@ -888,6 +889,7 @@ def test_a_head_or_norm_that_is_not_finite_is_named(tmp_path, name):
         Model(rewrite(tmp_path / "c", change)).logits(torch.ones(1, 4, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("golden", [*GOLDEN, *DENSE], ids=lambda path: path.name)
 def test_what_is_stored_is_read_again(golden, tmp_path):
     """All weights of a layer, doubled and then as they were; nothing else changes."""
     shutil.copytree(golden, tmp_path / "c")
@@ -931,6 +933,7 @@ def test_experts_are_held_in_bfloat16_only_if_all_are_stored_so(tmp_path):
             assert torch.equal(part[3], stored[3].bfloat16().to(dtype))
 
 
+@pytest.mark.parametrize("golden", [*GOLDEN, *DENSE], ids=lambda path: path.name)
 def test_tensors_are_read_as_safetensors_reads_them(golden):
     checkpoint = Checkpoint(golden)
     for file in checkpoint.metadata:
@@ -1000,7 +1003,7 @@ def test_both_names_of_the_number_of_experts_change_in_the_output(small):
 def test_every_weight_is_checked_before_one_is_read(golden):
     """Missing, of an integer type, or of one more in any dimension."""
     model = Model(golden)
-    tensors = model.checkpoint.tensors
+    tensors = model.checkpoint.weights
     used = [name for name in tensors if not name.startswith("model.visual") and (
         name != "lm_head.weight" or not model.config.tie_word_embeddings)]
     for name in used:

@@ -307,7 +307,7 @@ def test_the_cut_of_a_layer_shares_its_weights_and_passes_a_dense_one(small):
     assert common.cut(dense, slice(2), 3) is dense
 
 
-@pytest.mark.parametrize("module", [common, distil, dot_moe, heapr, wanda])
+@pytest.mark.parametrize("module", [common, distil, dot_moe, heapr, nested, wanda])
 def test_the_docstrings_examples_hold(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
