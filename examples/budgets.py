@@ -3,6 +3,7 @@
 
     python examples/budgets.py CKPT evo --keep 32 --out DIR              a number for each layer, 32 on average
     python examples/budgets.py CKPT barriers --keep 32 --plan P --out DIR   the same, by HodgeCover's barriers
+    python examples/budgets.py CKPT coverage --keep 32 --out DIR         the same, by saliency
     python examples/budgets.py CKPT rco --keep 32 --out DIR              32 in every layer
     python examples/budgets.py CKPT rco --keep 32 --ragged --out DIR     32 on average
 
@@ -18,6 +19,10 @@ and the others become mutants of them, in which up to 3 times up to 4 experts mo
 barriers (ours; the paper's allocator is not at hand). No search: each layer keeps experts in proportion to the square
 root of its mean barrier, in nats, which a --plan of hodgecover.py has; the plan's order says which. That would be the
 best budget if a layer's loss were its barrier over the number of experts that stay.
+
+coverage (SHAPE, arXiv 2606.09886). No search: each layer keeps the fewest experts that hold a share of its saliency's
+mass, the same share in all layers, chosen for the total. The saliency is REAP's, or that of a --plan (ours; the paper
+credits the coalitions that are routed to).
 
 rco (RCO, arXiv 2605.00649; rco.py says how). No order is given: each expert has logits to keep and to prune it, trained
 to a low loss against the source while the expected number of pruned experts stays at the budget. With a budget for each
@@ -38,6 +43,7 @@ import hashlib
 import itertools
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -82,6 +88,19 @@ def barrier_budget(means: Sequence[float], counts: Sequence[int], top_k: int, ke
     largest = max(means) or 1.0
     kept = in_proportion([max(each / largest, 1e-6)**0.5 for each in means], top_k, counts, keep * len(means))
     return tuple(n - each for n, each in zip(counts, kept))
+
+
+def coverage_budget(saliencies: Sequence[Sequence[float]], top_k: int, keep: int) -> Budget:
+    """How many of the experts of each layer go, by their saliencies in the order that they stay in: `keep` stay on
+    average. An expert stays if those before it hold less than a share of the mass; it is the share that many do at.
+
+    >>> coverage_budget([[8.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], 1, 2)
+    (3, 1)
+    """
+    marginal = [(held / (sum(each) or 1.0), layer) for layer, each in enumerate(saliencies)
+                for held in [0.0, *itertools.accumulate(each)][top_k:-1]]
+    kept = Counter(layer for _, layer in sorted(marginal)[:(keep - top_k) * len(saliencies)])
+    return tuple(len(each) - top_k - kept[layer] for layer, each in enumerate(saliencies))
 
 
 def mean_barriers(path: Path, names: Iterable[str]) -> list[float]:
@@ -252,11 +271,11 @@ def decoder_orders(model: Model, base: dict[str, dict]) -> dict[str, list[int]]:
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.command_line(__file__, __doc__, text=TOKENS)
-    parser.add_argument("search", choices=("evo", "barriers", "rco"), help="as above")
+    parser.add_argument("search", choices=("evo", "barriers", "coverage", "rco"), help="as above")
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep: by rco in every "
                         "layer, else and by --ragged on average")
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, barriers: a plan whose order the experts "
-                        "go in; evo without one: REAP's")
+    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, barriers, coverage: a plan whose order the "
+                        "experts go in; without one REAP's")
     parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="of evo [%(default)s]")
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="of rco's optimiser [%(default)s]")
     parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers")
@@ -265,12 +284,15 @@ def command_line() -> hodgecover.Parser:
 
 
 UNUSED = {"evo": ("steps", "ragged"), "rco": ("plan", "generations"),
-          "barriers": ("steps", "ragged", "generations", "calib", "tokens", "seq_len", "seed", "memory")}
+          "barriers": ("steps", "ragged", "generations", "calib", "tokens", "seq_len", "seed", "memory"),
+          "coverage": ("steps", "ragged", "generations", "memory")}
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for an option out of range, and for one that the search does not use."""
     common.refuse_given(command_line(), args, UNUSED[args.search], args.search)
+    if args.search == "coverage" and args.plan:
+        common.refuse_given(command_line(), args, ("calib", "tokens", "seq_len", "seed"), "coverage of a --plan")
     if args.search == "barriers" and not args.plan:
         raise InputError("plan: missing; barriers are read from a plan of hodgecover.py")
     hodgecover.check_range("generations", args.generations, 1, 10**6)
@@ -355,7 +377,8 @@ def run(args: argparse.Namespace) -> None:
     cache = common.folder_beside(args.out, "budgets", model)
     hodgecover.check_out(model, args.out, cache, args.plan_only)
     base = export_plan.read_orders(model, args.plan) if args.plan else None
-    ids = common.calibration_ids(model, args) if args.search != "barriers" else None
+    reads = args.search in ("evo", "rco") or not args.plan
+    ids = common.calibration_ids(model, args) if reads else None
     bar = hodgecover.progress_bar()
     with common.made(cache):
         base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
@@ -365,6 +388,9 @@ def run(args: argparse.Namespace) -> None:
         elif args.search == "barriers":
             means, counts = mean_barriers(args.plan, orders), expert_counts(model)
             budget = barrier_budget(means, counts, model.config.top_k, args.keep)
+        elif args.search == "coverage":
+            ranked = [[base[name]["saliency"][e] for e in order] for name, order in orders.items()]
+            budget = coverage_budget(ranked, model.config.top_k, args.keep)
         else:
             orders, budget = run_rco(model, ids, orders, args, cache, bar)
     plans = planned(model, base, orders, budget, args.keep)

@@ -11,8 +11,8 @@ samples, and differences sample by sample. A sample is a seed: of the 2,048 toke
 searches on, of the 16,384, in sequences of 128, that rco searches on, of the 16,384 of a refit and of the tokens that
 are trained on, once. What a search has found lies beside the samples' barriers, for the next run.
 
-Ragged plans run in memory; no checkpoint holds them. `barriers` has the budget of HodgeCover's barriers. `first layer
-whole` and --first are a budget by hand: the first layer loses nothing, the others lose its part too.
+`barriers` has the budget of HodgeCover's barriers, `coverage` that of REAP's saliency. `first layer whole` and --first
+are a budget by hand: the first layer loses nothing, the others lose its part too.
 """
 import argparse
 import functools
@@ -63,6 +63,13 @@ def barrier_budget(sample: Sample, keep: int) -> budgets.Budget:
     measured = sample.signals()
     means = [measured[name].barriers.mean().item() for name in layers_of(sample)]
     return budgets.barrier_budget(means, budgets.expert_counts(sample.source), sample.source.config.top_k, keep)
+
+
+def coverage_budget(sample: Sample, keep: int) -> budgets.Budget:
+    """The budget of the mass of REAP's saliency: how many experts of each layer go."""
+    plans = ranked(sample)
+    saliencies = [[plans[name]["saliency"][e] for e in plans[name]["order"]] for name in layers_of(sample)]
+    return budgets.coverage_budget(saliencies, sample.source.config.top_k, keep)
 
 
 @functools.cache
@@ -139,6 +146,7 @@ def budget_tables(generations: int, steps: int) -> list[Table]:
     lines: dict[str, Make] = {"reap": partial(reproduce.selected, method="reap"),
                               "first layer whole": partial(reap, budget=spared),
                               "barriers, ragged": partial(reap, budget=barrier_budget),
+                              "coverage, ragged": partial(reap, budget=coverage_budget),
                               "hodgecover, barriers, ragged": partial(with_budget, method="hodgecover",
                                                                       budget=barrier_budget),
                               "evo, ragged": partial(reap, budget=partial(evo_budget, generations=generations)),
@@ -164,7 +172,7 @@ def show_budgets(samples: list[Sample], args: argparse.Namespace, labels: Sequen
                  ) -> None:
     """Print the ragged plans: experts kept in each layer, sample by sample."""
     source = samples[0].source
-    of_label = {"barriers, ragged": barrier_budget,
+    of_label = {"barriers, ragged": barrier_budget, "coverage, ragged": coverage_budget,
                 "evo, ragged": lambda sample, keep: evo_budget(sample, keep, args.generations),
                 "rco, ragged": lambda sample, keep: rco_found(sample, keep, args.steps, True)[1]}
     reproduce.print_head("experts kept in each layer, sample by sample", columns)

@@ -562,6 +562,41 @@ def test_the_budget_of_barriers_is_near_the_best_for_its_loss(means, keep):
     assert loss(kept) <= 1.1 * min(loss(budget) for budget in every if sum(budget) == sum(kept)) + 1e-12
 
 
+@given(st.lists(st.lists(st.floats(0.01, 9), min_size=5, max_size=8), min_size=1, max_size=4), st.integers(2, 4))
+def test_the_budget_of_coverage_holds_one_share_of_the_mass(saliencies, keep):
+    """By bisection for the share: the fewest experts that hold it, 2 at least, come to the same budget."""
+    def fewest(each: list[float], share: float) -> int:
+        mass = [0.0, *itertools.accumulate(each)]
+        return max(2, next(count for count, held in enumerate(mass) if held >= share * mass[-1] - 1e-12))
+    counts = [len(each) - gone for each, gone in zip(saliencies, budgets.coverage_budget(saliencies, 2, keep))]
+    assert sum(counts) == keep * len(saliencies)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        enough = sum(fewest(each, share) for each in saliencies) >= sum(counts)
+        low, high = (low, share) if enough else (share, high)
+    for each, count in zip(saliencies, counts):
+        assert fewest(each, low - 1e-9) <= count <= fewest(each, high + 1e-9)
+
+
+def test_a_budget_by_coverage(small, tmp_path, capsys):
+    """Of REAP's saliency, or of a plan's in its order."""
+    text = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(budgets, small, "coverage", "--keep", 4, *text, "--out", tmp_path / "out") == 0
+    assert run(baselines, small, "--keep", 5, "--method", "frequency", *text, "--out", tmp_path / "few") == 0
+    plan = ["--plan", tmp_path / "few" / "hodgecover.json"]
+    assert run(budgets, small, "coverage", "--keep", 4, *plan, "--out", tmp_path / "by-plan") == 0
+    for name in ("out", "by-plan"):
+        layers = record(tmp_path / name)["layers"]
+        ranked = [[layer["saliency"][e] for e in layer["order"]] for layer in layers]
+        gone = budgets.coverage_budget(ranked, 3, 4)
+        assert [len(layer["survivors"]) for layer in layers] == [8 - each for each in gone]
+        assert all(layer["survivors"] == sorted(layer["order"][:len(layer["survivors"])]) for layer in layers)
+    capsys.readouterr()
+    status = run(budgets, small, "coverage", "--keep", 4, *plan, "--tokens", 64, "--out", tmp_path / "no")
+    assert_refused(capsys, status, "--tokens: coverage of a --plan does not use it")
+
+
 def test_a_budget_by_barriers(small, tmp_path, capsys):
     """Of a plan of hodgecover.py: its order, and as many experts as its mean barriers say."""
     text, plan, out = ["--calib", tmp_path / "text.txt", *QUICK], tmp_path / "plan.json", tmp_path / "ragged.json"
