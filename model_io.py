@@ -838,18 +838,14 @@ def read_config(raw: dict) -> Config:
 
 def per_layer_sizes(text: dict, config: Config, width_key: str) -> tuple[tuple[int, int, int], ...]:
     """Return (layer, number of experts, their width) for each layer of `per_layer_config`. Raises InputError if it has
-    another form or changes anything else."""
-    own, sizes = text.get("per_layer_config") or {}, []
-    if not isinstance(own, dict) or not all(isinstance(of, dict) and re.fullmatch(r"\d{1,9}", i)
-                                            and int(i) < config.num_layers for i, of in own.items()):
-        raise InputError("config.json: per_layer_config must be an object with an object for each of some layers")
-    for i, of in own.items():
-        for key in of.keys() - {"num_experts", "num_local_experts", width_key}:
-            raise InputError(f"config.json: per_layer_config changes {key} in layer {i}; only num_experts and "
-                             f"{width_key} can be a layer's own")
-        count = value_of(of, expert_count_keys(of)[0], int, config.num_experts)
-        sizes.append((int(i), count, value_of(of, width_key, int, config.expert_width)))
-    return tuple(sizes)
+    another form."""
+    own, keys = text.get("per_layer_config") or {}, {"num_experts", "num_local_experts", width_key}
+    if not isinstance(own, dict) or not all(re.fullmatch(r"\d{1,9}", i) and int(i) < config.num_layers
+                                            and isinstance(of, dict) and of.keys() <= keys for i, of in own.items()):
+        raise InputError("config.json: per_layer_config must be an object with objects for some of the layers, which "
+                         f"have num_experts, {width_key} or both")
+    return tuple((int(i), value_of(of, expert_count_keys(of)[0], int, config.num_experts),
+                  value_of(of, width_key, int, config.expert_width)) for i, of in own.items())
 
 
 def check_config(config: Config) -> None:
@@ -1033,13 +1029,12 @@ def read_documents(path: str | os.PathLike, tokens: int | None = None) -> list[s
     """Return one document a UTF-8 text file, or one a line of a `.jsonl` or `.json` file. If no more than some `tokens`
     are wanted, windows of a large file are read, and of a document in it that is longer than a window a part. Raises
     InputError if the file cannot be read as that, or has no text."""
-    path, documents, empty = Path(path), [], True
+    path, documents = Path(path), []
     lines = path.suffix.lower() in (".jsonl", ".json")
     for start, whole, text in windows(path, max(LEAST_TEXT, TEXT_BYTES * tokens) if tokens else sys.maxsize, lines):
-        empty = empty and not text.strip()
         found = json_documents(path, start, text) if lines else [text]
         documents += found if whole else [part[start % max(1, len(part) - WINDOW):][:WINDOW] for part in found]
-    if empty:
+    if not any(map(str.strip, documents)):
         raise InputError(f"{path}: no text in it")
     return documents
 

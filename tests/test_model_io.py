@@ -807,6 +807,15 @@ def test_a_head_of_its_own_counts_whatever_the_flag_says(tmp_path):
     ({"attention_bias": True}, "no tensor 'model.layers.0.self_attn.q_proj.bias'"),
     ({"attention_bias": None, "of": "qwen3-plain-tied"}, "self_attn.k_proj.bias is none of the tensors"),
     ({"qkv_bias": False, "of": "qwen2-dense-between"}, "self_attn.k_proj.bias is none of the tensors"),
+    ({"per_layer_config": [8, 8]}, "per_layer_config must be an object with objects for some of the layers"),
+    ({"per_layer_config": {"2": {"num_experts": 8}}}, "per_layer_config must be"),
+    ({"per_layer_config": {"x": {"num_experts": 8}}}, "per_layer_config must be"),
+    ({"per_layer_config": {"1": {"num_experts_per_tok": 2}}}, "which have num_experts, intermediate_size or both"),
+    ({"per_layer_config": {"1": {"num_experts": 2}}}, "num_experts_per_tok 3 is above 2 experts"),
+    ({"per_layer_config": {"1": {"num_experts": "8"}}}, "num_experts is '8'; it must be a positive whole number"),
+    ({"per_layer_config": {"1": {"num_experts": 7}}}, r"layers.1.mlp.gate.weight has shape \[8, 32\]; .* \[7, 32\]"),
+    ({"per_layer_config": {"01": {"moe_intermediate_size": 8}}, "of": "qwen3-plain-tied"},
+     r"layers.1.mlp.experts.* has shape .*; by config.json it must be \[8, 32\]"),
     ({"qkv_bias": None, "of": "qwen2-renormalised"}, "no tensor 'model.layers.0.self_attn.q_proj.bias'"),
 ])
 def test_a_wrong_configuration_is_named(tmp_path, change, says):
@@ -815,6 +824,27 @@ def test_a_wrong_configuration_is_named(tmp_path, change, says):
     (tmp_path / "c" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
     with pytest.raises(InputError, match=says):
         Model(tmp_path / "c")
+
+
+def test_a_layer_may_have_a_width_of_its_own(tmp_path):
+    """The model of a layer whose experts are narrower is that of the layer with zeros in their place."""
+    ids, layer = load_file(PLAIN / "golden.safetensors")["ids"], "model.layers.1.mlp.experts."
+    keep = torch.tensor([1] * 5 + [0] * 11)
+
+    def zeroed(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (keep if "down" in name else keep[:, None]) if name.startswith(layer) else weight
+
+    def narrow(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return (weight[:, :5] if "down" in name else weight[:5]).contiguous() if name.startswith(layer) else weight
+    paths = [rewrite(tmp_path / change.__name__, lambda tensors, change=change: {
+        name: change(name, weight) for name, weight in tensors.items()}) for change in (zeroed, narrow)]
+    config = json.loads((PLAIN / "config.json").read_text()) | {"per_layer_config": {"1": {"intermediate_size": 5}}}
+    (paths[1] / "config.json").write_text(json.dumps(config))
+    zeros, model = map(Model, paths)
+    assert [each.expert_width for each in model.layer_configs] == [16, 5]
+    torch.testing.assert_close(model.logits(ids), zeros.logits(ids), rtol=0, atol=1e-5)
+    assert model_io.with_keys(config, {"intermediate_size": 4}) == json.loads((PLAIN / "config.json").read_text()) | {
+        "intermediate_size": 4}
 
 
 def test_configurations_of_transformers_4_and_their_defaults():
