@@ -101,20 +101,8 @@ class Config:
     linear_value_head_dim: int = 0
     linear_conv_width: int = 0
     biased: str = ""  # projections of the attention that have a bias, of "qkvo"
-    dense_layers: tuple[int, ...] = ()  # mlp_only_layers
-    sparse_step: int = 1  # every so many layers have experts
-    full_attention_step: int = 1  # every so many layers have full attention, unless `layer_types` tells
-    layer_types: tuple[str, ...] = ()
-    per_layer: tuple[tuple[int, int, int], ...] = ()  # layer, and its number and width of experts if they are its own
     sparse: bool = True  # of one layer: whether it has experts
     recurrent: bool = False  # and whether its token mixer is linear attention
-
-    def of_layer(self, i: int) -> Config:
-        """Return the Config of decoder layer i."""
-        sparse = self.num_experts > 0 and i not in self.dense_layers and (i + 1) % self.sparse_step == 0
-        full = self.layer_types[i] == "full_attention" if self.layer_types else (i + 1) % self.full_attention_step == 0
-        n, f = {i: own for i, *own in self.per_layer}.get(i, (self.num_experts, self.expert_width))
-        return replace(self, num_experts=n, expert_width=f, sparse=sparse, recurrent=not full)
 
 
 # ------------------------------------------------------------------------------------------------ forward pass
@@ -377,8 +365,8 @@ FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
             "qwen3_next": QWEN3_5._replace(always_renormalised=False, norm_topk_prob=True, by_key_head=True,
                                            dense_layers=True),
             "qwen3_5_moe": QWEN3_5, "qwen3_5_moe_text": QWEN3_5}
-REFUSED = {"qwen3_omni_moe": "two models with experts in one checkpoint, a thinker and a talker",
-           "flex_olmo": "a norm after the experts: their outputs do not add up in the stream"}
+REFUSED = {"qwen3_omni_moe": " (two models with experts in one checkpoint, a thinker and a talker)",
+           "flex_olmo": " (a norm after the experts: their outputs do not add up in the stream)"}
 
 
 # -------------------------------------------------------------------------------------- the model that streams
@@ -416,17 +404,16 @@ class Model:
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         self.checkpoint = Checkpoint(path)
-        try:
-            self.config = read_config(self.checkpoint.raw_config)
-        except InputError as err:
-            raise InputError(f"{self.checkpoint.path}/{err}") from None
         self.dtype = dtype
         self.device = torch.device(device)
-        names = self.checkpoint.weights
+        names, raw = self.checkpoint.weights, self.checkpoint.raw_config
         self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
-        self.layer_names = find_layers(self.checkpoint.path, names, self.prefix, self.config)
-        self.layer_configs = [self.config.of_layer(i) if i < self.config.num_layers else self.config
-                              for i in range(len(self.layer_names))]
+        try:
+            self.config = read_config(raw)
+            self.layer_names = find_layers(names, self.prefix, self.config.num_layers)
+            self.layer_configs = layer_configs(raw, self.config, self.layer_names)
+        except InputError as err:
+            raise InputError(f"{self.checkpoint.path}/{err}") from None
         self.transposed = check_tensors(self.checkpoint.path, names, self.prefix,
                                         dict(zip(self.layer_names, self.layer_configs)))
         check_scales(self.checkpoint)
@@ -766,23 +753,21 @@ def value_of(text: dict, key: str, kind: type, default: float | None = None):
     """Return text[key], or default if absent or null. Raises InputError if there is neither, if the value is not of the
     `kind`, and for a number that is not above 0, below 2^31 if it is whole, else below 3e38."""
     value = text.get(key) if text.get(key) is not None else default
-    if value is None:
-        raise InputError(f"config.json: the key {key!r} is missing")
     fits = kind is bool or isinstance(value, (int, kind)) and 0 < value < (2**31 if kind is int else 3e38)
     if fits and isinstance(value, bool) == (kind is bool):
         return value
     what = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
-    raise InputError(f"config.json: {key} is {value!r}; it must be {what}")
+    says = f"the key {key!r} is missing" if value is None else f"{key} is {value!r}; it must be {what}"
+    raise InputError(f"config.json: {says}")
 
 
 def read_config(raw: dict) -> Config:
     """Return the Config of the object in `config.json` (the key names of transformers 4 and 5; a nested `text_config`).
     Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind."""
-    family = FAMILIES.get(str(raw.get("model_type")))
-    if not family:
-        why = REFUSED.get(str(raw.get("model_type")))
-        raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported"
-                         f"{f' ({why})' if why else ''}; supported: {', '.join(FAMILIES)}")
+    kind = str(raw.get("model_type"))
+    if not (family := FAMILIES.get(kind)):
+        raise InputError(f"config.json: model_type {kind!r} is not supported{REFUSED.get(kind, '')}; supported: "
+                         f"{', '.join(FAMILIES)}")
     text = raw.get("text_config") or raw
     rope = isinstance(text, dict) and (text.get("rope_scaling") or text.get("rope_parameters") or {})
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -795,23 +780,15 @@ def read_config(raw: dict) -> Config:
 
     def of_experts(key: str) -> int:
         return 0 if family.dense else whole(key)
-
-    def listed(key: str, kind: type) -> tuple:
-        values = text.get(key) or []
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise InputError(f"config.json: {key} is {values!r}; it must be a list")
-        return tuple(values)
     num_heads = whole("num_attention_heads")
     head_dim = whole("head_dim", default=whole("hidden_size") // num_heads)
-    rotary_dim = head_dim
-    if family.partial_rotary_factor:  # other families rotate the whole head, whatever the configuration says
-        rotary_dim = int(head_dim * number("partial_rotary_factor", default=family.partial_rotary_factor))
+    factor = family.partial_rotary_factor  # other families rotate the whole head, whatever the configuration says
+    rotary_dim = int(head_dim * number("partial_rotary_factor", default=factor)) if factor else head_dim
     eos = text.get("eos_token_id", raw.get("eos_token_id"))
     config = Config(
-        model_type=raw["model_type"], vocab_size=whole("vocab_size"), hidden_size=whole("hidden_size"),
-        num_layers=whole("num_hidden_layers"), num_heads=num_heads, head_dim=head_dim, rotary_dim=rotary_dim,
-        num_kv_heads=whole("num_key_value_heads", default=num_heads),
-        rope_theta=number("rope_theta", default=family.rope_theta),
+        model_type=kind, vocab_size=whole("vocab_size"), hidden_size=whole("hidden_size"), num_heads=num_heads,
+        num_layers=whole("num_hidden_layers"), num_kv_heads=whole("num_key_value_heads", default=num_heads),
+        head_dim=head_dim, rotary_dim=rotary_dim, rope_theta=number("rope_theta", default=family.rope_theta),
         rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps), clip_qkv=optional("clip_qkv", float),
         num_experts=of_experts(expert_count_keys(text)[0]), expert_width=of_experts(expert_width_key(raw)),
         top_k=of_experts("num_experts_per_tok"), dense_width=optional("intermediate_size", int),
@@ -825,27 +802,39 @@ def read_config(raw: dict) -> Config:
         linear_value_heads=whole("linear_num_value_heads", default=32),
         linear_value_head_dim=whole("linear_value_head_dim", default=128),
         linear_conv_width=whole("linear_conv_kernel_dim", default=4),
-        biased="qkv" * value_of(text, "qkv_bias", bool, True) if raw["model_type"] == "qwen2_moe" else
-        "qkvo" * value_of(text, "attention_bias", bool, False),
-        dense_layers=listed("mlp_only_layers", int) if family.dense_layers else (),
-        sparse_step=whole("decoder_sparse_step", default=1) if family.dense_layers else 1,
-        layer_types=listed("layer_types", str) if family.recurrent_layers else (),
-        full_attention_step=whole("full_attention_interval", default=4) if family.recurrent_layers else 1)
-    config = replace(config, per_layer=per_layer_sizes(text, config, expert_width_key(raw)))
+        biased="qkv" * value_of(text, "qkv_bias", bool, True) if kind == "qwen2_moe" else
+        "qkvo" * value_of(text, "attention_bias", bool, False))
     check_config(config)
     return config
 
 
-def per_layer_sizes(text: dict, config: Config, width_key: str) -> tuple[tuple[int, int, int], ...]:
-    """Return (layer, number of experts, their width) for each layer of `per_layer_config`. Raises InputError if it has
-    another form."""
-    own, keys = text.get("per_layer_config") or {}, {"num_experts", "num_local_experts", width_key}
-    if not isinstance(own, dict) or not all(re.fullmatch(r"\d{1,9}", i) and int(i) < config.num_layers
-                                            and isinstance(of, dict) and of.keys() <= keys for i, of in own.items()):
-        raise InputError("config.json: per_layer_config must be an object with objects for some of the layers, which "
-                         f"have num_experts, {width_key} or both")
-    return tuple((int(i), value_of(of, expert_count_keys(of)[0], int, config.num_experts),
-                  value_of(of, width_key, int, config.expert_width)) for i, of in own.items())
+def layer_configs(raw: dict, config: Config, names: list[str]) -> list[Config]:
+    """Return the Config of each layer by the object in `config.json`: of the decoder's whether they have experts, and
+    linear attention, and how many experts and how wide (`per_layer_config`). Raises InputError for another form."""
+    text, family, width = raw.get("text_config") or raw, FAMILIES[config.model_type], expert_width_key(raw)
+    dense, kinds, own = text.get("mlp_only_layers") or [], text.get("layer_types"), text.get("per_layer_config") or {}
+    sparse_step, full_step = (value_of(text, key, int, default) for key, default in (
+        ("decoder_sparse_step", 1), ("full_attention_interval", 4)))
+    places, keys = range(config.num_layers), {"num_experts", "num_local_experts", width}
+    for fits, says in (
+            (isinstance(dense, list), f"mlp_only_layers is {dense!r}; it must be a list"),
+            (not kinds or isinstance(kinds, list) and len(kinds) == len(places), "layer_types must be a list of all"),
+            (isinstance(own, dict) and all(re.fullmatch(r"\d{1,9}", i) and int(i) in places and isinstance(of, dict)
+                                           and of.keys() <= keys for i, of in own.items()),
+             f"per_layer_config must have an object for each of some layers, with num_experts, {width} or both")):
+        if not fits:
+            raise InputError(f"config.json: {says}")
+    own, configs = {int(i): of for i, of in own.items()}, []
+    for i in places:
+        sparse = not family.dense and not (family.dense_layers and (i in dense or (i + 1) % sparse_step))
+        recurrent = kinds[i] != "full_attention" if kinds else (i + 1) % full_step > 0
+        configs.append(replace(config, sparse=sparse, recurrent=recurrent and family.recurrent_layers))
+        if of := own.get(i):
+            n = value_of(of, expert_count_keys(of)[0], int, config.num_experts)
+            f = value_of(of, width, int, config.expert_width)
+            configs[i] = replace(configs[i], num_experts=n, expert_width=f)
+            check_config(configs[i])
+    return configs + [config] * (len(names) - len(places))
 
 
 def check_config(config: Config) -> None:
@@ -854,13 +843,10 @@ def check_config(config: Config) -> None:
     for fits, says in (
             (eos is None or eos in range(config.vocab_size),
              f"eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}"),
-            (rotary % 2 == 0 and rotary <= config.head_dim, f"{rotary} of the {config.head_dim} dimensions of a head "
-             "rotate; it must be an even number of them"),
-            (config.top_k <= (fewest := min([config.num_experts, *(n for _, n, _ in config.per_layer)])),
-             f"num_experts_per_tok {config.top_k} is above {fewest} experts"),
-            (len(config.layer_types) in (0, config.num_layers)
-             and {*config.layer_types} <= {"full_attention", "linear_attention"},
-             f"layer_types must be full_attention or linear_attention for each of {config.num_layers} layers"),
+            (rotary % 2 == 0 and rotary <= config.head_dim,
+             f"{rotary} of the {config.head_dim} dimensions of a head rotate; it must be an even number of them"),
+            (config.top_k <= config.num_experts,
+             f"num_experts_per_tok {config.top_k} is above {config.num_experts} experts"),
             (config.num_heads % config.num_kv_heads == 0,
              f"num_key_value_heads is {config.num_kv_heads}; it must divide {config.num_heads}"),
             (config.linear_value_heads % config.linear_key_heads == 0,
@@ -870,8 +856,8 @@ def check_config(config: Config) -> None:
 
 
 def expert_count_keys(text: dict) -> list[str]:
-    """Return the keys that hold the number of experts: `num_experts`, or what transformers 5 writes for Qwen3-MoE, or
-    both. Raises InputError if they differ."""
+    """Return the key of the number of experts, the one that transformers 5 writes for Qwen3-MoE, or both. Raises
+    InputError if they differ."""
     keys = [key for key in ("num_experts", "num_local_experts") if key in text] or ["num_experts"]
     if text.get(keys[0]) != text.get(keys[-1]):
         raise InputError("config.json: num_experts and num_local_experts differ")
@@ -909,14 +895,14 @@ def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
             raise InputError(f"config.json: {says}")
 
 
-def find_layers(path: Path, tensors: dict[str, TensorInfo], prefix: str, cfg: Config) -> list[str]:
-    """Return the names of the decoder layers, then of those of a multi-token prediction head. Raises InputError if the
-    weights have another number of decoder layers than config.json says."""
+def find_layers(tensors: Iterable[str], prefix: str, count: int) -> list[str]:
+    """Return the names of `count` decoder layers, then of those of a multi-token prediction head. Raises InputError if
+    the tensors are of another number of decoder layers."""
     stored = {match[1] for match in map(re.compile(r"(.*?layers\.\d+)\.").match, tensors) if match}
     found = sum(name.startswith(f"{prefix}layers.") for name in stored)
-    names = [f"{prefix}layers.{i}" for i in range(min(cfg.num_layers, found + 1))]  # a stranger's number may be huge
-    if found != cfg.num_layers or not stored.issuperset(names):
-        raise InputError(f"{path}: config.json says {cfg.num_layers} layers; the weights have {found}")
+    names = [f"{prefix}layers.{i}" for i in range(min(count, found + 1))]  # a stranger's number may be huge
+    if found != count or not stored.issuperset(names):
+        raise InputError(f"config.json: num_hidden_layers is {count}; the weights have {found} layers")
     return names + sorted(name for name in stored if name.startswith("mtp."))
 
 

@@ -49,8 +49,8 @@ def tensor_shapes(cfg: dict) -> dict[str, list[int]]:
     config, d, vocab = model_io.read_config(cfg | COMMON), cfg["hidden_size"], cfg["vocab_size"]
     first = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate.weight"))
     shapes = {"model.embed_tokens.weight": [vocab, d]}
-    for i in range(config.num_layers):
-        layer = first | model_io.layer_shapes(config.of_layer(i), fused=bool(config.shared_width))
+    for i, own in enumerate(model_io.layer_configs(cfg | COMMON, config, [])):
+        layer = first | model_io.layer_shapes(own, fused=bool(config.shared_width))
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes | {"model.norm.weight": [d], "lm_head.weight": [vocab, d]}
 

@@ -131,7 +131,7 @@ CHECKPOINTS = {
     "other experts": (config(num_experts=9), "by config.json it must be [9, 32]"),
     "fewer experts": (config(num_experts=7), "by config.json it must be [7, 32]"),
     "experts beyond any memory": (config(num_experts=2**31 - 1), "by config.json it must be [2147483647, 32]"),
-    "other layers": (config(num_hidden_layers=3), "says 3 layers; the weights have 2"),
+    "other layers": (config(num_hidden_layers=3), "num_hidden_layers is 3; the weights have 2"),
     "other hidden size": (config(hidden_size=16), "by config.json it must be"),
     "other vocabulary": (config(vocab_size=95), "by config.json it must be [95, 32]"),
     "other heads": (config(num_attention_heads=2, num_key_value_heads=2, head_dim=8), "by config.json it must be"),
