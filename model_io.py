@@ -384,17 +384,13 @@ class LayerPass(NamedTuple):
 
 
 class Model:
-    """A language model, sparse MoE or dense, that streams its weights from a checkpoint folder.
+    """A language model, sparse MoE or dense, that streams its weights from a checkpoint folder. `dtype` is that of
+    activations and products (norms and the router's softmax stay in float32 or better); `device` holds weights and
+    activations while they are in use.
 
     >>> model = Model("examples/tiny-olmoe")
     >>> model.logits(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 2048])
-
-    Parameters
-    ----------
-    path : the checkpoint folder
-    dtype : of activations and products (norms and the router's softmax stay in float32 or better)
-    device : holds weights and activations while they are in use
 
     Attributes: `checkpoint`, `config`, `dtype`, `device`; by layer, first those of the decoder, then those of a
     multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`; `transposed`, the names
@@ -670,8 +666,7 @@ class Checkpoint:
 
     Attributes: `path`, `raw_config` (config.json as it stands), `tensors` (name -> TensorInfo, in file order),
     `weights` (the same without scales), `metadata` (shard file -> its metadata), `sharded` (whether an index lists the
-    shards). Raises InputError if the folder, config.json or a weight file is missing or malformed.
-    """
+    shards). Raises InputError if the folder, config.json or a weight file is missing or malformed."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -1110,14 +1105,8 @@ def docstrings(path: Path) -> str:
 
 
 def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: int = 0) -> torch.Tensor:
-    """Cut ids (T,) into sequences (B, seq_len): all of them in order, or `count` sampled without replacement.
-
-    The incomplete last one is left out. Raises InputError if there is not one.
-
-    >>> sequences(torch.arange(7), 3)
-    tensor([[0, 1, 2],
-            [3, 4, 5]])
-    """
+    """Cut ids (T,) into sequences (B, seq_len), leaving out an incomplete last one: all of them in order, or `count`
+    sampled without replacement. Raises InputError if there is not one."""
     check_range("seq_len", seq_len, 2)
     if len(ids) < seq_len:
         raise InputError(f"the text has {len(ids)} tokens, too few for one sequence of seq_len {seq_len}; give more "
@@ -1206,16 +1195,14 @@ def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str,
 
 def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes]
                      ) -> None:
-    """Write the checkpoint that keeps `survivors`, and files by their names, to the folder `out`, which appears whole
-    or not at all. Names, dtypes and shards are the source's; `num_experts` becomes K. survivors : layer name -> expert
-    indices, K of each layer; unsorted ones permute the experts. Empty: a plain copy. Raises InputError if the layers do
-    not keep the same number of experts, and as `new_folder` does."""
-    counts = {len(kept) for kept in survivors.values()}
+    """Write the checkpoint that keeps `survivors`, layer name -> K expert indices, and files by their names, to the
+    folder `out`, which appears whole or not at all. Names, dtypes and shards are the source's; unsorted indices permute
+    the experts. Empty: a plain copy. Raises InputError if the layers keep different numbers, and as `new_folder` does.
+    """
+    counts, raw = {len(kept) for kept in survivors.values()}, checkpoint.raw_config
     if len(counts) > 1:
         raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
-    raw = checkpoint.raw_config
-    keys = expert_count_keys(raw.get("text_config") or raw)
-    changes = {key: count for key in keys for count in counts}
+    changes = {key: count for key in expert_count_keys(raw.get("text_config") or raw) for count in counts}
     write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), with_keys(raw, changes), files)
 
 
@@ -1224,18 +1211,14 @@ def json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def untied(config: dict) -> dict:
-    """Return the object of config.json with no flag, at the top or in `text_config`, that ties the head."""
-    return {key: untied(value) if key == "text_config" else False if key == "tie_word_embeddings" else value
-            for key, value in config.items()}
-
-
 def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], config: dict, files: dict[str, bytes]
                   ) -> None:
     """Write pieces and files by their names, the object of config.json, and the checkpoint's tokenizer and other small
     files, to the folder `out`, which appears whole or not at all. The configuration ties no head that is stored. Raises
     InputError as `new_folder` does."""
-    config = untied(config) if "lm_head.weight" in kept else config
+    flag, text = "tie_word_embeddings", config.get("text_config") or {}
+    if "lm_head.weight" in kept and (config.get(flag) or text.get(flag)):
+        config = with_keys(config, {flag: False}) | {flag: False}
     if config != checkpoint.raw_config:
         files = {"config.json": json_bytes(config)} | files
     with new_folder(out) as staging:
