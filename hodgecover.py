@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -425,10 +424,9 @@ def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKE
         if len(files) > 1 and len(text) < share * seq_len:
             raise InputError(f"{file}: has {len(text)} tokens, its share of tokens {share * seq_len}; give more")
         samples.append(model_io.sequences(text, seq_len, share, seed))
-    ids = torch.cat(samples)
-    if len(ids) < count:
-        warn(f"the text has only {ids.numel()} tokens in whole sequences, all used; {tokens} were asked")
-    return ids
+    if sum(map(len, samples)) < count:
+        warn(f"the text has only {len(samples[0]) * seq_len} tokens in whole sequences, all used; {tokens} were asked")
+    return torch.cat(samples)
 
 
 def shares(count: int, files: int) -> list[int]:
@@ -516,10 +514,10 @@ def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: 
     (none: Python's documentation), and the checkpoints that it read, by their role."""
     text = {} if ids is None else {"tokens": ids.numel(), "seq_len": ids.shape[1], "text_sha256": text_hash(ids),
                                    "text": [Path(file).name for file in files] or "python documentation"}
-    if len(files) > 1 and text:
+    if text and len(files) > 1:
         text["tokens_of_each"] = [share * ids.shape[1] for share in shares(len(ids), len(files))]
     return {"version": __version__, "command": command, "settings": settings | text} | {
-        role: {"name": Path(os.path.abspath(model.checkpoint.path)).name, "model_type": model.config.model_type,
+        role: {"name": model_io.beside(model.checkpoint.path, "").name, "model_type": model.config.model_type,
                "num_experts": model.config.num_experts, "top_k": model.config.top_k,
                "fingerprint": model.checkpoint.fingerprint()} for role, model in read.items()}
 
