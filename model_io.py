@@ -305,9 +305,12 @@ def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch
     """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it. The
     experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once."""
     out = torch.zeros_like(x)
-    for own, gate, up, down in zip(gates.T, *experts):
+    as_is = any(part.requires_grad for part in (x, *experts)) or experts.gate.dtype == x.dtype
+    room = None if as_is else [x.new_empty(part.shape[1:]) for part in experts]  # new memory costs more than widening
+    for own, *weights in zip(gates.T, *experts):
         t = own.nonzero().squeeze(1)
         if len(t):
+            gate, up, down = weights if as_is else map(torch.Tensor.copy_, room, weights)
             out.index_add_(0, t, own[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
     return out
 
@@ -454,9 +457,9 @@ class Model:
                 parts = [self.turned(prefix + name, load(prefix + name, e)) for name in ("gate_up_proj", "down_proj")]
                 parts = *parts[0].chunk(2), parts[1]
             else:
-                parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
+                parts = (load(f"{prefix}{e}.{part}_proj.weight", out=w) for part, w in zip(Experts._fields, own))
             for weight, part in zip(own, parts):
-                if not part.sum(dtype=torch.float32).isfinite():  # of an expert without tokens, too
+                if not all(map(math.isfinite, part.aminmax())):  # of an expert without tokens, too
                     raise InputError(f"{self.checkpoint.path}: expert {e} of {layer} has NaN or infinity in it")
                 weight.copy_(part)
         return experts
@@ -470,7 +473,7 @@ class Model:
         """Return the embeddings (B, L, d) of ids (B, L), the residual stream before the first layer, in a tensor that
         `empty` makes."""
         rows, at = ids.cpu().unique(return_inverse=True)
-        table = torch.stack([self.checkpoint.load(self._embedding, row) for row in rows.tolist()])
+        table = self.checkpoint.load(self._embedding, rows.tolist())
         h = empty(ids.numel(), self.config.hidden_size, dtype=self.dtype, device=self.device)
         for part, own in zip(h.split(PASS_TOKENS), at.flatten().split(PASS_TOKENS)):
             part.copy_(table[own])
@@ -486,7 +489,7 @@ class Model:
 
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self.tensor(name)
-        if not all(rows.isfinite().all() for rows in tensor.split(PASS_TOKENS)):
+        if not all(map(math.isfinite, tensor.aminmax())):
             raise InputError(f"{self.checkpoint.path}: {name} has NaN or infinity in it")
         return tensor
 
@@ -521,7 +524,7 @@ class Model:
         parts = zip(h.split(at_once), x.split(at_once * length), y.split(at_once * length))
         for h_part, x_part, y_part in parts:
             x_new, gates_new, y_new = run_layer(h_part, layer, self.layer_configs[index])
-            if not y_new.isfinite().all():
+            if not all(map(math.isfinite, y_new.aminmax())):
                 raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
                                  f"in its weights, or an overflow of {self.dtype}")
             x_part.copy_(x_new)
@@ -548,13 +551,22 @@ class Model:
         logits = self.hidden(ids) @ self.unembedding().T
         return logits.to(widened(logits.dtype))
 
+    def predictions(self, hidden: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (log-probabilities of the next token (C, V), sum of the losses of those in ids (B, L), nats), float64,
+        for what the head reads, hidden (B, L, d), so many positions at a time that they stay in a processor's cache."""
+        head, logits, at_once = self.unembedding(), None, PASS_TOKENS // 4
+        few = max(1, (1 << (18 if head.is_cpu else 24)) // len(head))
+        following = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)  # -100 has no loss
+        for rows, tokens in zip(hidden.flatten(0, 1).split(at_once), following.split(at_once)):
+            logits = torch.mm(rows, head.T, out=logits if len(rows) == at_once else None)
+            for part, own in zip(logits.split(few), tokens.split(few)):
+                log_p = part.double().log_softmax(-1)
+                yield log_p, functional.nll_loss(log_p, own, reduction="sum")
+
     def perplexity(self, ids: torch.Tensor) -> float:
         """Return exp of the mean next-token loss in nats over ids (B, L); infinity if that is beyond a float."""
-        head, loss = self.unembedding(), 0.0
-        for hidden, tokens in zip(self.hidden(ids), ids.to(self.device)):
-            log_p = (hidden @ head.T).double().log_softmax(-1)
-            loss -= log_p[:-1].gather(1, tokens[1:, None]).sum().item()
-        return torch.tensor(loss / ids[:, 1:].numel(), dtype=torch.float64).exp().item()  # math.exp would overflow
+        loss = sum(loss for _, loss in self.predictions(self.hidden(ids), ids)) / ids[:, 1:].numel()
+        return loss.exp().item()  # math.exp would overflow
 
     def encode(self, documents: Iterable[str]) -> torch.Tensor:
         """Return the token ids (T,) of the documents, one after the other, each ended by the end-of-text token if any.
@@ -698,30 +710,35 @@ class Checkpoint:
                 raise InputError(f"{path}: {file!r} is not the name of a safetensors file in the folder")
         return files
 
-    def load(self, name: str, row: int | None = None, as_stored: bool = False) -> torch.Tensor:
-        """Return the named tensor, or one row of its first dimension, as it is stored; an FP8 matrix times its scales,
-        bfloat16, unless `as_stored` (no activation is quantised, as FP8 kernels do). Read rather than mapped, so that
-        no page of a file stays in this process's memory. Raises InputError for a tensor that is missing, of no
-        floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
+    def load(self, name: str, row: int | list[int] | None = None, as_stored: bool = False,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the named tensor, or one row of its first dimension, or a list of them, as it is stored; an FP8 matrix
+        times its scales, bfloat16, unless `as_stored` (no activation is quantised, as FP8 kernels do). Read rather than
+        mapped, so that no page of a file stays in this process's memory; in `out`, if that is on the CPU and of the
+        stored dtype. Raises InputError for a tensor that is missing, of no floating-point type, or cut off, for a row
+        of FP8, and for a scale that is not finite."""
         if name not in self.tensors:
             raise InputError(f"{self.path}: the weights have no tensor {name!r}")
-        info = self.tensors[name]
-        path, shape = self._paths[info.file], info.shape
-        if info.dtype not in STORED or row is not None and (info.dtype == FP8 or row not in range((shape or [0])[0])):
+        info, rows = self.tensors[name], row if isinstance(row, list) else [row]
+        path, shape, dtype = self._paths[info.file], info.shape, STORED.get(info.dtype)
+        there = row is None or info.dtype != FP8 and all(at in range((shape or [0])[0]) for at in rows)
+        if not dtype or not there:
             raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
                              f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
-        tensor = torch.empty(shape if row is None else shape[1:], dtype=STORED[info.dtype])
-        start, end = info.range(row)
+        if out is None or not out.is_cpu or out.dtype != dtype:
+            wanted = shape if row is None else [len(rows), *shape[1:]] if row is rows else shape[1:]
+            out = torch.empty(wanted, dtype=dtype)
         with open(path, "rb") as file:
-            file.seek(start)
-            if file.readinto(tensor.flatten().view(torch.uint8).numpy()) != end - start:
-                raise InputError(f"{path}: ends within {name}")
+            for part, (start, end) in zip(out.view(len(rows), -1).view(torch.uint8).numpy(), map(info.range, rows)):
+                file.seek(start)
+                if file.readinto(part) != end - start:
+                    raise InputError(f"{path}: ends within {name}")
         if info.dtype != FP8 or as_stored:
-            return tensor
+            return out
         if not (scale := self.load(name + SCALE).float()).isfinite().all():
             raise InputError(f"{path}: {name}{SCALE} has NaN or infinity in it")
         high, wide = map(min, quantisation(self.raw_config)["weight_block_size"] or shape, shape)  # of a whole block
-        values = FP8_VALUES.index_select(0, tensor.flatten().view(torch.uint8).int()).view(shape)
+        values = FP8_VALUES.index_select(0, out.flatten().view(torch.uint8).int()).view(shape)
         for rows, own in zip(values.split(high), scale.view(-1, -(-shape[1] // wide))):
             rows.mul_(own.repeat_interleave(wide)[:shape[1]])
         return values.bfloat16()

@@ -436,29 +436,22 @@ def compare(source: Model, output: Model, ids: torch.Tensor, tick: Callable[[flo
     if output.config.vocab_size != source.config.vocab_size:
         raise InputError(f"output: its vocabulary has {output.config.vocab_size} tokens; it must have the source's "
                          f"{source.config.vocab_size}")
-    source_head, output_head = source.unembedding(), output.unembedding()
     source_loss = output_loss = kl = agreements = 0.0
     hidden = (source.hidden(ids, lambda share: tick(share / 2)),
               output.hidden(ids, lambda share: tick((1 + share) / 2)))
-    for source_hidden, output_hidden, tokens in zip(*hidden, ids.to(source.device)):
-        log_p = log_probabilities(source_hidden, source_head)
-        log_q = log_probabilities(output_hidden, output_head)
-        source_loss += next_token_loss(log_p, tokens)
-        output_loss += next_token_loss(log_q, tokens)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        agreements += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    loss = torch.tensor([source_loss, output_loss], dtype=torch.float64) / ids[:, 1:].numel()
-    return Comparison(*loss.exp().tolist(), kl / ids.numel(), agreements / ids.numel())
+    parts = zip(*(model.predictions(each, ids) for model, each in zip((source, output), hidden)))
+    for (log_p, loss_p), (log_q, loss_q) in parts:
+        source_loss += loss_p
+        output_loss += loss_q
+        kl += (log_p.exp() * (log_p - log_q)).sum()
+        agreements += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    loss = torch.stack((source_loss, output_loss)) / ids[:, 1:].numel()
+    return Comparison(*loss.exp().tolist(), kl.item() / ids.numel(), agreements.item() / ids.numel())
 
 
 def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """log softmax(head hidden) of one sequence (L, d), in float64, (L, V)."""
     return (hidden @ head.T).double().log_softmax(-1)
-
-
-def next_token_loss(log_p: torch.Tensor, tokens: torch.Tensor) -> float:
-    """The sum of -log p of the next token, nats, over a sequence: log_p (L, V), tokens (L,)."""
-    return -log_p[:-1].gather(1, tokens[1:, None]).sum().item()
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def test_the_slope_is_that_of_finite_differences(name, monkeypatch):
         for index in range(first, model.config.num_layers):
             h = model_io.run_layer(h, model.layer(index), model.config)[2].view_as(h)
         log_p = common.log_probabilities(model.norm(f"{model.prefix}norm.weight")(h[0]), model.unembedding())
-        return common.next_token_loss(log_p, ids[0]) / (ids.shape[1] - 1)
+        return functional.nll_loss(log_p[:-1], ids[0, 1:]).item()
     for index, (h, slope) in swept.items():
         way = torch.randn(h.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
         difference = (loss(h + 1e-6 * way, index) - loss(h - 1e-6 * way, index)) / 2e-6
