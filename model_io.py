@@ -967,15 +967,12 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
     Return the names of fused experts that are stored transposed. Reads no weight."""
     def check(name: str, shape: list[int | None]) -> None:
         info = tensors.get(name)
-        for wrong, says in (
-                (info is None, f"the weights have no tensor {name!r}, which config.json asks for"),
-                (None in shape, f"config.json does not say how wide {name} is"),
-                (info and info.shape != shape,
-                 f"{name} has shape {info and info.shape}; by config.json it must be {shape}"),
-                (info and info.dtype not in (*DTYPES, FP8),
-                 f"{name} is stored as {info and info.dtype}; supported: {', '.join(DTYPES)}")):
-            if wrong:
-                raise InputError(f"{path}: {says}")
+        says = (f"the weights have no tensor {name!r}, which config.json asks for" if info is None else
+                f"config.json does not say how wide {name} is" if None in shape else
+                f"{name} has shape {info.shape}; by config.json it must be {shape}" if info.shape != shape else
+                f"{name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}, {FP8}")
+        if info is None or info.shape != shape or info.dtype not in (*DTYPES, FP8):
+            raise InputError(f"{path}: {says}")
     cfg = next(iter(layers.values()))
     d = cfg.hidden_size
     expected = {f"{prefix}embed_tokens.weight": [cfg.vocab_size, d], f"{prefix}norm.weight": [d]}

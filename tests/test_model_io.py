@@ -1129,13 +1129,19 @@ def write_random_checkpoint(path: Path, layers: int, n: int = 16, d: int = 256, 
 
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     """A pass whose steps are all held, and the export, of 3 and then of 10 layers in one process: 7 more layers are
-    84 MiB and cost nothing; the bound of 24 MiB, two layers, is for the allocator's noise."""
+    84 MiB and cost nothing. The bound of 24 MiB, two layers, is for the allocator's noise, of which one run in twenty on
+    a busy machine has more."""
     layers = 3, 10
     for count in layers:
         write_random_checkpoint(tmp_path / f"c{count}", count)
-    done = subprocess.run([sys.executable, "-c", PASS_AND_EXPORT, *(tmp_path / f"c{count}" for count in layers)],
-                          capture_output=True, text=True, cwd=Path(model_io.__file__).parent)
-    assert done.returncode == 0, done.stderr
-    steps, peaks = zip(*(map(int, line.split()) for line in done.stdout.splitlines()))
-    assert steps == layers and Checkpoint(tmp_path / "c10-out").raw_config["num_experts"] == 2
-    assert peaks[1] - peaks[0] < 24, peaks
+
+    def growth() -> int:
+        for count in layers:
+            shutil.rmtree(tmp_path / f"c{count}-out", ignore_errors=True)
+        done = subprocess.run([sys.executable, "-c", PASS_AND_EXPORT, *(tmp_path / f"c{count}" for count in layers)],
+                              capture_output=True, text=True, cwd=Path(model_io.__file__).parent)
+        assert done.returncode == 0, done.stderr
+        steps, peaks = zip(*(map(int, line.split()) for line in done.stdout.splitlines()))
+        assert steps == layers and Checkpoint(tmp_path / "c10-out").raw_config["num_experts"] == 2
+        return peaks[1] - peaks[0]
+    assert any(growth() < 24 for _ in range(3))
