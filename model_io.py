@@ -53,7 +53,6 @@ BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
 LEAST_TEXT, TEXT_BYTES = 1 << 22, 64  # a larger file is read in part: bytes in all, and for each token that is wanted
 WINDOW, PIECE = 1 << 14, 1 << 14  # bytes of such a part, characters that are encoded at a time
 LINE_START = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
-CONTINUATION = bytes(range(0x80, 0xc0))  # bytes of UTF-8 within a character
 CHATML = "<|im_start|>", "<|im_end|>"
 MODELING = "modeling_per_layer"  # the code by which transformers reads a checkpoint with a `per_layer_config`
 NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model described below; the "
@@ -161,9 +160,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Rotate x (B, H, L, D) by its positions 0..L-1, on the first `rotary_dim` dimensions in rotate-half layout.
-
-    Multimodal sections have equal positions on text, and reduce to this.
-    """
+    Multimodal sections have equal positions on text, and reduce to this."""
     length = x.shape[-2]
     half = cfg.rotary_dim // 2
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -323,8 +320,7 @@ def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple
     return h, rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
 
 
-def run_layer(h: torch.Tensor, layer: Layer, cfg: Config
-              ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Run one pre-norm decoder layer on the residual stream h (B, L, d). Return the feed-forward input x (T, d), the
     gates (T, n) or None for a dense layer, and the stream after the layer y (T, d). A shared expert's output, times its
     sigmoid gate, is in y."""
@@ -590,10 +586,9 @@ class Model:
         those of windows spread over it. Raises InputError as `read_documents` and `encode` do, and for chats if the
         tokenizer lacks their markers."""
         documents = read_documents(path, tokens)
-        chats = any(document.startswith(CHATML[0]) for document in documents)
-        if chats and self.use_tokenizer(lambda tokenizer: None in map(tokenizer.token_to_id, CHATML)):
-            raise InputError(f"{path}: has chats; {self.checkpoint.path / 'tokenizer.json'} has no {CHATML[0]}, "
-                             f"{CHATML[1]}; give text")
+        if any(document.startswith(CHATML[0]) for document in documents) and self.use_tokenizer(
+                lambda tokenizer: None in map(tokenizer.token_to_id, CHATML)):
+            raise InputError(f"{path}: has chats; {self.checkpoint.path / 'tokenizer.json'} lacks {CHATML}; give text")
         return self.encode(documents)
 
     def use_tokenizer(self, use: Callable):
@@ -1048,9 +1043,10 @@ def windows(path: Path, most: int, lines: bool) -> Iterator[tuple[int, bool, str
                 if lines and start:
                     file.readline()
                 data = file.read(width) + (file.readline() if lines else b"")
-                end, final = file.tell(), lines or count == 1
-                decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-                yield start, count == 1, decoder.decode(data if final else data.lstrip(CONTINUATION), final)
+                if cut := count > 1 and not lines:
+                    data = data.lstrip(bytes(range(0x80, 0xc0)))  # of a character that starts before
+                end, decoder = file.tell(), codecs.getincrementaldecoder("utf-8-sig")()
+                yield start, count == 1, io.IncrementalNewlineDecoder(decoder, True).decode(data, final=not cut)
     except (OSError, ValueError) as err:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(err, 'strerror', err)})") from None
 
@@ -1066,9 +1062,8 @@ def json_documents(path: Path, start: int, text: str) -> Iterator[str]:
                 document.encode()  # neither a number nor a lone surrogate is text
                 yield document
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            where = f"line {number}" + f" after byte {start}" * (start > 0)
-            raise InputError(f'{path}, {where}: expected a JSON object with a "text" that is a string, or "messages", '
-                             'each with a "role" and a "content" that are strings') from None
+            raise InputError(f'{path}, line {number}{f" after byte {start}" * (start > 0)}: expected a JSON object with '
+                             '"text", or "messages", each with a "role" and a "content", all strings') from None
 
 
 def pieces(document: str) -> Iterator[tuple[str, bool]]:

@@ -319,7 +319,7 @@ def test_chats_are_read_in_the_markers_of_the_tokenizer(tiny, tmp_path):
     path.write_text(json.dumps({"messages": chat}) + '\n{"text": "plain"}')
     rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
     assert model_io.read_documents(path) == [rendered, "plain"]
-    with pytest.raises(InputError, match=r"a\.jsonl: has chats; .*tokenizer\.json has no <\|im_start\|>.*; give text"):
+    with pytest.raises(InputError, match=r"a\.jsonl: has chats; .*tokenizer\.json lacks .*<\|im_start\|>.*; give text"):
         Model(tiny).encode_file(path)
     shutil.copytree(tiny, tmp_path / "c")
     raw = json.loads((tiny / "tokenizer.json").read_text(encoding="utf-8"))
