@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The numerics behind `hodgecover.py`: barriers of all pairs and triples at once, fast and in bounded memory; KL from a
-change of logits; samples of the vocabulary; Betti numbers of a filtration; the audit. Knows nothing of models or files.
+change of logits; samples of the vocabulary; Betti numbers of a filtration; the audit; the recurrence of linear
+attention. Knows nothing of models or files.
 
     n experts of a layer     T tokens              V vocabulary       d hidden size, f width of an expert
     M simplices of one size  R touched (token, simplex) pairs         E edges, F triangles
@@ -474,3 +475,31 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     u, v = centred_ranks(a), centred_ranks(b)
     norm = u.norm() * v.norm()
     return (u @ v / norm).item() if norm > 0 else 1.0
+
+
+# ------------------------------------------------------------------------------- the recurrence of linear attention
+
+def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
+                             beta: torch.Tensor, size: int = 64) -> torch.Tensor:
+    """The gated delta rule (arXiv 2412.06464) on chunks of `size` tokens by matrix products: query, key (B, L, H, D of
+    keys), value (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
+
+        state_t = decay_t state_{t-1} + key_t (beta_t (value_t - (decay_t state_{t-1})' key_t))'
+        out_t = state_t' query_t
+
+    With the log decay cumulated since the start of the chunk, the corrections beta_i (value_i - exp(decay_i) state'
+    key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
+    whole = query, key, value, log_decay[..., None], beta[..., None]
+    chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
+    out = []
+    state = value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, D of values)
+    for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
+        decay = log_decay.cumsum(2)
+        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
+        system = beta * between * (key @ key.mT)
+        wanted = beta * (value - decay.exp() * (key @ state))
+        correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
+        to_the_end = decay[:, :, -1:] - decay
+        state = decay[:, :, -1:].exp() * state + (key * to_the_end.exp()).mT @ correction
+    return torch.cat(out, dim=2).transpose(1, 2)

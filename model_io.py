@@ -40,6 +40,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
+if __package__:
+    from .mathx import chunked_gated_delta_rule, widened
+else:
+    from mathx import chunked_gated_delta_rule, widened
+
 __version__ = "0.3.0"
 
 WEIGHTS = "model.safetensors"
@@ -52,7 +57,6 @@ PASS_TOKENS = 4096  # tokens that go through a layer at a time
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
 LEAST_TEXT, TEXT_BYTES = 1 << 22, 64  # a larger file is read in part: bytes in all, and for each token that is wanted
 WINDOW, PIECE = 1 << 14, 1 << 14  # bytes of such a part, characters that are encoded at a time
-LINE_START = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
 CHATML = "<|im_start|>", "<|im_end|>"
 MODELING = "modeling_per_layer"  # the code by which transformers reads a checkpoint with a `per_layer_config`
 NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model described below; the "
@@ -141,17 +145,8 @@ class Layer:
         self.experts, self.router, self.weights = None, None, {}
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """Return float32, or dtype itself if it is wider: the dtype of norms, softmaxes and recurrences."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x / rms(x) * weight over the last dimension, in x's dtype. The mean square is taken in float32 or better.
-
-    >>> rms_norm(torch.tensor([1.0, 7.0]), torch.ones(2), 0.0)
-    tensor([0.2000, 1.4000])
-    """
+    """Return x / rms(x) * weight over the last dimension, in x's dtype. The mean square is in float32 or better."""
     wide = x.to(widened(x.dtype))
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
     normed = wide * torch.rsqrt(mean_square + eps)
@@ -195,9 +190,8 @@ def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
 
 
 def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen: biases on q, k, v in Qwen2; q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers,
-    and in the others a gate beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed
-    -> (B, L, d)."""
+    """Qwen: q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers, and in the others a gate
+    beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed -> (B, L, d)."""
     if "linear_attn.A_log" in w:
         return gated_delta_net(x, w, cfg)
     query, key, value = (linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (count, -1))
@@ -248,34 +242,6 @@ def delta_net_inputs(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -
     value = qkvz.shape[-1] // 2 - key  # of the value heads that share the key head
     *qkv, z = (part.flatten(2) for part in qkvz.split((key, key, value, value), dim=-1))
     return [torch.cat(qkv, dim=-1), z, *(part.flatten(2) for part in ba.chunk(2, dim=-1))]
-
-
-def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
-                             beta: torch.Tensor, size: int = 64) -> torch.Tensor:
-    """Run the gated delta rule on chunks of `size` tokens by matrix products; query, key (B, L, H, D of keys), value
-    (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
-
-        state_t = decay_t state_{t-1} + key_t (beta_t (value_t - (decay_t state_{t-1})' key_t))'
-        out_t = state_t' query_t
-
-    With `decay` the log decay cumulated since the start of the chunk and `state` the state there, the corrections
-    beta_i (value_i - exp(decay_i) state' key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j)
-    solve a triangular system.
-    """
-    whole = query, key, value, log_decay[..., None], beta[..., None]
-    chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
-    out = []
-    state = value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, D of values)
-    for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
-        decay = log_decay.cumsum(2)
-        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
-        system = beta * between * (key @ key.mT)
-        wanted = beta * (value - decay.exp() * (key @ state))
-        correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-        out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
-        to_the_end = decay[:, :, -1:] - decay
-        state = decay[:, :, -1:].exp() * state + (key * to_the_end.exp()).mT @ correction
-    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def gated(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -338,6 +304,7 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor,
 class Family(NamedTuple):
     """What differs between model families."""
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]  # token mixer of x (B, L, d)
+    width_key: str = "moe_intermediate_size"  # of config.json: the width of an expert
     rms_norm_eps: float = 1e-6  # unless config.json has it
     rope_theta: float = 10000.0  # likewise
     norm_topk_prob: bool = False  # likewise
@@ -356,7 +323,7 @@ class Family(NamedTuple):
 
 QWEN3_5 = Family(qwen_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
                  gated_query=True, shared_expert=True, recurrent_layers=True)
-FAMILIES = {"olmoe": Family(olmoe_attention, rms_norm_eps=1e-5),
+FAMILIES = {"olmoe": Family(olmoe_attention, "intermediate_size", rms_norm_eps=1e-5),
             "qwen2_moe": Family(qwen_attention, head_norms=False, shared_expert=True, dense_layers=True),
             "qwen3": Family(qwen_attention, dense=True), "qwen3_moe": Family(qwen_attention, dense_layers=True),
             "qwen3_vl_moe": Family(qwen_attention, rope_theta=500000.0, always_renormalised=True,
@@ -491,9 +458,8 @@ class Model:
 
     def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Run ids (B, L) through the decoder layers, then through those of a multi-token prediction head if there is
-        one, and yield each one's LayerPass. A layer is unloaded before the next one is read, so that at most one
-        layer's weights are in memory however many passes the caller holds. A change of y in place goes on into the
-        next layer. `empty` makes h, x and y."""
+        one, and yield each one's LayerPass. A layer is unloaded before the next is read, so that one layer's weights at
+        most are in memory. A change of y in place goes on into the next layer. `empty` makes h, x and y."""
         h = self.embed(ids, empty)
         norm = self.norm(f"{self.prefix}norm.weight")
         for index, name in enumerate(self.layer_names):
@@ -512,8 +478,7 @@ class Model:
             empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
         """Run a layer on h (B, L, d), about PASS_TOKENS tokens at a time, so that the memory of what lies between h
         and y is bounded. Raises InputError if y is not finite."""
-        name = self.layer_names[index]
-        count, length, d = h.shape
+        name, (count, length, d) = self.layer_names[index], h.shape
         x, y = (empty(count * length, d, dtype=h.dtype, device=h.device) for _ in range(2))
         gates = []
         at_once = max(1, PASS_TOKENS // length)  # sequences
@@ -594,7 +559,6 @@ class Model:
     def use_tokenizer(self, use: Callable):
         """Return use(tokenizer) of the checkpoint's tokenizer, without padding or truncation."""
         from tokenizers import Tokenizer
-
         path = self.checkpoint.path / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -797,7 +761,7 @@ def read_config(raw: dict) -> Config:
         num_layers=whole("num_hidden_layers"), num_kv_heads=whole("num_key_value_heads", default=num_heads),
         head_dim=head_dim, rotary_dim=rotary_dim, rope_theta=number("rope_theta", default=family.rope_theta),
         rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps), clip_qkv=optional("clip_qkv", float),
-        num_experts=of_experts(expert_count_keys(text)[0]), expert_width=of_experts(expert_width_key(raw)),
+        num_experts=of_experts(expert_count_keys(text)[0]), expert_width=of_experts(family.width_key),
         top_k=of_experts("num_experts_per_tok"), dense_width=optional("intermediate_size", int),
         shared_width=optional("shared_expert_intermediate_size", int),
         norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, family.norm_topk_prob),
@@ -818,17 +782,17 @@ def read_config(raw: dict) -> Config:
 def layer_configs(raw: dict, config: Config, names: list[str]) -> list[Config]:
     """Return the Config of each layer by the object in `config.json`: of the decoder's whether they have experts, and
     linear attention, and how many experts and how wide (`per_layer_config`). Raises InputError for another form."""
-    text, family, width = raw.get("text_config") or raw, FAMILIES[config.model_type], expert_width_key(raw)
+    text, family = raw.get("text_config") or raw, FAMILIES[config.model_type]
     dense, kinds, own = text.get("mlp_only_layers") or [], text.get("layer_types"), text.get("per_layer_config") or {}
     sparse_step, full_step = (value_of(text, key, int, default) for key, default in (
         ("decoder_sparse_step", 1), ("full_attention_interval", 4)))
-    places, keys = range(config.num_layers), {"num_experts", "num_local_experts", width}
+    places, keys = range(config.num_layers), {"num_experts", "num_local_experts", family.width_key}
     for fits, says in (
             (isinstance(dense, list), f"mlp_only_layers is {dense!r}; it must be a list"),
             (not kinds or isinstance(kinds, list) and len(kinds) == len(places), "layer_types must be a list of all"),
             (isinstance(own, dict) and all(re.fullmatch(r"\d{1,9}", i) and int(i) in places and isinstance(of, dict)
                                            and of.keys() <= keys for i, of in own.items()),
-             f"per_layer_config must have an object for each of some layers, with num_experts, {width} or both")):
+             f"per_layer_config must have an object for each of some layers, of {', '.join(sorted(keys))}")):
         if not fits:
             raise InputError(f"config.json: {says}")
     own, configs = {int(i): of for i, of in own.items()}, []
@@ -838,7 +802,7 @@ def layer_configs(raw: dict, config: Config, names: list[str]) -> list[Config]:
         configs.append(replace(config, sparse=sparse, recurrent=recurrent and family.recurrent_layers))
         if of := own.get(i):
             n = value_of(of, expert_count_keys(of)[0], int, config.num_experts)
-            f = value_of(of, width, int, config.expert_width)
+            f = value_of(of, family.width_key, int, config.expert_width)
             configs[i] = replace(configs[i], num_experts=n, expert_width=f)
             check_config(configs[i])
     return configs + [config] * (len(names) - len(places))
@@ -869,11 +833,6 @@ def expert_count_keys(text: dict) -> list[str]:
     if text.get(keys[0]) != text.get(keys[-1]):
         raise InputError("config.json: num_experts and num_local_experts differ")
     return keys
-
-
-def expert_width_key(raw: dict) -> str:
-    """Return the key that holds the width of an expert, at the top or in `text_config`."""
-    return "intermediate_size" if raw["model_type"] == "olmoe" else "moe_intermediate_size"
 
 
 def quantisation(raw: dict) -> dict:
@@ -1062,15 +1021,15 @@ def json_documents(path: Path, start: int, text: str) -> Iterator[str]:
                 document.encode()  # neither a number nor a lone surrogate is text
                 yield document
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f'{path}, line {number}{f" after byte {start}" * (start > 0)}: expected a JSON object with '
-                             '"text", or "messages", each with a "role" and a "content", all strings') from None
+            raise InputError(f'{path}, line {number}{f" after byte {start}" * (start > 0)}: expected a JSON object '
+                             'with "text", or "messages", each with a "role" and a "content", all strings') from None
 
 
 def pieces(document: str) -> Iterator[tuple[str, bool]]:
     """Yield a document in pieces that are encoded as in the whole, and whether each is the last: a long one is cut
     between the end of a line and a letter, where no tokenizer of these families has a token across."""
-    start = 0
-    while cut := LINE_START.search(document, start + PIECE):
+    start, line_start = 0, re.compile(r"(?<=\S\n)(?=[^\W\d_])")
+    while cut := line_start.search(document, start + PIECE):
         yield document[start:cut.start()], False
         start = cut.start()
     yield document[start:], True
@@ -1078,29 +1037,24 @@ def pieces(document: str) -> Iterator[tuple[str, bool]]:
 
 @cache
 def python_documentation(part: str) -> tuple[str, ...]:
-    """Return English that every Python carries: the language reference in pydoc and the standard library's docstrings,
-    a topic or a module a document; `in_part` says which belong to the `part`."""
+    """Return English that every Python carries, of a part as in `python_sources`: the language reference in pydoc and
+    the standard library's docstrings, a topic or a module a document."""
+    found = python_sources(part).values()
+    return tuple(filter(None, (docstrings(each) if isinstance(each, Path) else each for each in found)))
+
+
+def python_sources(part: str) -> dict[str, str | Path]:
+    """Return by name the texts of pydoc's topics and the files of the standard library, without its tests, that belong
+    to a part ("train" 80%, "calibration" 10%, "held-out" 10%). A hash of its name puts each into its part and in its
+    place there, so that neither moves when others come and go."""
     from pydoc_data.topics import topics
-
-    sources = {f"topic {name}": text for name, text in topics.items()} | python_modules()
-    texts = (docstrings(source) if isinstance(source, Path) else source for source in in_part(sources, part))
-    return tuple(filter(None, texts))
-
-
-def python_modules() -> dict[str, Path]:
-    """Return the files of the standard library by `module NAME`, without its tests."""
-    library = Path(sysconfig.get_paths()["stdlib"])
+    library, parts = Path(sysconfig.get_paths()["stdlib"]), ("calibration", "held-out", *["train"] * 8)
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "_vendor", "__pycache__"}
-    names = {path: path.relative_to(library) for path in library.rglob("*.py")}
-    return {f"module {name.as_posix()}": path for path, name in names.items() if not skip & set(name.parts)}
-
-
-def in_part(documents: dict[str, str | Path], part: str) -> list[str | Path]:
-    """Return the documents of a part ("train" 80%, "calibration" 10%, "held-out" 10%). A hash of a document's name puts
-    it into its part and in its place there, so that neither moves when others come and go."""
-    parts = ("calibration", "held-out", *["train"] * 8)
-    places = {hashlib.sha256(name.encode()).hexdigest(): document for name, document in documents.items()}
-    return [places[place] for place in sorted(places) if parts[int(place, 16) % 10] == part]
+    files = {path.relative_to(library): path for path in library.rglob("*.py")}
+    found = {f"topic {name}": text for name, text in topics.items()} | {
+        f"module {name.as_posix()}": path for name, path in files.items() if not skip & set(name.parts)}
+    places = {hashlib.sha256(name.encode()).hexdigest(): name for name in found}
+    return {places[at]: found[places[at]] for at in sorted(places) if parts[int(at, 16) % 10] == part}
 
 
 def docstrings(path: Path) -> str:
@@ -1215,11 +1169,6 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
     write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), with_keys(raw, changes), files)
 
 
-def json_bytes(value: dict) -> bytes:
-    """Return a JSON object as the content of a file."""
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
 def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], config: dict, files: dict[str, bytes]
                   ) -> None:
     """Write pieces and files by their names, the object of config.json, and the checkpoint's tokenizer and other small
@@ -1228,8 +1177,7 @@ def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], con
     flag, text = "tie_word_embeddings", config.get("text_config") or {}
     if "lm_head.weight" in kept and (config.get(flag) or text.get(flag)):
         config = with_keys(config, {flag: False}) | {flag: False}
-    if config != checkpoint.raw_config:
-        files = {"config.json": json_bytes(config)} | files
+    written = {} if config == checkpoint.raw_config else {"config.json": config}
     with new_folder(out) as staging:
         for file, metadata in checkpoint.metadata.items():
             shard = {name: piece for name, piece in kept.items() if piece.file == file}
@@ -1239,7 +1187,8 @@ def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], con
             index["metadata"] = (index.get("metadata") or {}) | {
                 "total_size": sum(map(Piece.nbytes, parts)), "total_parameters": sum(math.prod(p.shape) for p in parts)}
             index["weight_map"] = {name: piece.file for name, piece in sorted(kept.items())}
-            files = files | {INDEX: json_bytes(index)}
+            written[INDEX] = index
+        files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in written.items()} | files
         for name, content in files.items():
             (staging / name).write_bytes(content)
         copy_small_files(checkpoint.path, staging)

@@ -103,12 +103,12 @@ def code_alone(path: Path) -> str:
 
 @cache
 def python_code(part: str) -> tuple[str, ...]:
-    """The code of the standard library, one module a document; `model_io.in_part` says which belong to the `part`.
+    """The code of the standard library, of a part as in `model_io.python_sources`, one module a document.
 
     Its tables of characters and the language reference are left out."""
-    modules = {name: path for name, path in model_io.python_modules().items()
-               if not name.startswith(("module encodings/", "module pydoc_data/"))}
-    return tuple(filter(None, map(code_alone, model_io.in_part(modules, part))))
+    modules = [path for name, path in model_io.python_sources(part).items()
+               if not name.startswith(("topic ", "module encodings/", "module pydoc_data/"))]
+    return tuple(filter(None, map(code_alone, modules)))
 
 
 TEXTS = {"documentation": model_io.python_documentation, "code": python_code}  # part -> documents

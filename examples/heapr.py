@@ -277,7 +277,7 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
             edits[scale], shapes[scale] = partial(edit, match=match, side=block[axis]), [
                 *checkpoint.tensors[scale].shape]
             shapes[scale][axis] = -(-width // block[axis])
-    config = {model_io.expert_width_key(checkpoint.raw_config): width}
+    config = {model_io.FAMILIES[model.config.model_type].width_key: width}
     stays = all(same_blocks(units, side, model.config.expert_width) for units in kept.values() for side in block)
     common.write_edited(checkpoint, out, experts, files, edits, shapes, config, stays)
 

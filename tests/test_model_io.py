@@ -820,7 +820,7 @@ def test_a_nested_configuration_ties_no_stored_head(tmp_path):
     ({"per_layer_config": [8, 8]}, "per_layer_config must have an object for each"),
     ({"per_layer_config": {"2": {"num_experts": 8}}}, "per_layer_config must have"),
     ({"per_layer_config": {"x": {"num_experts": 8}}}, "per_layer_config must have"),
-    ({"per_layer_config": {"1": {"num_experts_per_tok": 2}}}, "with num_experts, intermediate_size or both"),
+    ({"per_layer_config": {"1": {"num_experts_per_tok": 2}}}, "of intermediate_size, num_experts, num_local"),
     ({"per_layer_config": {"1": {"num_experts": 2}}}, "num_experts_per_tok 3 is above 2 experts"),
     ({"per_layer_config": {"1": {"num_experts": "8"}}}, "num_experts is '8'; it must be a positive whole number"),
     ({"per_layer_config": {"1": {"num_experts": 7}}}, r"layers.1.mlp.gate.weight has shape \[8, 32\]; .* \[7, 32\]"),
