@@ -150,10 +150,12 @@ ALIGNED = 8  # numbers of 2 bytes that make 16 bytes
 
 
 def warn_of_width(width: int) -> None:
-    """Warn if the experts' width is none that transformers' grouped products take."""
+    """Warn if the experts' width is none that transformers' grouped products take in 16 bits: say what runs it."""
     if width % ALIGNED:
-        hodgecover.warn(f'width {width}: no multiple of {ALIGNED}; transformers runs it with '
-                        'experts_implementation="eager" alone')
+        or_float32 = "" if width % (ALIGNED // 2) else ", or in float32"
+        hodgecover.warn(f'width {width}: no multiple of {ALIGNED}; transformers runs it with experts_implementation='
+                        f'"eager" or "batched_mm"{or_float32}; llama.cpp leaves the down projections in F16 (Q8_0 wants'
+                        ' multiples of 32, K-quants of 256)')
 
 
 SPLIT = {"qwen3": "qwen3_moe"}  # the family that dot_moe.py makes of a dense one

@@ -23,9 +23,11 @@ all units of a model or a layer together, which gives each expert a width of its
 expert whose scores are all 0 (no token is routed to it) ranks by magnitude. A multi-token head, whose loss is not the
 model's, ranks by camera. Shared experts and dense layers stay as they are.
 
-Take a multiple of 8 for the width: the grouped products that transformers uses by default want rows of 16 bytes. A
-file of another width runs there with experts_implementation="eager". --rate takes the nearest multiple of 8 if that
-moves the rate by at most one point.
+Take a width that runtimes like. The grouped products that transformers uses by default want rows of 16 bytes: 8
+numbers of 16 bits, 4 of float32; any width runs there with experts_implementation="eager" or "batched_mm". Of the down
+projections llama.cpp's Q8_0 wants multiples of 32, else they stay F16, and its K-quants of 256, else they take a larger
+type of blocks of 32, or F16. --rate takes the nearest multiple of 256 if that moves the rate by at most one point, else
+of 32 likewise, else of 8 likewise, else the exact width, with a warning. A rate of 0 takes nothing.
 
 Of an FP8 source the output is FP8 if each block of units that has a scale comes from one such block: if nothing is
 narrowed, or one scale serves a matrix. Else it is bfloat16, since nothing is quantised anew.
@@ -54,7 +56,8 @@ from torch.nn import functional
 
 SCORES = ("heapr", "camera", "magnitude", "random")
 GRAPH_TOKENS = 1024  # tokens whose graph of a layer is held at a time, or one sequence
-ROUNDING = 0.01  # share of the width that --rate may be off to be a multiple of that
+WIDTHS = (256, 32, common.ALIGNED)  # --rate gives a multiple of the first of these that is near
+ROUNDING = 0.01  # share of the width that it may be off for that
 
 
 # ------------------------------------------------------------------------------------------------- scores of one layer
@@ -285,15 +288,27 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
 # -------------------------------------------------------------------------------------------------------- the command
 
 
+def near_width(exact: float, most: int) -> int:
+    """Return the nearest multiple of the first of WIDTHS that has one close by and from 1 to `most`; else the nearest
+    number.
+
+    >>> [near_width(exact, 1024) for exact in (512, 409.6, 300, 1010, 3)]
+    [512, 416, 304, 1008, 3]
+    """
+    for side in WIDTHS:
+        width = side * round(exact / side)
+        if 0 < width <= most and abs(width - exact) <= ROUNDING * most:
+            return width
+    return round(exact)
+
+
 def choose_width(model: Model, rate: float | None = None, width: int | None = None) -> int:
     """Return the width that stays: `width`, or (1 - rate) f, rounded as above, f the layers' least; warn if it is no
     multiple of 8. Raises InputError if it is not from 1 to f, and for a dense model."""
     most = min(model.layer_configs[index].expert_width for index in hodgecover.sparse_layers(model))
     if rate is not None:
         hodgecover.check_range("rate", rate, 0, 1)
-        exact = (1 - rate) * most
-        aligned = common.ALIGNED * round(exact / common.ALIGNED)
-        width = aligned if abs(aligned - exact) <= ROUNDING * most else round(exact)
+        width = near_width((1 - rate) * most, most) if rate else most
         if width < 1:
             raise InputError(f"rate {rate}: no hidden unit of {most} would stay; must be lower")
     if not 1 <= width <= most:

@@ -4,6 +4,9 @@
 MoE block is built again by its layer's configuration. It lies beside the weights of such a checkpoint.
 
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)       transformers 4.57 and 5.24
+
+Train it without transformers' load-balancing loss, which wants as many experts in each layer: in TRL, which adds it by
+default, router_aux_loss_coef=0.0.
 """
 import copy
 

@@ -286,6 +286,7 @@ def resumable(fit: Fit, cache: Path, key: dict[str, str], tick: Callable[[int], 
             return done["down"]
         tick(step.index)
         down = fit(step, residual)
+        model_io.make_cache(cache)  # another run that shares it may have removed it
         model_io.write_cached(cache, f"refit-{step.name}", key, {"down": down})
         return down
     return fit_or_read

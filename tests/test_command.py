@@ -288,6 +288,26 @@ def test_barriers_of_other_weights_are_not_used(small):
     assert compress(small, "--layers", 1) == 0 and layers_in(small.parent / "small-barriers") == ["1", "1"]
 
 
+def test_two_models_that_share_a_cache_have_their_own_entries(small, monkeypatch):
+    """Of one shape and one name: each run gives the bytes of a run alone, and finds its own layers again."""
+    other = Path(shutil.copytree(small, small.parent / "other" / "small"))
+    tensors = load_file(small / "model.safetensors")
+    save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+
+    def outputs(*caches: str) -> list[dict[str, bytes]]:
+        found = []
+        for path, cache in zip((small, other), caches):
+            assert compress(path, "--calib", small.parent / "text.txt", "--cache", small.parent / cache, "--out",
+                            small.parent / "out") == 0
+            found.append(contents(small.parent / "out"))
+            shutil.rmtree(small.parent / "out")
+        return found
+    alone = outputs("one", "another")
+    assert alone == outputs("shared", "shared") and layers_in(small.parent / "shared") == ["0", "0", "1", "1"]
+    monkeypatch.setattr(mathx, "sweep", refuse)
+    assert alone == outputs("shared", "shared")
+
+
 def damaged(content: bytes) -> list[bytes]:
     """Cut off anywhere, too long, all zeros, or a bit other in the header: its length, a key, a name, a type."""
     places = [0, *map(content.index, (b"weights", b"barriers", b"F64"))]

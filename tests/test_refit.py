@@ -336,11 +336,10 @@ def test_a_killed_run_continues_from_the_layers_that_are_done(work, tmp_path, mo
 
 
 def test_layers_of_another_problem_are_not_taken(work, tmp_path):
-    """By their key."""
+    """By their key. The folder is made again if a run that shared it has removed it."""
     models, ids = (Model(work[0]), Model(work[1])), some_ids(2, 32)
     key, other = (common.work_key({"ridge": ridge}, ids, *models) for ridge in (0.3, 0.4))
     step = layer_pass(0)
-    (tmp_path / "cache").mkdir()
     told = []
     kept = refit.resumable(lambda step, _: step.layer.experts.down, tmp_path / "cache", key, told.append)(step, None)
     assert told == [step.index]
