@@ -10,6 +10,9 @@ nearest in cosine, REAP's rule:
 random              K experts at random, others in each layer
 frequency           the K experts that most tokens are routed to
 reap                the K experts of largest REAP saliency (arXiv 2510.13999)
+man, msan           the K of largest mean |E_e(x)|, or its square, over e's tokens, without gates (arXiv 2606.15716)
+aimer               the K of least mean |w| / rms(w) over an expert's three matrices (arXiv 2603.18492). Needs no text;
+                    one is read all the same, for the frequency and saliency of the record
 hope                drop the experts P of least p'Fp (arXiv 2609.18916): F_ij is the mean over the tokens routed to both
                     of g_i |E_i| g_j |E_j|, and F_ii REAP's mean of g_i |E_i|, squared, so that REAP is the diagonal
                     alone (our reading: the paper's text was not at hand). Greedy, then swaps while they help
@@ -82,26 +85,48 @@ Selection = tuple[list[int], torch.Tensor, torch.Tensor]  # all experts as picke
 
 class Routing(NamedTuple):
     """What a selector without barriers looks at: tokens routed to each expert (n,), REAP saliency (n,); for hope its
-    matrix F (n, n)."""
+    matrix F (n, n); the scores of man, msan and aimer (n,)."""
     frequency: torch.Tensor
     saliency: torch.Tensor
     joint: torch.Tensor | None = None
+    man: torch.Tensor | None = None
+    msan: torch.Tensor | None = None
+    aimer: torch.Tensor | None = None
 
 
-def measure_routing(step: model_io.LayerPass, joint: bool = False) -> Routing:
-    """Frequency and saliency of a layer, and hope's matrix, if `joint`."""
-    saliency = hodgecover.reap_saliency(step.layer.experts, step.x, step.gates)
-    return Routing((step.gates > 0).sum(0).cpu(), saliency, joint_norms(step) if joint else None)
+def measure_routing(step: model_io.LayerPass, more: bool = False) -> Routing:
+    """Frequency and saliency of a layer, and the rest, if `more`."""
+    found = Routing((step.gates > 0).sum(0).cpu(), hodgecover.reap_saliency(step.layer.experts, step.x, step.gates))
+    if not more:
+        return found
+    norms = output_norms(step)
+    man, msan = (part.sum(0).cpu() / found.frequency.clamp(min=1) for part in (norms, norms.square()))
+    return found._replace(joint=joint_norms(step.gates, norms), man=man, msan=msan, aimer=flatness(step.layer.experts))
 
 
-def joint_norms(step: model_io.LayerPass) -> torch.Tensor:
-    """Hope's F of a layer, (n, n) float64: F_ij is the mean of g_i |E_i| g_j |E_j| over the tokens routed to both, 0 if
-    there are none; F_ii is the square of the mean of g_i |E_i|."""
+def output_norms(step: model_io.LayerPass) -> torch.Tensor:
+    """|E_e(x)| of each token and each expert that it is routed to, else 0, (T, n) float64."""
     norms = torch.zeros(step.gates.shape, dtype=torch.float64, device=step.gates.device)
     for e in range(norms.shape[1]):
         t = step.gates[:, e].nonzero().squeeze(1)
-        norms[t, e] = step.gates[t, e].double() * step.layer.experts(e, step.x[t]).double().norm(dim=1)
-    routed = (step.gates > 0).double()
+        norms[t, e] = step.layer.experts(e, step.x[t]).double().norm(dim=1)
+    return norms
+
+
+def flatness(experts: Experts) -> torch.Tensor:
+    """Mean |w| / rms(w) over each expert's weights, (n,) float64: 1 if all are equally large, or 0."""
+    scores = []
+    for own in zip(*experts):
+        w = torch.cat([part.flatten().double() for part in own])
+        scores.append((w.abs().mean() + hodgecover.TINY) / (w.square().mean().sqrt() + hodgecover.TINY))
+    return torch.stack(scores).cpu()
+
+
+def joint_norms(gates: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Hope's F, (n, n) float64, from gates and `output_norms` (T, n): F_ij is the mean of g_i |E_i| g_j |E_j| over the
+    tokens routed to both, 0 if there are none; F_ii is the square of the mean of g_i |E_i|."""
+    norms = gates.double() * norms
+    routed = (gates > 0).double()
     together = (routed.T @ routed).clamp(min=1)
     means = norms.sum(0) / together.diagonal()
     return (norms.T @ norms / together).diagonal_scatter(means.square()).cpu()
@@ -238,7 +263,7 @@ class Facts(NamedTuple):
     gated      for ream: the same, each token's times the softmax of its logits (n, d)
     squared    for ream: the mean over the tokens routed to e of p_e^2 |E_e(x)|, p the softmax of the logits (n,)
     products   inner products of the experts' weights, all of an expert's as one vector (n, n)
-    joint      hope's matrix (n, n), so that the facts serve the selectors, too
+    joint, man, msan, aimer    as in `Routing`, so that the facts serve the selectors, too
     """
     frequency: torch.Tensor
     saliency: torch.Tensor
@@ -249,12 +274,15 @@ class Facts(NamedTuple):
     squared: torch.Tensor
     products: torch.Tensor
     joint: torch.Tensor
+    man: torch.Tensor
+    msan: torch.Tensor
+    aimer: torch.Tensor
 
 
 def layer_facts(step: model_io.LayerPass) -> Facts:
     """The facts of a layer, float64 on the CPU. Raises InputError if they are not finite."""
     experts, router = step.layer.experts, step.layer.router
-    routing = measure_routing(step, joint=True)
+    routing = measure_routing(step, more=True)
     logits = (step.x @ router.T).double()
     outputs, gated, squared = [], [], []
     for e, p in enumerate(logits.softmax(1).T):
@@ -265,7 +293,7 @@ def layer_facts(step: model_io.LayerPass) -> Facts:
     flat = [part.flatten(1).float() for part in experts]
     products = sum((part @ part.T).double() for part in flat)
     facts = Facts(routing.frequency.double(), routing.saliency, logits.cpu(), router.double().cpu(),
-                  *(torch.stack(each).cpu() for each in (outputs, gated, squared)), products.cpu(), routing.joint)
+                  *(torch.stack(each).cpu() for each in (outputs, gated, squared)), products.cpu(), *routing[2:])
     if not all(fact.isfinite().all() for fact in facts):
         raise InputError(f"{step.name}: an expert's outputs or weights are not finite, or overflow {step.x.dtype}")
     return facts
@@ -372,7 +400,10 @@ def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: i
 BY_SCORE = {  # (what was measured, seed) -> score (n,)
     "random": lambda found, seed: torch.randperm(len(found.frequency), generator=torch.Generator().manual_seed(seed)),
     "frequency": lambda found, seed: found.frequency,
-    "reap": lambda found, seed: found.saliency}
+    "reap": lambda found, seed: found.saliency,
+    "man": lambda found, seed: found.man,
+    "msan": lambda found, seed: found.msan,
+    "aimer": lambda found, seed: -found.aimer}
 ON_BARRIERS = {  # what `hodgecover.plan_from_signals` takes
     "greedy-barrier": greedy_barrier,
     "triplet-penalty": lambda signals, found, settings: hodgecover.select(signals, found, settings, signals.barriers),
@@ -386,6 +417,7 @@ ON_BARRIERS = {  # what `hodgecover.plan_from_signals` takes
 MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "slimqwen": slimqwen, "stun": stun}
 SEQUENTIAL = ("ream",)  # of these: a layer is measured on what the merged layers before it give
 WITHOUT_BARRIERS = (*BY_SCORE, "hope")
+RECORDED = ("random", "frequency", "reap")  # of these: they look at what every plan records, no more
 SELECTORS = (*WITHOUT_BARRIERS, *ON_BARRIERS)
 METHODS = (*SELECTORS, *MERGING)
 
@@ -394,7 +426,7 @@ def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, 
            settings: Settings = Settings(), layer: int = 0) -> dict:
     """The plan of one layer by one of SELECTORS, from what was measured on it.
 
-    signals : `Signals` for a method on barriers; for the others a `Routing` or `Facts`, for all but hope `Signals`, too
+    signals : `Signals` for a method on barriers; for the others a `Routing` or `Facts`, for RECORDED `Signals`, too
     rows : of the router (n, d), for a method without barriers
     layer : seeds `random`, so that no two layers are alike
     """
@@ -446,7 +478,8 @@ def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settin
         layers = hodgecover.sparse_layers(model)
         measured = hodgecover.measure_model(model, ids, settings, layers, cache, memory, tick)
     else:
-        measured = ((step.index, measure_routing(step, method == "hope")) for step in routed_passes(model, ids, tick))
+        more = method not in RECORDED
+        measured = ((step.index, measure_routing(step, more)) for step in routed_passes(model, ids, tick))
     for index, signals in measured:
         name = model.layer_names[index]
         rows = model.checkpoint.load(f"{name}.mlp.gate.weight")

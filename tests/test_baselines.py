@@ -51,8 +51,8 @@ def rows_of(model: Model, layer: int) -> torch.Tensor:
 
 def order_of(measured, method: str, **choices) -> list[int]:
     model, ids, signals = measured
-    if method == "hope":
-        signals = baselines.measure_routing(next(model.stream(ids)), joint=True)
+    if method not in (*baselines.ON_BARRIERS, *baselines.RECORDED):
+        signals = baselines.measure_routing(next(model.stream(ids)), more=True)
     chosen = Settings(**{"max_triangles": 20, "edge_percent": 15, "triangle_percent": 15} | choices)
     return baselines.choose(signals, rows_of(model, 0), method, 4, chosen)["order"]
 
@@ -70,6 +70,35 @@ def test_equal_scores_go_to_the_lowest_expert(measured):
     equal = signals._replace(barriers=torch.ones_like(signals.barriers), frequency=torch.ones(8, dtype=torch.int64))
     for method in ("greedy-barrier", "frequency"):
         assert baselines.choose(equal, torch.eye(8), method, 4, WIDE)["order"] == list(range(8))
+    for method in ("man", "msan", "aimer"):
+        routing = baselines.Routing(signals.frequency, signals.saliency)._replace(**{method: torch.ones(8)})
+        assert baselines.choose(routing, torch.eye(8), method, 4)["order"] == list(range(8))
+
+
+def test_norms_token_by_token(measured):
+    """The norm alone, whatever the gate; an expert that no token is routed to has 0."""
+    model, ids, _ = measured
+    step = next(model.stream(ids))
+    step = step._replace(gates=step.gates.index_fill(1, torch.tensor([2]), 0.0))
+    norms = [[torch.linalg.vector_norm(step.layer.experts(e, step.x[t:t + 1])).item() for t in range(len(step.x))
+              if step.gates[t, e] > 0] for e in range(8)]
+    found = baselines.measure_routing(step, more=True)
+    assert not norms[2] and found.man[2] == found.msan[2] == 0
+    assert found.man.tolist() == pytest.approx([sum(own) / max(1, len(own)) for own in norms])
+    assert found.msan.tolist() == pytest.approx([sum(norm**2 for norm in own) / max(1, len(own)) for own in norms])
+    for method, score in (("man", found.man), ("msan", found.msan)):
+        assert baselines.choose(found, rows_of(model, 0), method, 4)["order"] == top(score.tolist())
+
+
+def test_aimer_by_hand():
+    """All of an expert's weights are one vector, here of 6; zeros count as equally large, and ties keep the lower."""
+    gate = torch.tensor([[1, -1], [6, 0], [0, 0], [3, 0]])[:, None]
+    up, down = torch.tensor([[1, 1], [0, 0], [0, 0], [0, -4]])[:, None], torch.tensor([[1, -1], [0, 0], [0, 0], [0, 0]])
+    experts = model_io.Experts(gate.bfloat16(), up.bfloat16(), down.bfloat16()[:, :, None])
+    scores = baselines.flatness(experts)
+    assert scores.tolist() == pytest.approx([1, 6**-0.5, 1, 7 / 5 * 6**-0.5])
+    routing = baselines.Routing(torch.ones(4), torch.ones(4), aimer=scores)
+    assert baselines.choose(routing, torch.eye(4), "aimer", 2)["order"] == [1, 3, 0, 2]
 
 
 def test_random_differs_by_seed_and_by_layer(measured):
@@ -154,7 +183,7 @@ def test_hope_s_matrix_token_by_token(measured, facts):
     as REAP does."""
     model, ids, _ = measured
     step = next(model.stream(ids))
-    joint = baselines.joint_norms(step)
+    joint = baselines.joint_norms(step.gates, baselines.output_norms(step))
     assert torch.equal(facts.joint, joint)
     norms = torch.stack([step.gates[:, e] * step.layer.experts(e, step.x).norm(dim=1) for e in range(8)], dim=1)
     for i, j in itertools.product(range(8), repeat=2):
@@ -168,7 +197,7 @@ def test_hope_s_matrix_token_by_token(measured, facts):
         kept = baselines.hope_order(baselines.Routing(facts.frequency, facts.saliency, alone), keep)
         assert kept == order_of(measured, "reap")
     idle = step._replace(gates=step.gates.index_fill(1, torch.tensor([2]), 0.0))
-    found = baselines.joint_norms(idle)
+    found = baselines.measure_routing(idle, more=True).joint
     assert not found[2].any() and not found[:, 2].any() and found.isfinite().all()
 
 
@@ -556,7 +585,7 @@ def test_every_family(family, tmp_path, method):
     assert Model(tmp_path / "out").logits(ids).isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["hope", "ream", "stun", "weighted-cover"])
+@pytest.mark.parametrize("method", ["hope", "man", "aimer", "ream", "stun", "weighted-cover"])
 def test_on_another_device(small, tmp_path, method):
     assert compress(small, tmp_path / "cpu", method, "--tokens", 32) == 0
     with Accelerator():
