@@ -360,6 +360,7 @@ def test_a_spanning_tree_is_the_cheapest(n, seed):
 LAYER_OF_256 = """
 import math, hodgecover, mathx, torch
 from tests.peak import peak_memory
+before = peak_memory()  # a CUDA build of torch takes 650 MB by its import alone
 n, generator = 256, torch.Generator().manual_seed(0)
 b, saliency, triplets = (torch.rand(size, generator=generator, dtype=torch.float64)
                          for size in (math.comb(n, 2), n, 500))
@@ -367,16 +368,16 @@ triangles = hodgecover.candidate_triangles(b, saliency, 500, 0)
 found = hodgecover.decompose(hodgecover.Signals(saliency, saliency, b, triangles, triplets))
 mathx.additive_shares(b, found.d1)
 assert len(found.betti_curve) == 80 and mathx.betti_1(found.d1, found.d2) > 0 and found.parts.harmonic.norm() > 0
-print(peak_memory())
+print(peak_memory() - before)
 """
 
 
-def test_256_experts_take_under_a_gigabyte():
+def test_256_experts_take_under_750_megabytes():
     """32,640 edges, 80 Betti numbers, 500 triangles; an E x E matrix alone would be 8.5 GB."""
     done = subprocess.run([sys.executable, "-c", LAYER_OF_256], capture_output=True, text=True,
                           cwd=Path(mathx.__file__).parent)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e9
+    assert float(done.stdout) < 7.5e8
 
 
 # --------------------------------------------------------------------------------------------------- the audit
