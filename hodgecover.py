@@ -414,7 +414,9 @@ def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKE
     documentation if there are none; fewer, with a warning, if the one text is short. Raises InputError for a number out
     of range, and for one of several files that is shorter than its share."""
     check_range("tokens", tokens, 2, 10**9)
-    check_range("seq_len", seq_len, 2, tokens // max(1, len(files)))
+    if len(files) > 1 and seq_len > tokens // len(files):
+        raise InputError(f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
+    check_range("seq_len", seq_len, 2, tokens)
     check_range("seed", seed, 0, 2**63 - 1)
     warn_of_length(model, seq_len)
     count, samples = tokens // seq_len, []
@@ -452,7 +454,8 @@ def check_keep(model: Model, keep: int) -> None:
     """Raise InputError for a dense model, and if not every layer can keep `keep` experts."""
     n, k = min(model.layer_configs[i].num_experts for i in sparse_layers(model)), model.config.top_k
     if not k <= keep <= n:
-        raise InputError(f"keep {keep}: must be from {k} to {n}: the model has {n} experts, and routes a token to {k}")
+        raise InputError(f"keep {keep}: must be from {k} to {n}: the model has {n} experts in its smallest layer, and "
+                         f"routes a token to {k}")
 
 
 def end_of_model(model: Model, ids: torch.Tensor, index: int, norm: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -627,7 +630,7 @@ def add_common_options(parser: argparse._ActionsContainer, tokens: int = TOKENS,
     compute, with --memory if it limits buffers."""
     if tokens:
         parser.add_argument("--calib", metavar="FILE", type=Path, nargs="+", default=[], help=f"{use} text: UTF-8, or "
-                            ".jsonl with a text field on each line [Python's own documentation]")
+                            ".jsonl with text or chat messages on each line; as much of each file [Python's own docs]")
         parser.add_argument("--tokens", metavar="T", type=int, default=tokens, help=f"{use} tokens [%(default)s]")
         parser.add_argument("--seq-len", metavar="L", type=int, default=SEQ_LEN, help="of a sequence [%(default)s]")
     if memory:

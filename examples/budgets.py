@@ -274,8 +274,8 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("search", choices=("evo", "barriers", "coverage", "rco"), help="as above")
     parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep: by rco in every "
                         "layer, else and by --ragged on average")
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, barriers, coverage: a plan whose order the "
-                        "experts go in; without one REAP's")
+    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, coverage: a plan whose order the experts "
+                        "go in [REAP's]; barriers: hodgecover.py's, which it needs")
     parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="of evo [%(default)s]")
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="of rco's optimiser [%(default)s]")
     parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers")
@@ -367,6 +367,8 @@ def write(model: Model, plans: dict[str, dict], ids: torch.Tensor | None, args: 
         return print(f"plan: {args.out}; examples/export_plan.py writes its checkpoint")
     common.export(model, plans, args.out, entry)
     common.show_output(model, args.out)
+    if (args.out / f"{model_io.MODELING}.py").exists():
+        print("transformers loads it with trust_remote_code=True")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -295,7 +295,7 @@ def in_bfloat16(checkpoint: Checkpoint, kept: dict[str, Piece], config: dict) ->
     quantization_config gone. Says so in a line if there is some; else both as they are."""
     if not has_fp8(checkpoint):
         return kept, config
-    print("weights: FP8 in the source, bfloat16 in the output", flush=True)
+    print("weights: FP8 in the source, bfloat16 in the output: two bytes a weight, not one", flush=True)
     kept = {name: edited(checkpoint, piece._replace(dtype="BF16"), lambda weight, _: weight)
             if piece.dtype == FP8 else piece for name, piece in kept.items() if not piece.source.endswith(SCALE)}
 

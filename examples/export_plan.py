@@ -6,7 +6,7 @@
     python examples/export_plan.py CKPT plan.json --out DIR
 
 PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of
-baselines.py or of budgets.py rco. Its last history entry is the plan, and must have been made from CKPT's weights. Of
+baselines.py or of budgets.py. Its last history entry is the plan, and must have been made from CKPT's weights. Of
 each layer `survivors` decides what stays, ascending.
 
 A plan that was not edited gives the same files, byte for byte, as the command that made it. All else in the record of
@@ -66,7 +66,7 @@ def check_origin(model: Model, entry: dict) -> None:
     if entry["command"] not in PLANNERS or "survivors" not in entry["layers"][0]:
         step = " ".join([str(entry["command"]), *filter(None, [entry["settings"].get("method")])])
         raise InputError(f"its last step is {step}, which a plan cannot repeat; give the record of hodgecover.py, of a "
-                         "selector of baselines.py or of budgets.py rco")
+                         "selector of baselines.py or of budgets.py")
     if entry["source"]["fingerprint"] != model.checkpoint.fingerprint():
         raise InputError(f"made for {entry['source']['name']}, of other weights or another config.json than "
                          f"{model.checkpoint.path}")

@@ -15,7 +15,7 @@ trained for it.
 
 Experts are ordered by REAP's saliency on the calibration text, as the paper does it, or by `order` in PLAN: a file of
 hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of baselines.py or of
-budgets.py rco. Of hope's order in baselines.py only the survivors mean something: another number has others. Hidden
+budgets.py. Of hope's order in baselines.py only the survivors mean something: another number has others. Hidden
 units are ordered by CAMERA-P's score of heapr.py (ours; the paper takes mean activations). Of an FP8 source whole
 blocks of them are, by the sum of their scores, and the units inside each, so that weights and scales keep their bytes;
 so they do in a slice of whole blocks, while any other is bfloat16.

@@ -4,7 +4,7 @@
     python examples/plot_diagnostics.py PLAN [PLAN ...] --barriers CKPT-barriers --out picture.png
 
 PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of
-baselines.py or of budgets.py rco. Of the first one: the shares of energy and the discordance of each layer. Of all of
+baselines.py or of budgets.py. Of the first one: the shares of energy and the discordance of each layer. Of all of
 them, to compare methods: how much of each component's energy the survivors retain. --barriers names the folder where
 the barriers are kept. With it the matrix of one --layer is drawn too, survivors first, with the critical edges marked;
 and methods that measure no barriers have their retained energy taken from there. The format is that of the name's
@@ -36,7 +36,7 @@ def read_entry(path: Path) -> dict:
         entry["layers"][0]["survivors"], entry["settings"]["keep"]
     except (KeyError, IndexError, TypeError):
         raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py, of a selector of "
-                         "baselines.py or of budgets.py rco") from None
+                         "baselines.py or of budgets.py") from None
     return entry
 
 

@@ -519,7 +519,7 @@ def test_each_file_gives_as_much_of_the_sample(tiny, tmp_path, capsys):
     entry = hodgecover.record_entry("", {}, ids, files, source=model)
     assert entry["settings"]["text"] == ["long.txt", "short.txt", "other.txt"]
     assert entry["settings"]["tokens_of_each"] == [96, 64, 64]
-    with pytest.raises(InputError, match="^seq_len 32: must be from 2 to 30$"):
+    with pytest.raises(InputError, match="^tokens 92: too few for a sequence of 32 from each of 3 files$"):
         hodgecover.calibration_ids(model, files, 92, 32)
     with pytest.raises(InputError, match=r"short\.txt: has \d+ tokens, its share of tokens 3200; give more"):
         hodgecover.calibration_ids(model, files, 9600, 32)

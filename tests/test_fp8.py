@@ -29,7 +29,7 @@ from model_io import Checkpoint, InputError, Model
 from safetensors.torch import load_file, save_file
 
 OLMOE, ONE_SCALE = named("fp8-olmoe"), named("fp8-qwen3-one-scale")
-SAYS = "weights: FP8 in the source, bfloat16 in the output\n"
+SAYS = "weights: FP8 in the source, bfloat16 in the output: two bytes a weight, not one\n"
 
 
 def change_files(folder: Path, change: Callable[[dict], dict]) -> None:
@@ -347,9 +347,9 @@ REFUSED = {
     "a block of nothing": (settings(weight_block_size=[0, 16]), "weight_block_size [0, 16]: must be 2 above 0"),
     "a block of one side": (settings(weight_block_size=[16]), "weight_block_size [16]: must be"),
     "a block that is text": (settings(weight_block_size="[16, 16]"), "weight_block_size '[16, 16]': must be"),
-    "another block": (settings(weight_block_size=[16, 32]), "with scales [1, 1]"),
-    "no block": (settings(weight_block_size=None), "can be F8_E4M3, with scales [1, 1]"),
-    "no configuration": (lambda path: change_config(path, lambda _: None), "with scales [1, 1]"),
+    "another block": (settings(weight_block_size=[16, 32]), "scales [1, 1]"),
+    "no block": (settings(weight_block_size=None), "can be F8_E4M3, scales [1, 1]"),
+    "no configuration": (lambda path: change_config(path, lambda _: None), "scales [1, 1]"),
     "a missing scale": (tensor(f"{UP}_scale_inv", None), f"{UP}_scale_inv missing []; only a matrix that is"),
     "a misshapen scale": (tensor(f"{UP}_scale_inv", lambda t: t.T.contiguous()), "F32 [2, 1]; only a matrix that is"),
     "a scale of integers": (tensor(f"{UP}_scale_inv", lambda t: t.int()), f"{UP}_scale_inv I32 [1, 2]"),
