@@ -969,7 +969,7 @@ def check_scales(checkpoint: Checkpoint) -> None:
         whole = len(own.shape) == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
         if not whole or own.dtype != FP8 or scale.dtype not in STORED or scale.shape != wanted:
             raise InputError(f"{checkpoint.path}: {name} is {own.dtype} {own.shape}, {name}{SCALE} {scale.dtype} "
-                             f"{scale.shape}; only a matrix that is read whole can be {FP8}: blocks {block}, scales {wanted}")
+                             f"{scale.shape}; only a matrix read whole can be {FP8}: blocks {block}, scales {wanted}")
 
 
 # -------------------------------------------------------------------------------------------------------- text
