@@ -17,6 +17,7 @@ DEVICE = "fake:0"
 NO_LAUNCH = {aten.empty.memory_format, aten.new_empty.default, aten.detach.default, aten.alias.default}
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
          aten.unique_dim.default, aten.equal.default, aten.bincount.default, aten.repeat_interleave.Tensor}
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 MAY_MIX = {aten.index.Tensor, aten.index_put_.default, aten.copy_.default, aten._to_copy.default}
 
 _setup_privateuseone_for_python_backend("fake")
@@ -79,12 +80,18 @@ def wrap(value: object, wrapped: dict[int, Wrapped]) -> object:
 
 
 def must_wait(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
-    """Whether the host waits for the device in an operation on its tensors: for a number, a shape, or a copy."""
-    if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    if func is aten._to_copy.default:
-        return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
-    return func in WAITS or func is aten.copy_.default and not isinstance(args[0], Wrapped)
+    """Whether the host waits for the device: for a number, a shape, or a copy, unless it goes to the device and need
+    not be waited for. An index on the CPU is copied, too."""
+    there = [isinstance(value, Wrapped) for value in args]
+    if func in INDEXED and there[0]:
+        return any(index is not None and index.dim() and (index.dtype in (torch.bool, torch.uint8)
+                                                          or not isinstance(index, Wrapped)) for index in args[1])
+    if func is aten._to_copy.default and kwargs.get("device") is not None:
+        to = torch.device(kwargs["device"]).type == "fake"
+        return to != there[0] and not (to and kwargs.get("non_blocking"))
+    if func is aten.copy_.default:
+        return there[0] != there[1] and not (there[0] and (*args[2:], kwargs.get("non_blocking"))[0])
+    return func in WAITS and any(there)
 
 
 class Accelerator(TorchDispatchMode):
@@ -104,7 +111,7 @@ class Accelerator(TorchDispatchMode):
         if wrapped and bare and func not in MAY_MIX:
             raise MixedDevices(f"{func}: {[tuple(value.shape) for value in bare]} on the CPU, "
                                f"{[tuple(value.shape) for value in wrapped.values()]} on the device")
-        self.waits += bool(wrapped) and must_wait(func, args, kwargs)
+        self.waits += must_wait(func, args, kwargs)
         on_device = bool(wrapped)
         if func is aten.copy_.default:
             on_device = isinstance(args[0], Wrapped)

@@ -122,6 +122,16 @@ def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: tuple | None
     return mathx.sweep(layer, simplices, merge_weights(simplices, rates), sample, **more)
 
 
+def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor, width: int = 10**9, careful: bool = True
+                       ) -> torch.Tensor:
+    """KL (R,) of changes of logits (R, V) by `mathx.kl_of_blocks`, less that of the most likely outcome, in blocks of
+    so many outcomes; log-probabilities (V,) for all rows, or (R, V)."""
+    delta = delta - delta.gather(1, log_p.argmax(-1, keepdim=True).expand(len(delta), 1))
+    delta = delta if log_p.dim() == 1 else delta[:, None]
+    blocks = zip(log_p.split(width, -1), delta.split(width, -1))
+    return mathx.kl_of_blocks(blocks, careful).view(len(delta))
+
+
 def barrier_by_hand(layer: MoELayer, simplex: list[int]) -> float:
     """A barrier token by token, from nothing but the weights and softmaxes."""
     experts, counts = layer.experts, [(layer.gates[:, e] > 0).sum().item() for e in simplex]
