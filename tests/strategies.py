@@ -3,6 +3,7 @@
 import itertools
 import math
 from fractions import Fraction
+from functools import partial
 
 import hypothesis
 import mathx
@@ -114,6 +115,14 @@ def random_layer(seed: int = 0, n: int = 7, k: int = 2, renormalise: bool = Fals
     gates = torch.zeros(tokens, n, dtype=torch.float64).scatter(1, index, p)
     return MoELayer(Experts(normal(n, f, d) / 3, normal(n, f, d) / 3, normal(n, d, f) / 3), normal(tokens, d), gates,
                     normal(tokens, d), lambda y: rms_norm(y, weight, 1e-5), normal(vocab, d))
+
+
+def moved(layer: MoELayer, device: str) -> MoELayer:
+    """A layer on a device, with a norm without a weight."""
+    weight = torch.ones(layer.x.shape[1], dtype=layer.x.dtype).to(device)
+    return layer._replace(experts=Experts(*(part.to(device) for part in layer.experts)),
+                          norm=partial(rms_norm, weight=weight, eps=1e-5),
+                          **{name: getattr(layer, name).to(device) for name in ("x", "gates", "y", "unembedding")})
 
 
 def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: tuple | None = None, **more) -> torch.Tensor:

@@ -3,18 +3,17 @@
 the CPU's. It tells nothing of a real GPU's kernels, speed or memory."""
 import contextlib
 import json
-from functools import partial
 
 import hodgecover
 import mathx
 import model_io
+import on_device
 import pytest
 import torch
 from conftest import GOLDEN, QUICK, contents, named, run
 from fake_device import Accelerator, MixedDevices, Wrapped
-from model_io import Experts
 from safetensors.torch import load_file
-from strategies import fast_barriers, random_layer
+from strategies import fast_barriers, moved, random_layer
 from test_mathx import LiveBytes, in_dtype
 
 
@@ -46,26 +45,17 @@ def test_the_pretend_device_tells_when_the_host_waits(wait):
         assert accelerator.waits == 1
 
 
-def moved(layer: hodgecover.MoELayer) -> hodgecover.MoELayer:
-    """A layer on the device, with a norm without a weight."""
-    weight = torch.ones(layer.x.shape[1], dtype=layer.x.dtype).to("fake")
-    return layer._replace(experts=Experts(*(part.to("fake") for part in layer.experts)),
-                          norm=partial(model_io.rms_norm, weight=weight, eps=0.0),
-                          **{name: getattr(layer, name).to("fake") for name in ("x", "gates", "y", "unembedding")})
-
-
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("vocab_sample, memory, launches", [
     (0, 8 * 10**9, 3), (1024, 8 * 10**9, 3), (0, 10**8, 12), (1024, 8 * 10**5, 50)])
 def test_the_sweep_is_few_launches_a_token_and_waits_once_a_chunk(vocab_sample, memory, launches, size):
     """With 8 GB a tenth of those of a step for each token, which are 37 and more."""
-    weight, chunks = torch.ones(12, dtype=torch.float64), []
-    layer = random_layer(n=16, tokens=80, vocab=50304)._replace(norm=partial(model_io.rms_norm, weight=weight, eps=0.0))
+    layer, chunks = moved(random_layer(n=16, tokens=80, vocab=50304), "cpu"), []
     simplices = torch.combinations(torch.arange(16), size)[::4**(size - 1)]
     here = fast_barriers(layer, simplices, mathx.sample_vocabulary(layer, vocab_sample))
     weights = hodgecover.merge_weights(simplices, (layer.gates > 0).sum(0))
     with Accelerator() as accelerator:
-        there = moved(layer)
+        there = moved(layer, "fake")
         accelerator.launches = accelerator.waits = 0
         sample = mathx.sample_vocabulary(there, vocab_sample)
         found = mathx.sweep(there, simplices, weights, sample, memory, chunks.append)
@@ -82,7 +72,8 @@ def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size):
     simplices, memory = torch.combinations(torch.arange(8), size), 12 * 10**6
     for shape in (dict(d=64, f=400), dict(d=400, f=64), dict(d=32, f=32, vocab=20_000)):
         with Accelerator():
-            layer = moved(in_dtype(random_layer(n=8, tokens=120, **{"vocab": 500} | shape), torch.float32))
+            layer = in_dtype(random_layer(n=8, tokens=120, **{"vocab": 500} | shape), torch.float32)
+            layer = moved(layer, "fake")
         with LiveBytes() as count, Accelerator():
             fast_barriers(layer, simplices, mathx.sample_vocabulary(layer, vocab_sample, memory=memory), memory=memory)
         assert memory / 2 < count.peak < memory, shape
@@ -127,3 +118,21 @@ def test_a_plan_of_the_other_families(name):
     with Accelerator():
         there = dict(hodgecover.plan_model(model_io.Model(path, device="fake"), ids, 4))
     assert near(there, dict(hodgecover.plan_model(model_io.Model(path), ids, 4)))
+
+
+def test_the_table_of_a_device_tells_what_fails_and_what_is_left_out(monkeypatch, capsys):
+    def holds(device):
+        device.line("logits", "1e-5", "<= 1e-4")
+
+    def fails(device):
+        device.line("logits", "1e-3", "<= 1e-4", False)
+
+    def breaks(device):
+        raise RuntimeError("no kernel")
+    for checks, status, says in (({holds: 1, fails: 100}, 0, "left out: takes 100 s"),
+                                 ({fails: 1, holds: 1}, 1, "FAILS"),
+                                 ({breaks: 1, holds: 1}, 1, "RuntimeError: no kernel")):
+        monkeypatch.setattr(on_device, "CHECKS", checks)
+        assert on_device.main(["cpu", "--minutes", "1"]) == status
+        said = capsys.readouterr().out
+        assert says in said and "1e-5" in said and f"{status} failed" in said
