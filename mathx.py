@@ -47,11 +47,11 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: tuple | N
     layer = layer._replace(gates=layer.gates.cpu())  # waits for the device once
     touched = touching(members, layer.gates)
     total = torch.zeros(len(members), dtype=torch.float64)
-    step = tokens_at_once(layer, touched, members.shape[1], sample, memory)
-    for start in range(0, len(layer.x), step):
-        chunk = slice(start, start + step)
+    size = tokens_at_once(layer, touched, members.shape[1], sample, memory)
+    for start in range(0, len(layer.x), size):
+        chunk = slice(start, start + size)
         few = layer.tokens(chunk), members, weights, touched[chunk], sample and tuple(part[chunk] for part in sample)
-        kl = kl_of_merges(*few, memory)  # the one wait of the chunk
+        kl = kl_of_merges(*few, memory)
         if not kl.isfinite().all():  # exponentials overflow
             kl = kl_of_merges(*few, memory, careful=True)
         total.index_add_(0, touched[chunk].nonzero()[:, 1], kl.double())
@@ -67,25 +67,25 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_at_once(layer, touched: torch.Tensor, size: int, sample: tuple | None, memory: int) -> int:
-    """How many tokens a step of the sweep takes: of each one's pairs, the hidden activation and the products of the
+    """How many tokens a chunk of the sweep takes: of each one's pairs, the hidden activation and the products of the
     members; the pre-activations of all experts; the distribution in three copies."""
     (n, f, d), narrow, wide = layer.experts.gate.shape, layer.x.itemsize, widened(layer.x.dtype).itemsize
     of_pair = narrow * (3 * f + size * d) + 128 * size
     of_token = narrow * n * (2 * f + d) + (0 if sample else 3 * wide * len(layer.unembedding))
     most = int(touched.sum(1).max()) if len(touched) else 0
-    return max(1, memory * 3 // 4 // (most * of_pair + of_token))  # the rest is for one token's work
+    return max(1, memory * 3 // 4 // (most * of_pair + of_token))  # the rest is for a step's work
 
 
 def merge_change(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, memory: int, at_once: int
                  ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Change of the layer's output at `at_once` tokens after the other, by the simplices that touch each, in order:
+    """Change of the layer's output, a step of `at_once` tokens after the other, by the simplices that touch each token:
 
         (sum_S g_e) E_S(x) - sum_S g_e E_e(x) = sum_{e in S} ( (sum_S g) w_e down_e h_S - g_e down_e h_e )
 
     Each product is one row of a table, ordered by expert; a change is a weighted sum of such rows. All indices go to
-    the device before it has work to do, and the host waits for none of it.
+    the device first, and the host never waits.
 
-    Yields (which tokens, changes (t, R_t of the most, d)); of a token that fewer simplices touch, the last are others'.
+    Yields (slice of t tokens, changes (t, most of R_t, d)); those beyond a token's own R_t are other tokens'.
     """
     x, size, own, per_token = layer.x, members.shape[1], layer.gates.cpu() > 0, touched.sum(1)
     used = own.sum(0).index_add(0, members.flatten(), touched.sum(0).repeat_interleave(size)).tolist()
@@ -167,7 +167,8 @@ def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: t
     """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, (R,) on the CPU.
 
     p is read out in float32 or better, each change of logits in the layer's dtype, less that of the most likely
-    outcome, a block of the vocabulary at a time. KL is not finite where exponentials overflow, unless `careful`.
+    outcome, a block of the vocabulary at a time. The host waits for the device once. KL is not finite where
+    exponentials overflow, unless `careful`.
     """
     which, log_p = sample or (None, log_readout(layer, memory))
     likely = log_p.argmax(-1, keepdim=True)
@@ -191,8 +192,8 @@ def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: t
 
 
 def tokens_in_a_step(layer, touched: torch.Tensor, outcomes: int, numbers: int) -> int:
-    """How many tokens are read out at once, in blocks of so many numbers: on a CPU one, whose block stays in the cache;
-    elsewhere those whose rows, of the changes and of the head for a sample of so many outcomes, make a block."""
+    """How many tokens a step reads out, in blocks of so many numbers: on a CPU one, whose block stays in the cache;
+    elsewhere those whose rows, of changes or of the head for a sample of so many outcomes, are a quarter of a block."""
     rows = max(1, int(touched.sum(1).max()), outcomes)
     return 1 if layer.x.is_cpu else max(1, numbers // (4 * rows * layer.x.shape[1]))
 

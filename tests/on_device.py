@@ -58,14 +58,14 @@ MAKING, PLANNING = 60, 30  # seconds that 13.8 GB take to make, and that are lef
 
 
 class Device:
-    """A device, the time that is left on it, and the table of what it did."""
+    """A device, the time that is left on it, and the table of what it did. Raises InputError if torch cannot use it."""
 
     def __init__(self, name: str, minutes: float):
+        self.dtype = hodgecover.choose_dtype("auto", name)
         self.name, self.kind = name, torch.device(name).type
         self.real = self.kind not in ("cpu", "fake")
         self.module = torch.get_device_module(self.kind) if self.real else None
         self.end, self.failed = time.monotonic() + 60 * minutes, 0
-        self.dtype = hodgecover.choose_dtype("auto", name)
         self.memory = 8 * 10**9 if self.real else 10**8
 
     def left(self) -> float:
@@ -323,7 +323,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing new is begun [8]")
     args = parser.parse_args(argv)
     with Accelerator() if args.device == "fake" else contextlib.nullcontext():
-        device = Device(args.device, args.minutes)
+        try:
+            device = Device(args.device, args.minutes)
+        except model_io.InputError as err:
+            parser.error(str(err))
         name = device.module.get_device_name() if device.real else f"{torch.get_num_threads()} threads"
         print(f"{args.device} ({name}), torch {torch.__version__}, Python {sys.version.split()[0]}\n")
         device.line("what", "found", "must be")
