@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -35,7 +34,7 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: tuple | N
     """Barriers of many simplices: `hodgecover.plain_barrier` of each, fast.
 
     A merge changes only the tokens routed to a member (`touching`), its pre-activations are weighted sums of its
-    members' (`merge_change`), and KL needs no more than the change of the logits (`kl_of_logit_change`).
+    members' (`merge_change`), and KL needs no more than the change of the logits (`kl_of_blocks`).
 
     Parameters
     ----------
@@ -49,13 +48,13 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: tuple | N
     layer = layer._replace(gates=layer.gates.cpu())  # waits for the device once
     touched = touching(members, layer.gates)
     total = torch.zeros(len(members), dtype=torch.float64)
-    step = tokens_at_once(layer, touched, members.shape[1], sample, memory)
-    for start in range(0, len(layer.x), step):
-        chunk = slice(start, start + step)
+    size = tokens_at_once(layer, touched, members.shape[1], sample, memory)
+    for start in range(0, len(layer.x), size):
+        chunk = slice(start, start + size)
         few = layer.tokens(chunk), members, weights, touched[chunk], sample and tuple(part[chunk] for part in sample)
-        kl = kl_of_merges(*few, memory).cpu()
+        kl = kl_of_merges(*few, memory)
         if not kl.isfinite().all():  # exponentials overflow
-            kl = kl_of_merges(*few, memory, careful=True).cpu()
+            kl = kl_of_merges(*few, memory, careful=True)
         total.index_add_(0, touched[chunk].nonzero()[:, 1], kl.double())
         tick(min(chunk.stop / len(layer.x), 1))
     return total / len(layer.x)
@@ -69,51 +68,61 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_at_once(layer, touched: torch.Tensor, size: int, sample: tuple | None, memory: int) -> int:
-    """How many tokens a step of the sweep takes: of each one's pairs, the hidden activation and the products of the
+    """How many tokens a chunk of the sweep takes: of each one's pairs, the hidden activation and the products of the
     members; the pre-activations of all experts; the distribution in three copies."""
     (n, f, d), narrow, wide = layer.experts.gate.shape, layer.x.itemsize, widened(layer.x.dtype).itemsize
     of_pair = narrow * (3 * f + size * d) + 128 * size
     of_token = narrow * n * (2 * f + d) + (0 if sample else 3 * wide * len(layer.unembedding))
     most = int(touched.sum(1).max()) if len(touched) else 0
-    return max(1, memory * 3 // 4 // (most * of_pair + of_token))  # the rest is for one token's work
+    return max(1, memory * 3 // 4 // (most * of_pair + of_token))  # the rest is for a step's work
 
 
-def merge_change(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, memory: int
-                 ) -> Iterator[torch.Tensor]:
-    """Change of the layer's output at each token, by the simplices that touch it, in order, (R_t, d):
+def merge_change(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, memory: int, at_once: int
+                 ) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Change of the layer's output, a step of `at_once` tokens after the other, by the simplices that touch each token:
 
         (sum_S g_e) E_S(x) - sum_S g_e E_e(x) = sum_{e in S} ( (sum_S g) w_e down_e h_S - g_e down_e h_e )
 
-    Each product is one row of a table, ordered by expert; a change is a weighted sum of such rows.
-    """
-    x, gates, size = layer.x, layer.gates.cpu(), members.shape[1]
-    t, s = touched.nonzero().unbind(1)
-    members, weights = members[s], weights[s]  # (R, 2 or 3)
-    own_t, own_e = gates.nonzero().unbind(1)  # an expert by itself is a merge of weight 1
-    alone = own_e[:, None].expand(-1, size), torch.eye(1, size, dtype=weights.dtype).expand(len(own_t), size)
-    hidden = merged_hidden(layer, torch.cat((t, own_t)), torch.cat((members, alone[0])),
-                           torch.cat((weights, alone[1])), memory)
+    Each product is one row of a table, ordered by expert; a change is a weighted sum of such rows. All indices go to
+    the device first, and the host never waits.
 
+    Yields (slice of t tokens, changes (t, most of R_t, d)); those beyond a token's own R_t are other tokens'.
+    """
+    x, size, own, per_token = layer.x, members.shape[1], layer.gates.cpu() > 0, touched.sum(1)
+    used = own.sum(0).index_add(0, members.flatten(), touched.sum(0).repeat_interleave(size)).tolist()
+    t, s, own_t, own_e, members, weights, gates, first = (
+        part.to(x.device, non_blocking=True) for part in
+        (*touched.nonzero().T, *own.nonzero().T, members, weights, layer.gates, per_token.cumsum(0) - per_token))
+    members, weights = members.index_select(0, s), weights.index_select(0, s)  # (R, 2 or 3)
+    alone = torch.eye(1, size, dtype=weights.dtype, device=x.device).expand(len(own_t), size)  # a merge of weight 1
+    hidden = merged_hidden(layer, torch.cat((t, own_t)), torch.cat((members, own_e[:, None].expand(-1, size))),
+                           torch.cat((weights, alone)), memory)
+
+    def numbers(count: int) -> torch.Tensor:
+        return torch.arange(count, device=x.device)
     expert = torch.cat((members.flatten(), own_e))  # of each product
-    row = torch.cat((torch.arange(len(t)).repeat_interleave(size), len(t) + torch.arange(len(own_t))))  # of hidden
+    row = torch.cat((numbers(len(t)).repeat_interleave(size), len(t) + numbers(len(own_t))))  # of hidden
     by_expert = expert.argsort(stable=True)
-    rows = row[by_expert].split(expert.bincount(minlength=gates.shape[1]).tolist())
-    table, start = x.new_empty(len(expert) + ROW_STEP, x.shape[1]), 0
-    for down, used in zip(layer.experts.down, rows):
-        padded = functional.pad(used, (0, -len(used) % ROW_STEP)).to(x.device)
-        torch.mm(hidden.index_select(0, padded), down.to(x).T, out=table[start:start + len(padded)])
-        start += len(used)  # the next expert's rows cover the padding
+    row = functional.pad(row.index_select(0, by_expert), (0, ROW_STEP))
+    table, start = x.new_empty(len(row), x.shape[1]), 0
+    for down, count in zip(layer.experts.down, used):
+        few = row[start:start + count + -count % ROW_STEP]  # the next expert's rows cover the padding
+        torch.mm(hidden.index_select(0, few), down.to(x).T, out=table[start:start + len(few)])
+        start += count
     del hidden
 
-    place = by_expert.argsort()  # row of the table of each product
+    place = torch.empty_like(by_expert).index_copy_(0, by_expert, numbers(len(expert)))  # of each product in the table
     merged, own = place[:members.numel()].view_as(members), place[members.numel():]
     own = place.new_zeros(gates.shape).index_put((own_t, own_e), own)
     mass = gates[t[:, None], members].to(weights)
-    index = torch.cat((merged, own[t[:, None], members]), 1).to(x.device)
+    index = torch.cat((merged, own[t[:, None], members]), 1)
     weights = torch.cat((mass.sum(1, keepdim=True) * weights, -mass), 1).to(x)
-    per_token = touched.sum(1).tolist()
-    for rows, shares in zip(index.split(per_token), weights.split(per_token)):
-        yield functional.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
+    pairs = (first[:, None] + numbers(int(per_token.max()))).clamp(max=len(t) - 1)  # of each token, and some after
+    for step in map(slice, range(0, len(x), at_once), range(at_once, len(x) + at_once, at_once)):
+        some = pairs[step, :per_token[step].max()]
+        rows, shares = (part.index_select(0, some.flatten()) for part in (index, weights))
+        yield step, functional.embedding_bag(rows, table, per_sample_weights=shares, mode="sum").view(
+            *some.shape, x.shape[1])
 
 
 def merged_hidden(layer, t: torch.Tensor, members: torch.Tensor, weights: torch.Tensor, memory: int) -> torch.Tensor:
@@ -129,7 +138,7 @@ def merged_hidden(layer, t: torch.Tensor, members: torch.Tensor, weights: torch.
     for out, projections in ((pre_gate, layer.experts.gate), (pre_up, layer.experts.up)):
         for e, projection in enumerate(projections):
             torch.mm(x, projection.to(x).T, out=out[e])
-    index, hidden = (members * len(x) + t[:, None]).to(x.device), x.new_empty(len(t), f)
+    index, hidden = members * len(x) + t[:, None], x.new_empty(len(t), f)
     step = max(1, block_numbers(x, memory) // f)
     for rows, shares, out in zip(index.split(step), weights.to(x).split(step), hidden.split(step)):
         gate, up = (functional.embedding_bag(rows, table.flatten(0, 1), per_sample_weights=shares, mode="sum")
@@ -156,83 +165,72 @@ def log_readout(layer, memory: int) -> torch.Tensor:
 
 def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, sample: tuple | None,
                  memory: int, careful: bool = False) -> torch.Tensor:
-    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, (R,).
+    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, (R,) on the CPU.
 
-    p is read out in float32 or better, each change of logits in the layer's dtype, a block of the vocabulary at a time.
-    KL is not finite where exponentials overflow, unless `careful`.
+    p is read out in float32 or better, each change of logits in the layer's dtype, less that of the most likely
+    outcome, a block of the vocabulary at a time. The host waits for the device once. KL is not finite where
+    exponentials overflow, unless `careful`.
     """
     which, log_p = sample or (None, log_readout(layer, memory))
+    likely = log_p.argmax(-1, keepdim=True)
+    likely = rows_of(layer.unembedding, likely if which is None else which.gather(1, likely))  # (T, 1, d)
     numbers = block_numbers(layer.x, memory)
-    stream = layer.y.to(widened(layer.x.dtype))
+    at_once = tokens_in_a_step(layer, touched, 0 if which is None else which.shape[1], numbers)
+    stream = layer.y.to(widened(layer.x.dtype))[:, None]
     features = layer.norm(stream)
-    kl = []
-    for t, change in enumerate(merge_change(layer, members, weights, touched, memory)):
-        moved = layer.norm(change.to(stream).add_(stream[t])).sub_(features[t]).to(layer.x.dtype)
-        head = layer.unembedding if which is None else layer.unembedding.index_select(0, which[t])
-        if careful:
-            kl += [kl_of_logit_change(log_p[t], (few @ head.T).to(log_p))
-                   for few in moved.split(max(1, numbers // len(head)))]
-        else:
-            width = max(numbers // max(1, len(moved)) // 256, 1) * 256  # products of odd widths are slow
-            blocks = zip(log_p[t].split(width), head.split(width))
-            kl.append(kl_of_blocks(kl_block(p, (moved @ rows.T).to(p)) for p, rows in blocks))
-    return torch.cat(kl)
+    per_token, kl, own = touched.sum(1), [], []
+    is_own = torch.arange(int(per_token.max())) < per_token[:, None]
+    for step, moved in merge_change(layer, members, weights, touched, memory, at_once):
+        moved = layer.norm(moved.to(stream).add_(stream[step])).sub_(features[step])
+        base = moved @ likely[step].to(stream).mT
+        moved = moved.to(layer.x.dtype)
+        head = layer.unembedding if which is None else rows_of(layer.unembedding, which[step])
+        width = max(numbers // max(1, moved[..., 0].numel()) // 256, 1) * 256  # products of odd widths are slow
+        blocks = zip(log_p[step].split(width, -1), head.split(width, -2))
+        kl.append(kl_of_blocks(((p, readout(moved, rows) - base) for p, rows in blocks), careful).flatten())
+        own.append(is_own[step, :moved.shape[1]].flatten())
+    return torch.cat(kl).cpu()[torch.cat(own)]
+
+
+def tokens_in_a_step(layer, touched: torch.Tensor, outcomes: int, numbers: int) -> int:
+    """How many tokens a step reads out, in blocks of so many numbers: on a CPU one, whose block stays in the cache;
+    elsewhere those whose rows, of changes or of the head for a sample of so many outcomes, are a quarter of a block."""
+    rows = max(1, int(touched.sum(1).max()), outcomes)
+    return 1 if layer.x.is_cpu else max(1, numbers // (4 * rows * layer.x.shape[1]))
+
+
+def rows_of(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """table[index], by the function that is fast."""
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
+
+
+def readout(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """The product (t, R, W) of rows (t, R, d) and a head (W, d), or one for each token (t, W, d)."""
+    return rows @ (head[0] if head.shape[:-2] == (1,) else head).mT  # a batch of one is slow in bfloat16
 
 
 # ------------------------------------------------------------------------------ KL from a change of the logits (3.1)
 
-def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats, (R,), if q has the logits of p plus delta (section 3.1).
+def kl_of_blocks(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], careful: bool = False) -> torch.Tensor:
+    """KL(p || q) in nats, (..., R), if q has the logits of p plus delta (section 3.1), from blocks of the vocabulary:
+    the log-probabilities (..., V) and delta (..., R, V) of each.
 
-    With m = E_p[delta], KL = log1p(E_p[phi(delta - m)]), phi(x) = expm1(x) - x >= 0: KL is never negative, and its
-    relative error is about eps / |delta| for small delta; a difference of log-softmaxes has eps / delta^2. Rows whose
-    exponentials overflow take log E_p[exp(delta - m)] instead, which is accurate there.
-
-    Parameters
-    ----------
-    log_p : (V,) for all rows, or (R, V): log-probabilities
-    delta : (R, V)
+    KL = log1p(E_p[expm1(delta)]) - E_p[delta] for delta less any constant. With that of the most likely outcome its
+    relative error is about eps / |delta|; a difference of log-softmaxes has eps / delta^2. It is not finite where
+    exponentials overflow, unless `careful`: there it is log E_p[exp(delta)] - E_p[delta].
     """
-    block = kl_block(log_p, delta)
-    kl = kl_of_blocks([block])
-    overflow = ~kl.isfinite()
-    if overflow.any():
-        log_p_there = log_p if log_p.dim() == 1 else log_p[overflow]
-        kl[overflow] = (log_p_there + delta[overflow] - block.mean[overflow, None]).logsumexp(-1).clamp(min=0)
-    return kl
-
-
-class KLBlock(NamedTuple):
-    """What KL needs of one block of the vocabulary: its mass under p, () or (R,); given the block, the mean of delta
-    and that of phi(delta - mean), (R,) both."""
-    mass: torch.Tensor
-    mean: torch.Tensor
-    spread: torch.Tensor
-
-
-def kl_block(log_p: torch.Tensor, delta: torch.Tensor) -> KLBlock:
-    """The KLBlock of log-probabilities (V,) or (R, V), and of changes of logits delta (R, V)."""
-    p = log_p.exp()
-    mass = p.sum(-1)
-    p = p / mass.clamp(min=torch.finfo(p.dtype).tiny)[..., None]
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return values @ p if p.dim() == 1 else torch.linalg.vecdot(values, p)
-    centre = mean(delta)
-    x = delta - centre[:, None]
-    return KLBlock(mass, centre, mean(torch.expm1(x).sub_(x)))
-
-
-def kl_of_blocks(blocks: Iterable[KLBlock]) -> torch.Tensor:
-    """KL(p || q) in nats, (R,), from the blocks of a vocabulary; not finite where exponentials overflow.
-
-    With y_b = mean_b - m, E_p[phi(delta - m)] = sum_b mass_b (phi(y_b) + exp(y_b) spread_b): what lies between the
-    blocks b, and what lies within them. All terms are >= 0.
-    """
-    mass, mean, spread = (torch.stack(parts, -1) for parts in zip(*blocks))  # (R, blocks); mass also (blocks,)
-    y = mean - (mass * mean).sum(-1, keepdim=True)
-    terms = mass * (torch.expm1(y) - y + y.exp() * spread)
-    return terms.sum(-1).clamp(min=0).log1p()
+    means, growths, logs = [], [], []
+    for log_p, delta in blocks:
+        p = log_p.exp()[..., None]
+        means.append(delta @ p)
+        growths.append(delta.expm1() @ p)
+        if careful:
+            logs.append((log_p[..., None, :] + delta).logsumexp(-1))
+    mean, growth = (torch.cat(parts, -1).sum(-1) for parts in (means, growths))
+    kl = growth.log1p() - mean
+    if careful:
+        kl = torch.where(kl.isfinite(), kl, torch.stack(logs).logsumexp(0) - mean)
+    return kl.clamp(min=0)
 
 
 # ----------------------------------------------------------------------------------- samples of the vocabulary (ours)
@@ -242,13 +240,16 @@ def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> 
     draws it; None if it would be all of it (count 0 says all). One sample serves pairs and triangles."""
     if not 0 < count < len(layer.unembedding):
         return None
-    offsets = torch.rand(len(layer.x), generator=torch.Generator().manual_seed(seed)).to(layer.x.device)
-    step = max(1, memory * 3 // 4 // (3 * widened(layer.x.dtype).itemsize * len(layer.unembedding)))
+    offsets = torch.rand(len(layer.x), generator=torch.Generator().manual_seed(seed))
+    offsets = offsets.to(layer.x.device, non_blocking=True)
+    vocab = len(layer.unembedding)
+    step = max(1, memory * 3 // 4 // (3 * widened(layer.x.dtype).itemsize * vocab))
+    few = max(1, block_numbers(layer.x, memory) // (3 * vocab))  # in float64
     drawn = []
     for start in range(0, len(offsets), step):
         log_p = log_readout(layer.tokens(slice(start, start + step)), memory)
-        drawn += [sample_outcomes(few, count, offset)
-                  for few, offset in zip(log_p.split(8), offsets[start:start + step].split(8))]
+        drawn += [sample_outcomes(part, count, offset)
+                  for part, offset in zip(log_p.split(few), offsets[start:start + step].split(few))]
     return tuple(map(torch.cat, zip(*drawn)))
 
 
@@ -310,7 +311,7 @@ def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: tu
     few, both = layer.tokens(t), []
     for own in (tuple(part[t] for part in sample), None):
         both.append(kl_of_merges(few, members, weights, one, own, memory, careful=True))
-    return torch.stack(both, 1).double().cpu()
+    return torch.stack(both, 1).double()
 
 
 # ------------------------------------------------------------------------------ Betti numbers of a filtration (A.9)

@@ -61,7 +61,7 @@ def random_tensor(name: str, shape: list[int], generator: torch.Generator, norms
         return torch.full(shape, 0.0 if norms_less_1 and "linear_attn" not in name else 1.0, dtype=torch.bfloat16)
     std = 1.0 if name.endswith("embed_tokens.weight") else shape[-1] ** -0.5
     std *= LOGIT_DEVIATION if name.startswith("lm_head") else 1
-    return (torch.randn(shape, generator=generator) * std).to(torch.bfloat16)
+    return (torch.randn(shape, generator=generator, device=generator.device) * std).to(torch.bfloat16).cpu()
 
 
 def into_shards(shapes: dict[str, list[int]]) -> list[dict[str, list[int]]]:
@@ -89,13 +89,13 @@ def write_shard(path: Path, shapes: dict[str, list[int]], generator: torch.Gener
         os.truncate(path, path.stat().st_size + sum(piece.nbytes() for piece in pieces.values()))
 
 
-def write(config: dict, out: Path, hollow: bool = False) -> int:
-    """Write a checkpoint of a configuration, without weights if hollow, to the folder `out`; return its number of
-    parameters. Raises InputError if `out` cannot be made."""
+def write(config: dict, out: Path, hollow: bool = False, device: str = "cpu") -> int:
+    """Write a checkpoint of a configuration, without weights if hollow, else drawn on a device, to the folder `out`;
+    return its number of parameters. Raises InputError if `out` cannot be made."""
     shapes = tensor_shapes(config)
     shards = into_shards(shapes)
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    generator = None if hollow else torch.Generator().manual_seed(0)
+    generator = None if hollow else torch.Generator(device).manual_seed(0)
     norms_less_1 = model_io.FAMILIES[config["model_type"]].norms_less_1
     bar = hodgecover.progress_bar()
     with model_io.new_folder(out) as folder:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from fractions import Fraction
+from functools import partial
 
 import hypothesis
 import mathx
@@ -116,10 +117,28 @@ def random_layer(seed: int = 0, n: int = 7, k: int = 2, renormalise: bool = Fals
                     normal(tokens, d), lambda y: rms_norm(y, weight, 1e-5), normal(vocab, d))
 
 
+def moved(layer: MoELayer, device: str) -> MoELayer:
+    """A layer on a device, with a norm without a weight."""
+    weight = torch.ones(layer.x.shape[1], dtype=layer.x.dtype).to(device)
+    return layer._replace(experts=Experts(*(part.to(device) for part in layer.experts)),
+                          norm=partial(rms_norm, weight=weight, eps=1e-5),
+                          **{name: getattr(layer, name).to(device) for name in ("x", "gates", "y", "unembedding")})
+
+
 def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: tuple | None = None, **more) -> torch.Tensor:
     """Barriers of simplices (M, 2 or 3) by the sweep."""
     rates = (layer.gates > 0).sum(0).cpu()
     return mathx.sweep(layer, simplices, merge_weights(simplices, rates), sample, **more)
+
+
+def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor, width: int = 10**9, careful: bool = True
+                       ) -> torch.Tensor:
+    """KL (R,) of changes of logits (R, V) by `mathx.kl_of_blocks`, less that of the most likely outcome, in blocks of
+    so many outcomes; log-probabilities (V,) for all rows, or (R, V)."""
+    delta = delta - delta.gather(1, log_p.argmax(-1, keepdim=True).expand(len(delta), 1))
+    delta = delta if log_p.dim() == 1 else delta[:, None]
+    blocks = zip(log_p.split(width, -1), delta.split(width, -1))
+    return mathx.kl_of_blocks(blocks, careful).view(len(delta))
 
 
 def barrier_by_hand(layer: MoELayer, simplex: list[int]) -> float:

@@ -3,18 +3,18 @@
 the CPU's. It tells nothing of a real GPU's kernels, speed or memory."""
 import contextlib
 import json
-from functools import partial
 
 import hodgecover
 import mathx
 import model_io
+import on_device
 import pytest
 import torch
 from conftest import GOLDEN, QUICK, contents, named, run
 from fake_device import Accelerator, MixedDevices, Wrapped
-from model_io import Experts
 from safetensors.torch import load_file
-from strategies import fast_barriers, random_layer
+from strategies import fast_barriers, moved, random_layer
+from test_mathx import LiveBytes, in_dtype
 
 
 def test_the_pretend_device_tells_mixed_operations():
@@ -34,36 +34,49 @@ def test_the_pretend_device_tells_mixed_operations():
 
 @pytest.mark.parametrize("wait", [
     Wrapped.tolist, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.unique, torch.Tensor.nonzero, bool,
-    lambda there: there[there > 1], lambda there: torch.zeros(1).copy_(there)])
+    lambda there: there[there > 1], lambda there: torch.zeros(1).copy_(there), lambda there: there[torch.tensor([0])],
+    lambda there: there.copy_(torch.zeros(1)), lambda there: torch.zeros(1).to(there)])
 def test_the_pretend_device_tells_when_the_host_waits(wait):
     with Accelerator() as accelerator:
-        there = torch.ones(1).to("fake")
-        there.view(1, 1)[0].add(there[torch.tensor([0])])
-        assert (accelerator.launches, accelerator.waits) == (3, 0)
+        there = torch.ones(1).to("fake", non_blocking=True)
+        there.view(1, 1)[0].add(there[there.long() - 1])
+        assert (accelerator.launches, accelerator.waits) == (5, 0)
         wait(there)
         assert accelerator.waits == 1
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("vocab_sample, memory", [(0, 10**8), (1024, 8 * 10**5)])
-def test_the_sweep_is_few_launches_a_token_and_waits_twice_a_chunk_at_most(vocab_sample, memory, size):
-    weight, chunks = torch.ones(12, dtype=torch.float64), []
-    layer = random_layer(n=16, tokens=80, vocab=50304)._replace(norm=partial(model_io.rms_norm, weight=weight, eps=0.0))
+@pytest.mark.parametrize("vocab_sample, memory, launches", [
+    (0, 8 * 10**9, 3), (1024, 8 * 10**9, 3), (0, 10**8, 12), (1024, 8 * 10**5, 50)])
+def test_the_sweep_is_few_launches_a_token_and_waits_once_a_chunk(vocab_sample, memory, launches, size):
+    """With 8 GB a tenth of those of a step for each token, which are 37 and more."""
+    layer, chunks = moved(random_layer(n=16, tokens=80, vocab=50304), "cpu"), []
     simplices = torch.combinations(torch.arange(16), size)[::4**(size - 1)]
     here = fast_barriers(layer, simplices, mathx.sample_vocabulary(layer, vocab_sample))
+    weights = hodgecover.merge_weights(simplices, (layer.gates > 0).sum(0))
     with Accelerator() as accelerator:
-        there = layer._replace(
-            experts=Experts(*(part.to("fake") for part in layer.experts)),
-            norm=partial(model_io.rms_norm, weight=weight.to("fake"), eps=0.0),
-            **{name: getattr(layer, name).to("fake") for name in ("x", "gates", "y", "unembedding")})
-        weights, launches = hodgecover.merge_weights(simplices, (layer.gates > 0).sum(0)), accelerator.launches
+        there = moved(layer, "fake")
+        accelerator.launches = accelerator.waits = 0
         sample = mathx.sample_vocabulary(there, vocab_sample)
         found = mathx.sweep(there, simplices, weights, sample, memory, chunks.append)
-        assert len(chunks) > 1 and accelerator.waits <= 2 * len(chunks)
-        assert accelerator.launches - launches <= 60 * 80
+        assert accelerator.waits == 1 + len(chunks) and accelerator.launches <= launches * 80
+        assert (len(chunks) == 1) == (memory > 10**9)
         plain = [hodgecover.plain_barrier(there, simplex).item() for simplex in simplices[:3].tolist()]
     torch.testing.assert_close(found, here)
     assert vocab_sample or found[:3].tolist() == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("vocab_sample, size", [(0, 3), (50, 2)])
+def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size):
+    """Steps of many tokens, too."""
+    simplices, memory = torch.combinations(torch.arange(8), size), 12 * 10**6
+    for shape in (dict(d=64, f=400), dict(d=400, f=64), dict(d=32, f=32, vocab=20_000)):
+        with Accelerator():
+            layer = in_dtype(random_layer(n=8, tokens=120, **{"vocab": 500} | shape), torch.float32)
+            layer = moved(layer, "fake")
+        with LiveBytes() as count, Accelerator():
+            fast_barriers(layer, simplices, mathx.sample_vocabulary(layer, vocab_sample, memory=memory), memory=memory)
+        assert memory / 2 < count.peak < memory, shape
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
@@ -105,3 +118,21 @@ def test_a_plan_of_the_other_families(name):
     with Accelerator():
         there = dict(hodgecover.plan_model(model_io.Model(path, device="fake"), ids, 4))
     assert near(there, dict(hodgecover.plan_model(model_io.Model(path), ids, 4)))
+
+
+def test_the_table_of_a_device_tells_what_fails_and_what_is_left_out(monkeypatch, capsys):
+    def holds(device):
+        device.line("logits", "1e-5", "<= 1e-4")
+
+    def fails(device):
+        device.line("logits", "1e-3", "<= 1e-4", False)
+
+    def breaks(device):
+        raise RuntimeError("no kernel")
+    for checks, status, says in (({holds: 1, fails: 100}, 0, "left out: takes 100 s"),
+                                 ({fails: 1, holds: 1}, 1, "FAILS"),
+                                 ({breaks: 1, holds: 1}, 1, "RuntimeError: no kernel")):
+        monkeypatch.setattr(on_device, "CHECKS", checks)
+        assert on_device.main(["cpu", "--minutes", "1"]) == status
+        said = capsys.readouterr().out
+        assert says in said and "1e-5" in said and f"{status} failed" in said

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from model_io import Experts, Model
 from safetensors.torch import load_file
 from strategies import (NO_TRIANGLES, PAIRS, SEEDS, TRIPLES, barrier_by_hand, complexes, cover_problems, fast_barriers,
-                        fifths, given, normal, on_edges, random_layer, rational_rank, renumbered, triangle_tensor,
-                        uniform)
+                        fifths, given, kl_of_logit_change, normal, on_edges, random_layer, rational_rank, renumbered,
+                        triangle_tensor, uniform)
 
 
 def value_of(n: int, signal: torch.Tensor) -> dict[tuple[int, int], float]:
@@ -118,7 +118,7 @@ def test_kl_of_a_logit_change_is_the_direct_kl(seed, peak, size):
     delta = size * normal(seed + 1, 3, 20)
     log_p = logits.log_softmax(-1)
     direct = (log_p.exp() * (log_p - (logits + delta).log_softmax(-1))).sum(-1)
-    torch.testing.assert_close(mathx.kl_of_logit_change(log_p, delta), direct, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(kl_of_logit_change(log_p, delta), direct, rtol=1e-9, atol=1e-14)
 
 
 # ----------------------------------------------------------------- the complex and the Laplacian (section 3.2)
