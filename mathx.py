@@ -487,8 +487,7 @@ def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torc
     key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
     whole = query, key, value, log_decay[..., None], beta[..., None]
     chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
-    out = []
-    state = value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, D of values)
+    out, state = [], value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
     for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
         decay = log_decay.cumsum(2)
         between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
