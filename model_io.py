@@ -420,7 +420,7 @@ class Model:
                 parts = [self.turned(prefix + name, load(prefix + name, e)) for name in ("gate_up_proj", "down_proj")]
                 parts = *parts[0].chunk(2), parts[1]
             else:
-                parts = (load(f"{prefix}{e}.{part}_proj.weight", out=w) for part, w in zip(Experts._fields, own))
+                parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
             for weight, part in zip(own, parts):
                 if not all(map(math.isfinite, part.aminmax())):  # of an expert without tokens, too
                     raise InputError(f"{self.checkpoint.path}: expert {e} of {layer} has NaN or infinity in it")
@@ -669,13 +669,11 @@ class Checkpoint:
                 raise InputError(f"{path}: {file!r} is not the name of a safetensors file in the folder")
         return files
 
-    def load(self, name: str, row: int | list[int] | None = None, as_stored: bool = False,
-             out: torch.Tensor | None = None) -> torch.Tensor:
+    def load(self, name: str, row: int | list[int] | None = None, as_stored: bool = False) -> torch.Tensor:
         """Return the named tensor, or one row of its first dimension, or a list of them, as it is stored; an FP8 matrix
         times its scales, bfloat16, unless `as_stored` (no activation is quantised, as FP8 kernels do). Read rather than
-        mapped, so that no page of a file stays in this process's memory; in `out`, if that is on the CPU and of the
-        stored dtype. Raises InputError for a tensor that is missing, of no floating-point type, or cut off, for a row
-        of FP8, and for a scale that is not finite."""
+        mapped, so that no page of a file stays in this process's memory. Raises InputError for a tensor that is missing,
+        of no floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
         if name not in self.tensors:
             raise InputError(f"{self.path}: the weights have no tensor {name!r}")
         info, rows = self.tensors[name], row if isinstance(row, list) else [row]
@@ -684,9 +682,7 @@ class Checkpoint:
         if not dtype or not there:
             raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
                              f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
-        if out is None or not out.is_cpu or out.dtype != dtype:
-            wanted = shape if row is None else [len(rows), *shape[1:]] if row is rows else shape[1:]
-            out = torch.empty(wanted, dtype=dtype)
+        out = torch.empty(shape if row is None else [len(rows), *shape[1:]] if row is rows else shape[1:], dtype=dtype)
         with open(path, "rb") as file:
             for part, (start, end) in zip(out.view(len(rows), -1).view(torch.uint8).numpy(), map(info.range, rows)):
                 file.seek(start)

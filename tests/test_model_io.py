@@ -1129,9 +1129,8 @@ def write_random_checkpoint(path: Path, layers: int, n: int = 16, d: int = 256, 
 
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     """A pass whose steps are all held, and the export, of 3 and then of 10 layers in one process: 7 more layers are
-    84 MiB. The bound is 24 MiB, two layers. The heap's fragmentation has a tail: some run in ten or twenty reaches the
-    bound, before weights were read in place and since, so that one of three runs must stay below it. A layer that is
-    held shows in all."""
+    84 MiB. The bound is 24 MiB, two layers. The heap's fragmentation has a tail: one run in ten or so reaches
+    the bound, so that one of three must stay below it. A layer that is held shows in all."""
     layers = 3, 10
     for count in layers:
         write_random_checkpoint(tmp_path / f"c{count}", count)
