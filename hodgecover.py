@@ -12,7 +12,7 @@ has the fast form of the barriers, the Betti curve and the audit; `model_io.py` 
     E  n (n - 1) / 2 edges        F  triangles                      M  simplices of one size
 
 E_e(x) is the output of expert e; E*, T* are sets (4.1). Sections and equations are the paper's. Left out: its allocator
-across layers (B), since a configuration has one `num_experts`. Wanda on the survivors (4.2) is examples/wanda.py.
+across layers (B), which the text at hand lacks: examples/budgets.py. Wanda on the survivors (4.2): examples/wanda.py.
 """
 from __future__ import annotations
 

@@ -672,8 +672,8 @@ class Checkpoint:
     def load(self, name: str, row: int | list[int] | None = None, as_stored: bool = False) -> torch.Tensor:
         """Return the named tensor, or one row of its first dimension, or a list of them, as it is stored; an FP8 matrix
         times its scales, bfloat16, unless `as_stored` (no activation is quantised, as FP8 kernels do). Read rather than
-        mapped, so that no page of a file stays in this process's memory. Raises InputError for a tensor that is missing,
-        of no floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
+        mapped, so that no page of a file stays in this process's memory. Raises InputError for a tensor that is
+        missing, of no floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
         if name not in self.tensors:
             raise InputError(f"{self.path}: the weights have no tensor {name!r}")
         info, rows = self.tensors[name], row if isinstance(row, list) else [row]
@@ -682,7 +682,8 @@ class Checkpoint:
         if not dtype or not there:
             raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
                              f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
-        out = torch.empty(shape if row is None else [len(rows), *shape[1:]] if row is rows else shape[1:], dtype=dtype)
+        wanted = shape if row is None else [len(rows), *shape[1:]] if row is rows else shape[1:]
+        out = torch.empty(wanted, dtype=dtype)
         with open(path, "rb") as file:
             for part, (start, end) in zip(out.view(len(rows), -1).view(torch.uint8).numpy(), map(info.range, rows)):
                 file.seek(start)

@@ -7,9 +7,9 @@
     python examples/budgets.py CKPT rco --keep 32 --out DIR              32 in every layer
     python examples/budgets.py CKPT rco --keep 32 --ragged --out DIR     32 on average
 
-The output has the number of experts of each layer in the `per_layer_config` of its config.json. All commands here read
-it; transformers 4.57 and 5.24 read it by the code beside the weights, with trust_remote_code=True. --plan-only writes
-the plan alone.
+The output has the number of experts of each layer in the `per_layer_config` of its config.json. All commands but rco
+read it; transformers 4.57 and 5.24 read it by the code beside the weights, with trust_remote_code=True. --plan-only
+writes the plan alone.
 
 evo (EvoESAP, arXiv 2603.06003). The experts of a layer go in a fixed order, the least REAP saliency first, or from the
 end of a --plan's `order`; a candidate says how many. It is worth ESAP = mean_t sum_v min(p, q) = 1 - TV, p the source's

@@ -281,7 +281,7 @@ def export(model: Model, kept: dict[str, torch.Tensor], out: Path, files: dict[s
                 *checkpoint.tensors[scale].shape]
             shapes[scale][axis] = -(-width // block[axis])
     config = {model_io.FAMILIES[model.config.model_type].width_key: width}
-    stays = all(same_blocks(units, side, model.config.expert_width) for units in kept.values() for side in block)
+    stays = all(same_blocks(units, side, widths[name]) for name, units in kept.items() for side in block)
     common.write_edited(checkpoint, out, experts, files, edits, shapes, config, stays)
 
 
