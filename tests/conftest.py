@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "examples/studies"), str(ROOT / "tests")]
 settings.register_profile("default", max_examples=60, deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors here are small: more threads cost time, most of all on a busy machine

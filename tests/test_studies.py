@@ -1,0 +1,478 @@
+# SPDX-License-Identifier: MIT
+"""The studies: a cell is what the commands give, the statistics are right, every line can be made; and RESULTS.md has
+the figures of results.csv.
+
+The pictures carry a hash of what they draw, so that the suite needs no matplotlib.
+"""
+import ast
+import csv
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import audit
+import baselines
+import budgets
+import common
+import distil
+import heapr
+import hodgecover
+import model_io
+import nested
+import pytest
+import rco
+import refit
+import report
+import study
+import torch
+import wanda
+import ways
+from conftest import GOLDEN, PROSE, assert_refused, run
+from model_io import Model
+
+LINES = study.tables()["plain"].lines
+TEXT = PROSE[:640]
+TEXTS = {"calibration": TEXT, "held-out": TEXT[::-1], "train": TEXT.upper()}
+
+
+def documents(part: str) -> tuple[str]:
+    """The one document of a part."""
+    return (TEXTS[part],)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Samples of 64 tokens in sequences of 32, and texts of a page."""
+    monkeypatch.setattr(ways, "CALIBRATION", 64)
+    for module in (ways, study):
+        monkeypatch.setattr(module, "SEQ_LEN", 32)
+    monkeypatch.setattr(model_io, "python_documentation", documents)  # hodgecover.py's default text
+    monkeypatch.setitem(common.TEXTS, "documentation", documents)
+
+
+@pytest.fixture
+def sample(small, tmp_path) -> ways.Sample:
+    """The sample of seed 1 of the small model."""
+    return ways.Sample(Model(small), tmp_path / "cache", documents, hodgecover.Settings(vocab_sample=0, seed=1))
+
+
+def held_out(sample: ways.Sample) -> torch.Tensor:
+    """Its held-out text, (2, 32)."""
+    return study.evenly(model_io.sequences(ways.encoded(sample.source, documents, "held-out"), 32), 64)
+
+
+def assert_cell(sample: ways.Sample, way: ways.Way, folder: Path, gone: float | None = None) -> None:
+    """A cell at 50% holds the figures of the checkpoint in a folder."""
+    found = study.measure(sample, held_out(sample), way, 0.5)
+    expected = common.compare(sample.source, Model(folder), held_out(sample))
+    assert (found["perplexity"], found["kl"]) == (f"{expected.output_perplexity:.6g}", f"{expected.kl:.6g}")
+    assert gone is None or found["gone"] == f"{gone:.4f}"
+
+
+def assert_same_weights(*folders: Path) -> None:
+    """Checkpoints have the same bytes."""
+    one, two = (folder.joinpath("model.safetensors").read_bytes() for folder in folders)
+    assert one == two
+
+
+# --------------------------------------------------------------------------------------------- a cell is what users get
+
+
+USERS = ["--tokens", 64, "--seq-len", 32, "--seed", 1, "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("label, method", [("reap", ["reap"]), ("random", ["random"]), ("hc-smoe", ["hc-smoe"]),
+                                           ("greedy-barrier", ["greedy-barrier"]),
+                                           ("ream, in all slots", ["ream", "--all-slots"])])
+def test_cell_of_a_method_is_what_its_command_gives(label, method, sample, tmp_path):
+    out = tmp_path / "out"
+    assert run(baselines, sample.source.checkpoint.path, "--keep", 4, "--out", out, "--method", *method, *USERS) == 0
+    assert_cell(sample, LINES[label], out)
+
+
+def test_cell_of_hodgecover_is_what_its_command_gives(sample, tmp_path):
+    assert run(hodgecover, sample.source.checkpoint.path, "--keep", 4, "--out", tmp_path / "out", *USERS) == 0
+    assert_cell(sample, LINES["hodgecover"], tmp_path / "out", 0.5)
+
+
+def test_cell_at_the_end_of_the_model_is_what_the_command_gives(sample, tmp_path):
+    users = [*USERS[:1], 32, *USERS[2:], "--readout", "model"]
+    assert run(hodgecover, sample.source.checkpoint.path, "--keep", 4, "--out", tmp_path / "out", *users) == 0
+    way = LINES[f"hodgecover, readout model, {study.END_TOKENS:,} tokens"]
+    assert_cell(sample, partial(way, tokens=32), tmp_path / "out")
+
+
+@pytest.mark.parametrize("label, options", [("10% critical", ["--edge-percent", 10, "--triangle-percent", 10]),
+                                            ("both lambdas 0.04", ["--lambda-edge", 0.04, "--lambda-triangle", 0.04]),
+                                            ("lambda of edges 0", ["--lambda-edge", 0]),
+                                            ("order by index", ["--order", "index"])])
+def test_cell_of_another_setting_is_what_the_command_gives(label, options, sample, tmp_path):
+    path = sample.source.checkpoint.path
+    assert run(hodgecover, path, "--keep", 4, "--out", tmp_path / "out", *USERS, "--vocab-sample", 0, *options) == 0
+    assert_cell(sample, study.tables()["settings"].lines[label], tmp_path / "out")
+
+
+def test_cell_of_a_refitted_hybrid_is_what_three_commands_give(sample, tmp_path):
+    path, few, sparse, recovered = (sample.source.checkpoint.path, *(tmp_path / name for name in ("few", "sparse",
+                                                                                                 "out")))
+    assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
+    assert run(wanda, few, "--total-rate", 0.5, "--source", path, "--out", sparse, *USERS) == 0
+    assert run(refit, path, sparse, "--out", recovered, *USERS) == 0
+    assert_cell(sample, LINES["reap, wanda"], sparse)
+    assert_cell(sample, partial(study.tables()["refitted"].lines["reap, wanda"], tokens=64), recovered)
+
+
+def test_wanda_alone_drops_no_expert(sample, tmp_path):
+    output = LINES["wanda"](sample, 0.5, tmp_path / "out")
+    assert output.config.num_experts == 8
+    zeros = [(output.checkpoint.load(name) == 0).double().mean().item()
+             for name in common.expert_matrices(output.checkpoint)]
+    assert zeros == pytest.approx([0.5] * len(zeros))
+
+
+# ------------------------------------------------------------------------------------------------------- the statistics
+
+
+def test_students_t_holds_95_percent():
+    """Of the density (1 + t^2 / m)^(-(m + 1) / 2) with m degrees of freedom, by the substitution t = sqrt(m) tan u."""
+    for m, t in enumerate(report.STUDENT_T, 1):
+        u = torch.linspace(-torch.pi / 2, torch.pi / 2, 200_001, dtype=torch.float64)
+        density = u.cos().clamp(min=0) ** (m - 1)
+        inside = density[(m**0.5 * u.tan()).abs() <= t].sum() / density.sum()
+        assert inside == pytest.approx(0.95, abs=2e-4)
+
+
+def test_half_interval_of_two_values_in_closed_form():
+    half = torch.tan(torch.tensor(0.475 * torch.pi, dtype=torch.float64)).item()  # Cauchy's quantile
+    assert report.half_interval([1.0, 3.0]) == pytest.approx(half, rel=1e-4)  # times |3 - 1| / 2
+
+
+def rows(model: str, table: str, line: str, column: str, *kls: float) -> dict:
+    """A cell of results with the seeds 0, 1, ..."""
+    return {(model, table, line, column): [report.Row(model, table, line, column, seed, 9.0, kl, 0.5, 1.0, "0")
+                                           for seed, kl in enumerate(kls)]}
+
+
+def test_differences_are_taken_sample_by_sample():
+    found = {}
+    for line, kls in {"a": (0.1, 0.9), "level": (0.2, 0.8), "worse": (0.301, 1.099), "better": (0.0, 0.8, 7.0),
+                      "short": (0.1,)}.items():
+        found |= rows("m", "plain", line, "50%", *kls)
+    assert report.gaps(found, "plain", ["a", "level", "worse", "better", "short"], ["50%"], "m").splitlines() == [
+        "| KL minus that of a | `m` 50% |", "| --- | --- |", "| level | +0.000 ± 1.271 |",
+        "| worse | **+0.200 ± 0.013** |", "| better | **-0.100 ± 0.000** |", "| short |  |"]
+
+
+def test_levels_put_the_models_side_by_side():
+    found = rows("m", "plain", "a", "50%", 0.1, 0.9) | rows("n", "refitted", "a", "50%", 0.25)
+    assert report.levels(found, ["plain", "refitted"], ["a", "b"], ["50%"], ["m", "n"]).splitlines() == [
+        "| perplexity (KL) | `m` 50% | `n` 50% |", "| --- | --- | --- |", "| a | 9.0 (0.500 ± 0.566) |  |",
+        "| a, refitted |  | 9.0 (0.250) |"]
+
+
+def test_a_forest_draws_differences_of_its_own_tables():
+    model, lines = report.MODELS[0], report.FORESTS["settings"].lines
+    found = rows(model, "settings", lines[0], "66%", 0.3, 0.5) | rows(model, "plain", "hodgecover", "66%", 0.1, 0.2)
+    (*cell, value, half), = report.forest(found, "settings")
+    assert cell == [model, "settings", lines[0], "66%"]
+    assert (value, half) == (pytest.approx(0.25), pytest.approx(report.half_interval([0.2, 0.3])))
+
+
+def test_text_is_evenly_spaced_from_the_first_to_the_last():
+    text = torch.arange(22).view(11, 2)
+    assert study.evenly(text, 6)[:, 0].tolist() == [0, 10, 20] and len(study.evenly(text, 999)) == 11
+
+
+# --------------------------------------------------------------------------------------- RESULTS.md is the CSV's picture
+
+
+def test_the_document_has_the_figures_of_the_csv():
+    document = report.DOCUMENT.read_text("utf-8")
+    assert report.filled(document, report.read(report.RESULTS)) == document
+    assert {*re.findall(r"<!-- table ([\w-]+) -->", document)} == {*report.TABLES}
+
+
+def test_every_picture_is_of_the_csv_and_in_a_document():
+    shown = "".join(path.read_text("utf-8") for path in (report.DOCUMENT, common.HERE.parent / "README.md"))
+    for name, drawn in report.pictures(report.read(report.RESULTS)).items():
+        assert f"studies/{name}.png" in shown
+        png = (report.HERE / f"{name}.png").read_bytes()
+        assert re.search(rb"tEXtSource\0(\w{64})", png)[1].decode() == report.digest(drawn)
+
+
+def test_every_line_of_the_documents_is_a_line_of_its_study():
+    tables = study.tables()
+    for lines, reference, panels in report.FORESTS.values():
+        assert all({*lines} & {*tables[table].lines} and reference in tables[base].lines for table, base in panels)
+        assert {*lines} <= {line for table, _ in panels for line in tables[table].lines}
+    for names, lines, *_ in report.TABLES.values():
+        assert {*lines} <= {line for name in names for line in tables[name].lines}
+    assert {*report.FRONTIER} <= {*LINES}
+
+
+def test_the_csv_has_each_sample_once_and_only_what_studies_measure():
+    tables = study.tables()
+    with report.RESULTS.open(encoding="utf-8", newline="") as file:
+        cells = [tuple(row.values())[:5] for row in csv.DictReader(file)]
+    assert len({*cells}) == len(cells) > 1000
+    for _, table, line, column, _ in cells:
+        assert line in tables[table].lines and column in tables[table].columns
+
+
+# ----------------------------------------------------------------------------------------- fewer and narrower experts
+
+
+def test_cell_of_fewer_and_narrower_experts_is_what_three_commands_give(sample, tmp_path):
+    path, few, thin, recovered = (sample.source.checkpoint.path, *(tmp_path / name for name in ("few", "thin", "out")))
+    assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
+    assert run(heapr, few, "--width", 11, "--out", thin, *USERS) == 0
+    assert run(refit, path, thin, "--out", recovered, *USERS) == 0
+    assert_cell(sample, LINES["both, heapr"], thin, 1 - 6 * 11 / (8 * 16))
+    assert_cell(sample, partial(ways.refitted, way=LINES["both, heapr"], tokens=64), recovered)
+
+
+@pytest.mark.parametrize("label, command, arguments", [
+    ("hope", baselines, ["--keep", 4, "--method", "hope"]), ("aimer", baselines, ["--keep", 4, "--method", "aimer"]),
+    ("narrow, camera", heapr, ["--width", 8, "--score", "camera"]),
+    ("narrow, random", heapr, ["--width", 8, "--score", "random"])])
+def test_way_is_what_one_command_gives(label, command, arguments, sample, tmp_path):
+    users = ["--seed", 1] if label == "narrow, random" else USERS
+    assert run(command, sample.source.checkpoint.path, *arguments, "--out", tmp_path / "out", *users) == 0
+    made = LINES[label](sample, 0.5, tmp_path / "made")
+    assert_same_weights(tmp_path / "out", tmp_path / "made")
+    assert made.config == Model(tmp_path / "out").config
+
+
+def test_a_way_on_more_tokens_sees_them(sample, tmp_path):
+    made = partial(LINES["narrow, heapr, 16,384 tokens"], tokens=128)(sample, 0.5, tmp_path / "made")
+    assert sample.of(128).ids.numel() == 128 and made.config.expert_width == 8
+    found = heapr.score_units(sample.source, "heapr", sample.of(128).ids)
+    plain = ways.write_narrow(sample.source, found, 8, tmp_path / "plain")
+    assert torch.equal(made.logits(sample.ids), plain.logits(sample.ids))
+
+
+# ----------------------------------------------------------------------------------------------------------- redirects
+
+
+def test_additive_redirect_finds_what_the_additive_part_hides():
+    """Expert 0 is cheapest to merge with everything; without phi_i + phi_j, the planted pair of 5 is 1."""
+    phi = torch.tensor([0.0, 5.0, 6.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    i, j = hodgecover.edges(6).unbind(1)
+    barriers = phi[i] + phi[j] - 0.5 * ((i == 1) & (j == 5)).double()
+    signals = hodgecover.Signals(torch.ones(6), torch.arange(6).double(), barriers, torch.empty(0, 3).long(),
+                                 torch.empty(0, dtype=torch.float64))
+    found = hodgecover.decompose(signals, hodgecover.Settings(order="index"))
+    assert {*audit.REDIRECTS["the paper's rule"](signals, found, [0, 1, 2], None).values()} == {0}
+    assert audit.REDIRECTS["least barrier without its additive part"](signals, found, [0, 1, 2], None)[5] == 1
+
+
+def test_a_fold_moves_probability_to_the_targets(sample, tmp_path):
+    """By hand, token by token; nothing moves if nothing is dropped."""
+    source, (paper, *others) = sample.source, audit.REDIRECTS
+    for rule in (paper, *others):
+        model = ways.fold(sample, 0.5, tmp_path, rule)
+        plan = ways.plans(sample, "hodgecover", ways.uniform(source, 0.5))[source.layer_names[0]]
+        targets = model.targets[source.layer_names[0]].tolist()
+        assert {e for e in range(8) if targets[e] == e} == {*plan["survivors"]} == {*targets}
+        assert rule != paper or {e: targets[e] for e in plan["redirect"]} == plan["redirect"]
+        step, plain = (next(each.stream(sample.ids)) for each in (model, source))
+        for x, gates, y, before, own in list(zip(step.x, step.gates, step.y, plain.y, plain.gates))[:8]:
+            p, kept = (step.layer.router @ x).softmax(0), dict.fromkeys(plan["survivors"], 0.0)
+            for e, share in enumerate(p.tolist()):
+                kept[targets[e]] += share
+            expected = torch.zeros(8)
+            for e in sorted(kept, key=kept.get)[-source.config.top_k:]:
+                expected[e] = kept[e]
+            torch.testing.assert_close(gates, expected)
+            outputs = torch.cat([step.layer.experts(e, x[None]) for e in range(8)])
+            torch.testing.assert_close(y, before + (expected - own) @ outputs)
+    every = ways.fold(sample, 0.0, tmp_path, paper)
+    torch.testing.assert_close(every.logits(sample.ids), source.logits(sample.ids))
+
+
+def test_a_fold_renormalises_as_its_model_does():
+    source = next(model for model in map(Model, GOLDEN) if model.config.norm_topk_prob)
+    cfg = source.config
+    plans = {source.layer_names[index]: {"redirect": {}, "order": [*range(cfg.num_experts)]}
+             for index in hodgecover.sparse_layers(source)}
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(ways.Folded(source.checkpoint.path, plans).logits(ids), source.logits(ids))
+
+
+# ------------------------------------------------------------------------------------------------ refits and trainings
+
+
+def test_refits_do_what_their_lines_say():
+    lines = study.refit_lines()
+    for label, make in lines.items():
+        options = make.keywords
+        assert options.get("tokens", ways.MORE) == int((re.search(r"([\d,]+) tokens", label) or ["", f"{ways.MORE}"])[1]
+                                                       .replace(",", ""))
+        assert ("train" in options.get("parts", ())) == ("training" in label)
+        assert ("ridge" in label) == (f"ridge {options.get('ridge')}," in label)
+        assert ("sweeps" in label) == (label == f"sweeps: {options.get('sweeps')}")
+        assert ("source code" in label) == (options.get("documents") == ways.source_code)
+    assert len(lines) == 18
+
+
+def test_each_fit_and_text_is_one_of_its_own(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(ways.common, "code_alone", lambda _: "x = 1\n" * 20)
+    lines = study.refit_lines()
+    few = {label: partial(lines[label], tokens=64) for label in lines if label.startswith(("sweeps", "text", "2,048"))}
+    made = {make(sample, 0.5, tmp_path / str(at)).checkpoint.fingerprint() for at, make in enumerate(few.values())}
+    assert len(made) == len(few) == 6
+
+
+def test_source_code_has_no_docstrings(monkeypatch, tmp_path):
+    documented = '"""Doc."""\nclass A:\n    """Doc."""\ndef f():\n    "Doc."\n    return 1  # why\n'
+    (tmp_path / "module.py").write_text(documented)
+    (tmp_path / "broken.py").write_text("(")
+    monkeypatch.setattr(ways.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    alone = ast.unparse(ast.parse("class A: pass\ndef f(): return 1"))
+    assert sorted(ways.source_code("all")) == ["", alone]
+    assert sum((common.python_code.__wrapped__(part) for part in ("train", "calibration", "held-out")), ()) == (alone,)
+
+
+@pytest.mark.parametrize("label, options", [("layerwise, 16,384 tokens", ["--layerwise", "--tokens", 16384]),
+                                            ("16,384 tokens, 8 passes", ["--epochs", 8, "--tokens", 16384]),
+                                            ("next token alone", ["--kl-weight", 0]),
+                                            ("router alone", ["--train", "router"])])
+def test_cell_of_a_training_is_what_two_commands_give(label, options, sample, tmp_path):
+    path, few, trained = sample.source.checkpoint.path, tmp_path / "few", tmp_path / "out"
+    assert run(baselines, path, "--keep", 4, "--method", "reap", "--out", few, *USERS) == 0
+    users = ["--tokens", ways.TRAINED, "--seq-len", 32, "--seed", 1, "--dtype", "float32"]
+    assert run(distil, path, few, "--out", trained, *users, *options) == 0
+    study.training_lines()[label](sample, 0.5, tmp_path / "made")
+    assert_same_weights(trained, tmp_path / "made")
+
+
+# -------------------------------------------------------------------------------------------------- budgets of layers
+
+
+def test_cell_of_rco_is_what_its_command_gives(sample, tmp_path, monkeypatch):
+    for name, value in dict(MORE=64, SEARCH_LENGTH=16, STEPS=2).items():
+        monkeypatch.setattr(ways, name, value)
+    path = sample.source.checkpoint.path
+    assert run(budgets, path, "rco", "--keep", 4, "--steps", 2, "--out", tmp_path / "out", "--tokens", 64, "--seq-len",
+               16, "--seed", 1, "--dtype", "float32") == 0
+    LINES["rco"](sample, 0.5, tmp_path / "made")
+    assert_same_weights(tmp_path / "out", tmp_path / "made")
+    ragged = LINES["rco, ragged"](sample, 0.5, tmp_path / "ragged")
+    orders, gone = ways.rco_found(sample, 4, True)
+    check_survivors(ragged, sample.source, {name: sorted(order[:8 - count])
+                                            for (name, order), count in zip(orders.items(), gone)})
+
+
+def check_survivors(found: Model, source: Model, wanted: dict[str, list[int]]) -> None:
+    """The layers of a checkpoint have these experts of the source's."""
+    for index, name in enumerate(source.layer_names):
+        assert torch.equal(found.layer(index).router, source.layer(index).router[wanted[name]])
+
+
+def planned(path: Path) -> dict[str, list[int]]:
+    """The survivors of a plan, by layer name."""
+    return {layer["name"]: layer["survivors"] for layer in json.loads(path.read_text())["history"][-1]["layers"]}
+
+
+def test_cell_of_evo_is_the_plan_that_its_command_finds(sample, tmp_path, monkeypatch):
+    path, plan = sample.source.checkpoint.path, tmp_path / "plan.json"
+    assert run(budgets, path, "evo", "--keep", 4, "--generations", ways.GENERATIONS, "--plan-only", "--out", plan,
+               *USERS) == 0
+    check_survivors(LINES["reap, by evo"](sample, 0.5, tmp_path / "made"), sample.source, planned(plan))
+    ways.by_evo.cache_clear()
+    monkeypatch.setattr(budgets, "esap_of", lambda *_: None)  # what was found lies beside the barriers
+    assert [8 - gone for gone in ways.by_evo(sample, 4)] == [len(kept) for kept in planned(plan).values()]
+
+
+def test_cells_of_budgets_are_the_plans_that_the_commands_give(sample, tmp_path):
+    path, plan = sample.source.checkpoint.path, tmp_path / "plan.json"
+    assert run(hodgecover, path, "--keep", 4, "--plan-only", "--out", plan, *USERS) == 0
+    for label, arguments in {"hodgecover, by barriers": ["barriers", "--plan", plan],
+                             "reap, by coverage": ["coverage", *USERS]}.items():
+        assert run(budgets, path, *arguments, "--keep", 4, "--plan-only", "--out", tmp_path / f"{label}.json") == 0
+        found = LINES[label](sample, 0.5, tmp_path / label)
+        check_survivors(found, sample.source, planned(tmp_path / f"{label}.json"))
+
+
+def test_methods_that_spare_the_first_layer(sample, tmp_path):
+    source, (first, second) = sample.source, sample.source.layer_names
+    for method in ("reap", "hodgecover", "hope"):
+        found = LINES[f"{method}, first layer whole"](sample, 0.25, tmp_path / method)
+        chosen = ways.plans(sample, method, dict.fromkeys(source.layer_names, 4))
+        check_survivors(found, source, {first: [*range(8)], second: chosen[second]["survivors"]})
+
+
+def test_cell_of_a_joint_training_is_a_slice_of_what_the_commands_give(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(ways, "NESTED_TRAINED", 256)
+    path, ordered, trained = sample.source.checkpoint.path, tmp_path / "nested", tmp_path / "trained"
+    assert run(nested, path, "--out", ordered, *USERS) == 0
+    users = ["--tokens", 256, "--seq-len", 32, "--seed", 1, "--dtype", "float32"]
+    assert run(distil, path, ordered, "--prefixes", 6, 4, 3, "--out", trained, *users) == 0
+    assert run(nested, trained, "--slice", 4, "--out", tmp_path / "cut") == 0
+    ways.together(sample, 0.5, tmp_path / "made")
+    assert_same_weights(tmp_path / "cut", tmp_path / "made")
+
+
+# ---------------------------------------------------------------------------------------------------------- the runner
+
+
+def studied(table: str, model: Path, results: Path, *arguments: object) -> list[dict[str, str]]:
+    """The rows that a study on 64 tokens leaves in a file."""
+    assert run(study, table, "--model", model, "--tokens", 64, "--results", results, *arguments) == 0
+    with results.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_line_of_plain_can_be_made(small, tmp_path, monkeypatch):
+    for name, value in dict(MORE=64, SEARCH_LENGTH=16, STEPS=1, GENERATIONS=1).items():
+        monkeypatch.setattr(ways, name, value)
+    monkeypatch.setattr(rco, "NOISES", 1)
+    monkeypatch.setattr(study, "MORE", 64)
+    monkeypatch.setattr(study, "END_TOKENS", 32)
+    found = studied("plain", small, tmp_path / "results.csv", "--columns", "25%", "--samples", 1)
+    assert [row["line"] for row in found] == [*study.tables()["plain"].lines]
+    assert {*baselines.METHODS, *heapr.SCORES} < {part for row in found for part in (row["line"], row["line"][8:])}
+    assert all(float(row["kl"]) > 0 and row["model"] == small.name for row in found)
+
+
+def test_what_is_there_is_not_measured_again(small, tmp_path, monkeypatch, capsys):
+    """A second run adds the samples that are missing; barriers come from the cache."""
+    results = tmp_path / "results.csv"
+    first = studied("plain", small, results, "--only", "hodgecover", "reap", "--columns", "50%", "--samples", 1)
+    monkeypatch.setattr(hodgecover, "measure_layer", None)
+    assert studied("plain", small, results, "--only", "hodgecover", "--columns", "50%", "--samples", 1) == first
+    capsys.readouterr()
+    added = studied("plain", small, results, "--only", "reap", "random", "--columns", "50%", "--samples", 2)
+    assert added[:2] == first and [(row["line"], row["seed"]) for row in added[2:]] == [
+        ("reap", "1"), ("random", "0"), ("random", "1")]
+    head, rule, reap, rand, *_, other = capsys.readouterr().out.splitlines()
+    assert reap.startswith("| reap | ") and other.startswith("| random | ") and "±" in other
+
+
+def test_columns_keep_the_named_share(small):
+    """Of 8 experts stay 6, 4 and 3."""
+    assert [ways.survivors(Model(small), dropped) for dropped in ways.RATES.values()] == [6, 4, 3]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["plain", "--only", "nobody"], "--only nobody: must be one of hodgecover; random"),
+    (["plain", "--columns", "51%"], "--columns 51%: must be one of 25%; 50%; 66%"),
+    (["refitted", "--only", "hodgecover, fold"], "--only hodgecover, fold: must be one of hodgecover; random"),
+    (["everything"], "invalid choice: 'everything'"),
+    (["plain", "--samples", "11"], "--samples 11: must be from 1 to 10"),
+    (["plain", "--samples", "0"], "--samples 0: must be from 1 to 10"),
+    (["plain", "--tokens", "31", "--results", "x.csv"], "--tokens 31: must be from 32"),
+    (["plain", "--tokens", "64"], "--tokens: a first look goes to a file of its own; name it with --results"),
+    (["plain", "--model", "nowhere"], "nowhere")])
+def test_bad_input_is_refused_before_the_work(arguments, says, small, capsys, monkeypatch):
+    monkeypatch.setattr(model_io.Model, "stream", None)
+    model = [] if "--model" in arguments else ["--model", small]
+    assert_refused(capsys, run(study, *arguments, *model), says)
+
+
+def test_a_model_that_needs_more_experts_is_refused(small, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(ways.RATES, "90%", 0.9)
+    status = run(study, "plain", "--model", small, "--only", "reap", "--columns", "90%", "--tokens", 64, "--results",
+                 tmp_path / "results.csv")
+    assert_refused(capsys, status, "keep 1")
