@@ -6,11 +6,17 @@
     python examples/bench.py --scaling            the exponents in n, T and V
     python examples/bench.py --refit 16384        the refit of half of the experts on so many tokens instead
     python examples/bench.py --gradients 4096     heapr.py's pass back and a step of distil.py --layerwise instead
+    python examples/bench.py --selectors          what hodgecover.py and each method of baselines.py cost instead
 
 The plain way is `hodgecover.plain_barrier` in float32: merge the weights, run the layer on every token, two
 log-softmaxes over the vocabulary. A sample of simplices is timed and scaled. The errors are against the same in
 float64. The floor of a sweep is the time of its operations at the rate of the bare product, (rows of a token, d) times
 the head, which is taken before and after each of three sweeps, since a shared machine's rate moves. Times are medians.
+
+--selectors: processor seconds of what the commands measure for a method, taken once and counted in full for each that
+shares it (all scores: of man, msan, aimer and hope together), and of its own work for half of the experts, the least of
+three: a plan, or the merged experts, and for ream one more forward pass. The forward pass, of the experts on all tokens
+as they are routed, comes on top of each.
 """
 import argparse
 import resource
@@ -22,6 +28,7 @@ from statistics import median
 
 import torch
 
+import baselines
 import common
 import distil
 import estimate
@@ -31,12 +38,16 @@ import mathx
 import refit
 from estimate import Shape
 from hodgecover import MoELayer
-from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, layer_shapes, read_config, rms_norm,
-                      run_layer)
+from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, layer_shapes, mix_experts,
+                      read_config, rms_norm, run_layer)
 
-SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, tokens=64, sample=4)
+SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, sample=4)
+TOKENS = 64  # but of --selectors those of hodgecover.py
 UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak"),
-          "gradients": ("vocab", "tokens", "sample", "peak")}
+          "gradients": ("vocab", "tokens", "sample", "peak"), "selectors": ("sample",)}
+MEASURED_BY = (dict.fromkeys(("hodgecover", *baselines.ON_BARRIERS), "barriers")  # what a method starts from
+               | dict.fromkeys(baselines.WITHOUT_BARRIERS, "all scores")
+               | dict.fromkeys(baselines.RECORDED, "routing") | dict.fromkeys(baselines.MERGING, "facts"))
 SCALED = dict(hidden=512, width=128)  # of --scaling, which varies one of the following, the others in the middle
 SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128), "V": (4096, 8192, 16384, 32768)}
 OUTCOMES = (256, 512, 1024, 4096)  # sizes of a sample of the vocabulary
@@ -93,6 +104,13 @@ def seconds(function: Callable, *args) -> float:
     started = time.perf_counter()
     function(*args)
     return time.perf_counter() - started
+
+
+def processor_seconds(function: Callable, *args) -> tuple[float, object]:
+    """Processor time of one call, of all threads, and what it returns."""
+    started = time.process_time()
+    found = function(*args)
+    return time.process_time() - started, found
 
 
 def product_seconds(rows: int, layer: MoELayer) -> float:
@@ -275,17 +293,55 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
         print(f"| {name} | {spent:.1f} | {spent / bare:.1f} x | {memory:.1f} |", flush=True)
 
 
+def own_work(method: str, found: tuple, keep: int, layer: Layer) -> None:
+    """What a method does with what was measured: a plan, or groups and their merged experts."""
+    if method in baselines.MERGING:
+        baselines.merged_layer(layer, baselines.Merge(*baselines.MERGING[method](found, keep), found.frequency))
+    elif method in baselines.SELECTORS:
+        baselines.choose(found, layer.router, method, keep)
+    else:
+        hodgecover.plan_from_signals(found, keep)
+
+
+def time_selectors(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Print a line for each measurement of a layer, and one for each method: the parts of its time, and the sum."""
+    n, k, d, f, vocab, _ = shape = Shape(args.experts, args.top_k, args.hidden, args.width, args.vocab, args.vocab)
+    layer, keep = random_layer(shape, args.tokens, args.peak, dtype), n // 2
+    router = (torch.randn(n, d, generator=torch.Generator().manual_seed(1)) * d**-0.5).to(dtype)
+    step = LayerPass(0, "layer", Layer(layer.experts, router, {}), layer.y[None], *layer[1:5])
+    forward = partial(mix_experts, layer.experts, layer.x, layer.gates)
+    forward()  # the first call pays for what the others find ready
+    works = {"forward pass": forward, "routing": partial(baselines.measure_routing, step),
+             "all scores": partial(baselines.measure_routing, step, more=True),
+             "of it norms": partial(baselines.output_norms, step),
+             "of it aimer": partial(baselines.flatness, layer.experts),
+             "facts": partial(baselines.layer_facts, step), "barriers": partial(hodgecover.measure_layer, layer)}
+    print(f"n = {n}, K = {keep}, k = {k}, d = {d}, f = {f}, V = {vocab}, T = {args.tokens}, {dtype}, "
+          f"{torch.get_num_threads()} threads\n\n| | s | of the forward pass |\n|---|---|---|")
+    took, found = {}, {}
+    for name, work in works.items():
+        took[name], found[name] = processor_seconds(work)
+        print(f"| {name} | {took[name]:.3f} | {took[name] / took['forward pass']:.2f} x |", flush=True)
+    print("\n| | measurement | its s | own s | sum, s | of the forward pass |\n|---|---|---|---|---|---|")
+    for method, name in MEASURED_BY.items():
+        own = min(processor_seconds(own_work, method, found[name], keep, step.layer)[0] for _ in range(3))
+        own += took["forward pass"] * (method in baselines.SEQUENTIAL)
+        print(f"| {method} | {name} | {took[name]:.3f} | {own:.3f} | {took[name] + own:.3f} | "
+              f"{(took[name] + own) / took['forward pass']:.2f} x |", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.parser_of(__file__, __doc__)
     meaning = dict(experts="n, experts of the layer", top_k="k, experts a token takes", hidden="d, the hidden size",
-                   width="f, the width of an expert", vocab="V, the vocabulary", tokens="T, tokens",
+                   width="f, the width of an expert", vocab="V, the vocabulary",
                    sample="simplices of a kind that the plain way is timed on")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", default=value,
                             help=f"{meaning[name]} [%(default)s]")
+    parser.add_argument("--tokens", type=int, metavar="N", help=f"T, tokens [{TOKENS}, selectors: {hodgecover.TOKENS}]")
     parser.add_argument("--peak", type=float, default=4.0, metavar="STD", help="standard deviation of the logits [4, "
                         "about a trained model's entropy]")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
@@ -294,10 +350,12 @@ def command_line() -> hodgecover.Parser:
     mode.add_argument("--scaling", action="store_const", const=True, help="the exponents in n, T and V instead")
     mode.add_argument("--refit", type=int, metavar="TOKENS", help="the refit of one layer instead")
     mode.add_argument("--gradients", type=int, metavar="TOKENS", help="gradients of one layer instead")
+    mode.add_argument("--selectors", action="store_const", const=True, help="the methods on one layer instead")
     return parser
 
 
-MODES = {"scaling": scaling, "refit": time_refit, "gradients": time_gradients, "compare": compare}
+MODES = {"scaling": scaling, "refit": time_refit, "gradients": time_gradients, "selectors": time_selectors,
+         "compare": compare}
 
 
 def mode_of(args: argparse.Namespace) -> str:
@@ -310,10 +368,12 @@ def check_options(args: argparse.Namespace) -> None:
     mode = mode_of(args)
     for name in SIZES:
         hodgecover.check_range(name, getattr(args, name), 3 if name == "experts" else 1, 10**9)
-    if mode in ("refit", "gradients"):
-        hodgecover.check_range(mode, getattr(args, mode), 1, 10**9)
+    for name in ("tokens", "refit", "gradients"):
+        if (given := getattr(args, name)) is not None:
+            hodgecover.check_range(name, given, 1, 10**9)
     hodgecover.check_range("peak", args.peak, 0)
-    experts = {"scaling": min(SCALED_SIZES["n"]), "refit": args.experts // 2}.get(mode, args.experts)
+    half = args.experts // 2
+    experts = {"scaling": min(SCALED_SIZES["n"]), "refit": half, "selectors": half}.get(mode, args.experts)
     if args.top_k > experts:
         raise InputError(f"top_k {args.top_k}: must be at most {experts}, the experts of the layer")
     common.refuse_given(command_line(), args, UNUSED.get(mode, ()), f"--{mode}")
@@ -322,6 +382,7 @@ def check_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
+    args.tokens = args.tokens or (hodgecover.TOKENS if args.selectors else TOKENS)
     MODES[mode_of(args)](args, hodgecover.choose_dtype(args.dtype, "cpu"))
 
 

@@ -5,6 +5,7 @@ import itertools
 from datetime import timedelta
 from types import SimpleNamespace
 
+import baselines
 import bench
 import estimate
 import hodgecover
@@ -287,14 +288,53 @@ def test_the_bench_times_gradients(monkeypatch, capsys):
     assert sum(seen) == 4 * 40  # the first one warms up
 
 
+def test_the_bench_times_every_method(monkeypatch, capsys):
+    """By a clock that only what is watched moves on, each measurement once, though many methods share it."""
+    clock, calls = [0.0], []
+
+    def watch(module, name, cost):
+        def watched(*given, real=getattr(module, name), **named):
+            calls.append(name)
+            clock[0] += cost
+            return real(*given, **named)
+        monkeypatch.setattr(module, name, watched)
+    for module, costs in ((bench, {"mix_experts": 2}), (hodgecover, {"measure_layer": 200, "plan_from_signals": 6}),
+                          (baselines, {"measure_routing": 4, "output_norms": 10, "flatness": 50, "layer_facts": 20,
+                                       "choose": 1, "merged_layer": 8})):
+        for name, cost in costs.items():
+            watch(module, name, cost)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(process_time=lambda: clock[0]))
+    monkeypatch.setattr(hodgecover, "TOKENS", 16)
+    assert run(bench, *SMALL, "--vocab", 600, "--selectors") == 0
+    said = capsys.readouterr().out
+    assert "K = 3, " in said and "T = 16, " in said
+    rows = {name: cells for name, *cells in table_rows(said)}
+    measured = {"forward pass": 2, "routing": 4, "all scores": 64, "of it norms": 10, "of it aimer": 50, "facts": 84,
+                "barriers": 200}
+    assert {name: rows.pop(name) for name in measured} == {
+        name: [f"{cost:.3f}", f"{cost / 2:.2f} x"] for name, cost in measured.items()}
+    own = {"hodgecover": 6} | dict.fromkeys(baselines.ON_BARRIERS, 7) | dict.fromkeys(baselines.MERGING, 8)
+    start = {"random": "routing", "frequency": "routing", "reap": "routing"} | dict.fromkeys(
+        ("hodgecover", *baselines.ON_BARRIERS), "barriers") | dict.fromkeys(baselines.MERGING, "facts")
+    assert {*rows} == {"hodgecover", *baselines.METHODS}
+    for method, cells in rows.items():
+        shared = measured[start.get(method, "all scores")]
+        alone = own.get(method, 1) + 2 * (method == "ream")
+        assert cells == [start.get(method, "all scores"), f"{shared:.3f}", f"{alone:.3f}", f"{shared + alone:.3f}",
+                         f"{(shared + alone) / 2:.2f} x"]
+    assert [calls.count(name) for name in ("measure_layer", "layer_facts", "measure_routing")] == [1, 1, 3]
+
+
 @pytest.mark.parametrize("options, says", [
     (["--scaling", "--refit", 64], "not allowed with argument"), (["--gradients", 0], "--gradients 0: must be from 1"),
     (["--gradients", 64, "--vocab", 99], "--vocab: --gradients does not use it"),
     (["--scaling", "--vocab", 99], "--vocab: --scaling does not use it"),
     (["--refit", 64, "--tokens", 99], "--tokens: --refit does not use it"),
-    (["--refit", 0], "--refit 0: must be from 1"),
+    (["--refit", 0], "--refit 0: must be from 1"), (["--tokens", 0, "--selectors"], "--tokens 0: must be from 1"),
+    (["--selectors", "--sample", 2], "--sample: --selectors does not use it"),
     (["--experts", 4], "--top-k 8: must be at most 4"),
     (["--experts", 12, "--refit", 9], "--top-k 8: must be at most 6"),
+    (["--experts", 12, "--selectors"], "--top-k 8: must be at most 6"),
     (["--experts", 2], "--experts 2: must be from 3"), (["--hidden", 0], "--hidden 0: must be from 1"),
     (["--peak", -1], "--peak -1.0: must be"),
 ])
