@@ -115,11 +115,10 @@ def output_norms(step: model_io.LayerPass) -> torch.Tensor:
 
 def flatness(experts: Experts) -> torch.Tensor:
     """Mean |w| / rms(w) over each expert's weights, (n,) float64: 1 if all are equally large, or 0."""
-    scores = []
-    for own in zip(*experts):
-        w = torch.cat([part.flatten().double() for part in own])
-        scores.append((w.abs().mean() + hodgecover.TINY) / (w.square().mean().sqrt() + hodgecover.TINY))
-    return torch.stack(scores).cpu()
+    size = sum(part[0].numel() for part in experts)
+    first, second = (sum(torch.linalg.vector_norm(part, order, (1, 2), dtype=torch.float64)**order for part in experts)
+                     for order in (1, 2))
+    return ((first / size + hodgecover.TINY) / ((second / size).sqrt() + hodgecover.TINY)).cpu()
 
 
 def joint_norms(gates: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
