@@ -101,10 +101,6 @@ class MoELayer(NamedTuple):
     norm: Callable[[torch.Tensor], torch.Tensor]  # what the head reads: of some rows, widened (lens); of all T (model)
     unembedding: torch.Tensor  # the model's head W_U (V, d)
 
-    def tokens(self, which: slice | torch.Tensor) -> MoELayer:
-        """The layer on some of the tokens."""
-        return self._replace(x=self.x[which], gates=self.gates[which], y=self.y[which])
-
 
 def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """REAP output saliency (4.1; arXiv 2510.13999): the mean over the tokens routed to e of g_e |E_e(x)|, normalised to
@@ -203,29 +199,20 @@ def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, to
     >>> d2.T.tolist(), (d1 @ d2).abs().max().item()
     ([[1.0, -1.0, 1.0]], 0.0)
     """
-    i, j = edges(n).T
-    d1 = torch.zeros(n, len(i), dtype=torch.float64)
-    d1[i, torch.arange(len(i))] = -1
-    d1[j, torch.arange(len(i))] = 1
-    d2 = torch.zeros(d1.shape[1], len(triangles), dtype=torch.float64)
-    for face, sign in zip(mathx.faces(n, triangles).T, (1, -1, 1)):
-        d2[face, torch.arange(len(triangles))] = sign
+    pairs = edges(n)
+    d1 = torch.zeros(n, len(pairs), dtype=torch.float64)
+    d1[pairs.T, torch.arange(len(pairs))] = d1.new_tensor([[-1], [1]])
+    d2 = torch.zeros(len(pairs), len(triangles), dtype=torch.float64)
+    d2[mathx.faces(n, triangles).T, torch.arange(len(triangles))] = d2.new_tensor([[1], [-1], [1]])
     return d1, d2
 
 
 def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
-    """Stage 1 of the curation (A.9): 3-cliques of the graph of edges with barrier <= median (the lower of two), (F, 3).
-    More than `limit` are sampled uniformly, without replacement; their list is sorted by saliency first, so that the
-    numbering of the experts matters only where saliencies tie."""
+    """Stage 1 of the curation (A.9): 3-cliques of the graph of edges with barrier <= median (the lower of two), (F, 3);
+    of more than `limit` a uniform sample, drawn so that the experts' numbering matters only where saliencies tie."""
     n = len(saliency)
-    pairs = edges(n)[barriers <= barriers.median()]
-    triangles = mathx.cliques(n, pairs)
-    if len(triangles) > limit:
-        place = saliency.sort(stable=True).indices.argsort()[triangles].sort(1).values
-        by_saliency = (place @ torch.tensor([n * n, n, 1])).argsort()
-        drawn = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:limit]
-        triangles = triangles[by_saliency[drawn].sort().values]
-    return triangles
+    triangles = mathx.cliques(n, edges(n)[barriers <= barriers.median()])
+    return mathx.sample_triangles(triangles, saliency, limit, seed) if len(triangles) > limit else triangles
 
 
 def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
@@ -237,8 +224,7 @@ def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
         place = torch.randperm(n, generator=torch.Generator().manual_seed(int(order[7:]))).argsort()
     else:
         place = saliency.sort(stable=True).indices.argsort() if order == "saliency" else torch.arange(n)
-    i, j = edges(n).T
-    return (place[j] - place[i]).sign().double()
+    return place[edges(n)].diff().squeeze(1).sign().double()
 
 
 # ------------------------------------------------------------------------------------ 4 decompose (sections 3.2, 3.3)
@@ -301,8 +287,7 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
 def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
     """Positions, ascending, of the top `percent` % of values (M,), their number rounded up; ties go to the first.
     Values <= `floor` are left out: rounding errors must not elect the edges of a signal that has no harmonic part."""
-    count = math.ceil(len(values) * percent / 100 - 1e-9)
-    top = values.sort(descending=True, stable=True).indices[:count]
+    top = values.sort(descending=True, stable=True).indices[:math.ceil(len(values) * percent / 100 - 1e-9)]
     return top[values[top] > floor].sort().values
 
 
@@ -333,12 +318,8 @@ def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tenso
     and adds them to no survivor's. |b| is over all E edges, so that the factor is near 1 unless alpha is large."""
     norm = barriers.norm()
     cost = barriers * (1 + alpha * harmonic.abs() / norm) if norm >= 1e-12 else barriers
-    n = (1 + math.isqrt(1 + 8 * len(barriers))) // 2  # from E = n (n - 1) / 2
-    i, j = edges(n).T
-    table = torch.zeros(n, n, dtype=cost.dtype)
-    table[i, j] = table[j, i] = cost
-    kept = sorted(survivors)
-    return {e: kept[int(table[e, kept].argmin())] for e in range(n) if e not in kept}
+    table, kept = mathx.table_of_pairs(cost), sorted(survivors)
+    return {e: kept[int(table[e, kept].argmin())] for e in range(len(table)) if e not in kept}
 
 
 def select(signals: Signals, found: Complex, settings: Settings = Settings(), signal: torch.Tensor | None = None
@@ -370,8 +351,7 @@ def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings
     return plan | {"diagnostics": diagnose(signals, found, (picks, pairs, triangles), targets, keep, settings.margin)}
 
 
-def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: torch.Tensor, saliency: torch.Tensor
-            ) -> dict:
+def plan_of(order: list[int], targets: dict, keep: int, frequency: torch.Tensor, saliency: torch.Tensor) -> dict:
     """The plan that keeps the first `keep` experts of an order, with the targets of the others; no diagnostics."""
     survivors = sorted(order[:keep])
     share = frequency[survivors].sum() / frequency.sum().clamp(min=1)
@@ -626,8 +606,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_common_options(parser: argparse._ActionsContainer, tokens: int = TOKENS, use: str = "calibration",
                        memory: bool = True) -> None:
-    """The options that are the same in every command: text, if it reads any `tokens`, and its use; where and how to
-    compute, with --memory if it limits buffers."""
+    """Options of every command: text for a `use`, if it reads any `tokens`; --memory, if any buffers; dtype, device."""
     if tokens:
         parser.add_argument("--calib", metavar="FILE", type=Path, nargs="+", default=[], help=f"{use} text: UTF-8, or "
                             ".jsonl with text or chat messages on each line; as much of each file [Python's own docs]")

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The numerics behind `hodgecover.py`: barriers of all pairs and triples at once, fast and in bounded memory; KL from a
-change of logits; samples of the vocabulary; Betti numbers of a filtration; the audit; the recurrence of linear
-attention. Knows nothing of models or files.
+change of logits; samples of the vocabulary; simplices and Betti numbers of a filtration; the audit. Knows nothing of
+models or files.
 
     n experts of a layer     T tokens              V vocabulary       d hidden size, f width of an expert
     M simplices of one size  R touched (token, simplex) pairs         E edges, F triangles
 
-A `layer` has the fields and the `tokens` of `hodgecover.MoELayer`. Sections are the paper's (arXiv 2605.13997).
+A `layer` has the fields of `hodgecover.MoELayer`. Sections are the paper's (arXiv 2605.13997).
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 
@@ -51,13 +52,19 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: tuple | N
     size = tokens_at_once(layer, touched, members.shape[1], sample, memory)
     for start in range(0, len(layer.x), size):
         chunk = slice(start, start + size)
-        few = layer.tokens(chunk), members, weights, touched[chunk], sample and tuple(part[chunk] for part in sample)
+        own = sample and tuple(part[chunk] for part in sample)
+        few = on_tokens(layer, chunk), members, weights, touched[chunk], own
         kl = kl_of_merges(*few, memory)
         if not kl.isfinite().all():  # exponentials overflow
             kl = kl_of_merges(*few, memory, careful=True)
         total.index_add_(0, touched[chunk].nonzero()[:, 1], kl.double())
         tick(min(chunk.stop / len(layer.x), 1))
     return total / len(layer.x)
+
+
+def on_tokens(layer, which: slice | torch.Tensor):
+    """The layer on some of the tokens."""
+    return layer._replace(x=layer.x[which], gates=layer.gates[which], y=layer.y[which])
 
 
 def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -247,7 +254,7 @@ def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> 
     few = max(1, block_numbers(layer.x, memory) // (3 * vocab))  # in float64
     drawn = []
     for start in range(0, len(offsets), step):
-        log_p = log_readout(layer.tokens(slice(start, start + step)), memory)
+        log_p = log_readout(on_tokens(layer, slice(start, start + step)), memory)
         drawn += [sample_outcomes(part, count, offset)
                   for part, offset in zip(log_p.split(few), offsets[start:start + step].split(few))]
     return tuple(map(torch.cat, zip(*drawn)))
@@ -308,13 +315,22 @@ def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: tu
     if not len(t):
         return torch.empty(0, 2, dtype=torch.float64)
     one = torch.zeros_like(touched[t]).scatter(1, torch.multinomial(touched[t].double(), 1, generator=generator), True)
-    few, both = layer.tokens(t), []
+    few, both = on_tokens(layer, t), []
     for own in (tuple(part[t] for part in sample), None):
         both.append(kl_of_merges(few, members, weights, one, own, memory, careful=True))
     return torch.stack(both, 1).double()
 
 
-# ------------------------------------------------------------------------------ Betti numbers of a filtration (A.9)
+# ---------------------------------------------------------------- simplices and Betti numbers of a filtration (A.9)
+
+def table_of_pairs(values: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix (n, n) of values (E,) of all edges of n vertices, lexicographic; 0 on its diagonal."""
+    n = (1 + math.isqrt(1 + 8 * len(values))) // 2  # from E = n (n - 1) / 2
+    i, j = torch.triu_indices(n, n, offset=1)
+    table = values.new_zeros(n, n)
+    table[i, j] = table[j, i] = values
+    return table
+
 
 def faces(n: int, triangles: torch.Tensor) -> torch.Tensor:
     """Positions of the faces (i, j), (h, j), (h, i) of each triangle (h, i, j) among all edges of n vertices in
@@ -323,8 +339,7 @@ def faces(n: int, triangles: torch.Tensor) -> torch.Tensor:
     >>> faces(4, torch.tensor([[0, 1, 2], [1, 2, 3]])).tolist()  # of 01, 02, 03, 12, 13, 23
     [[3, 1, 0], [5, 4, 3]]
     """
-    number = torch.zeros(n, n, dtype=torch.int64)
-    number[tuple(torch.triu_indices(n, n, offset=1))] = torch.arange(n * (n - 1) // 2)
+    number = table_of_pairs(torch.arange(n * (n - 1) // 2))
     h, i, j = triangles.T
     return torch.stack((number[i, j], number[h, j], number[h, i]), dim=1)
 
@@ -335,6 +350,16 @@ def cliques(n: int, pairs: torch.Tensor) -> torch.Tensor:
     adjacent[pairs[:, 0], pairs[:, 1]] = True  # only from lower to higher: each clique is found once
     edge, third = (adjacent[pairs[:, 0]] & adjacent[pairs[:, 1]]).nonzero().unbind(1)
     return torch.cat((pairs[edge], third[:, None]), dim=1)
+
+
+def sample_triangles(triangles: torch.Tensor, saliency: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """`count` of the triangles (F, 3), in their order, sampled uniformly without replacement from their list sorted by
+    saliency (n,), so that the numbering of the vertices matters only where saliencies tie."""
+    n = len(saliency)
+    place = saliency.sort(stable=True).indices.argsort()[triangles].sort(1).values
+    by_saliency = (place @ torch.tensor([n * n, n, 1])).argsort()
+    drawn = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:count]
+    return triangles[by_saliency[drawn].sort().values]
 
 
 def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
@@ -471,30 +496,3 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     u, v = centred_ranks(a), centred_ranks(b)
     norm = u.norm() * v.norm()
     return (u @ v / norm).item() if norm > 0 else 1.0
-
-
-# ------------------------------------------------------------------------------- the recurrence of linear attention
-
-def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
-                             beta: torch.Tensor, size: int = 64) -> torch.Tensor:
-    """The gated delta rule (arXiv 2412.06464) on chunks of `size` tokens by matrix products: query, key (B, L, H, D of
-    keys), value (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
-
-        state_t = decay_t state_{t-1} + key_t (beta_t (value_t - (decay_t state_{t-1})' key_t))'
-        out_t = state_t' query_t
-
-    With the log decay cumulated since the start of the chunk, the corrections beta_i (value_i - exp(decay_i) state'
-    key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
-    whole = query, key, value, log_decay[..., None], beta[..., None]
-    chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
-    out, state = [], value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
-    for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
-        decay = log_decay.cumsum(2)
-        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
-        system = beta * between * (key @ key.mT)
-        wanted = beta * (value - decay.exp() * (key @ state))
-        correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-        out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
-        to_the_end = decay[:, :, -1:] - decay
-        state = decay[:, :, -1:].exp() * state + (key * to_the_end.exp()).mT @ correction
-    return torch.cat(out, dim=2).transpose(1, 2)

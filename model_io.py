@@ -40,11 +40,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-if __package__:
-    from .mathx import chunked_gated_delta_rule, widened
-else:
-    from mathx import chunked_gated_delta_rule, widened
-
 __version__ = "0.3.0"
 
 WEIGHTS = "model.safetensors"
@@ -133,8 +128,7 @@ def gated_units(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.
 
 @dataclass(eq=False)
 class Layer:
-    """Weights of one decoder layer: its experts and its router (n, d), both None if the layer is dense, and all other
-    weights by their name in the layer."""
+    """Weights of a decoder layer: experts and router (n, d), None if it is dense; all others by their name in it."""
 
     experts: Experts | None
     router: torch.Tensor | None
@@ -143,6 +137,11 @@ class Layer:
     def unload(self) -> None:
         """Drop all weights, whoever still holds the layer."""
         self.experts, self.router, self.weights = None, None, {}
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or dtype itself if it is wider: the dtype of norms, softmaxes and recurrences."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -156,10 +155,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Rotate x (B, H, L, D) by its positions 0..L-1, on the first `rotary_dim` dimensions in rotate-half layout.
     Multimodal sections have equal positions on text, and reduce to this."""
-    length = x.shape[-2]
     half = cfg.rotary_dim // 2
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), frequency)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
@@ -172,9 +170,8 @@ def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tens
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Causal attention with rotary positions: query (B, L, H, D), key, value (B, L, H of keys, D) -> (B, L, H D)."""
-    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    out = functional.scaled_dot_product_attention(rope(query, cfg), rope(key, cfg), value, is_causal=True,
-                                                  enable_gqa=True)
+    query, key, value = rope(query.transpose(1, 2), cfg), rope(key.transpose(1, 2), cfg), value.transpose(1, 2)
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -223,8 +220,7 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
         return part.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
     query = key_heads(query) * cfg.linear_key_head_dim ** -0.5
     value = value.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
-    step_size = functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
-    log_decay = -w["linear_attn.A_log"].exp() * step_size
+    log_decay = -w["linear_attn.A_log"].exp() * functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
     out = chunked_gated_delta_rule(query, key_heads(key), value, log_decay, b.sigmoid().to(wide)).to(x.dtype)
     gate = z.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
     out = rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * functional.silu(gate)
@@ -242,6 +238,30 @@ def delta_net_inputs(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -
     value = qkvz.shape[-1] // 2 - key  # of the value heads that share the key head
     *qkv, z = (part.flatten(2) for part in qkvz.split((key, key, value, value), dim=-1))
     return [torch.cat(qkv, dim=-1), z, *(part.flatten(2) for part in ba.chunk(2, dim=-1))]
+
+
+def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
+                             beta: torch.Tensor, size: int = 64) -> torch.Tensor:
+    """Run the gated delta rule on chunks of `size` tokens by matrix products: query, key (B, L, H, D of keys), value
+    (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
+
+        state_t = decay_t state_{t-1} + key_t (beta_t (value_t - (decay_t state_{t-1})' key_t))'
+        out_t = state_t' query_t
+
+    With the log decay cumulated since the start of the chunk, the corrections beta_i (value_i - exp(decay_i) state'
+    key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
+    whole = query, key, value, log_decay[..., None], beta[..., None]
+    chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
+    out, state = [], value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
+    for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
+        decay = log_decay.cumsum(2)
+        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
+        system = beta * between * (key @ key.mT)
+        wanted = beta * (value - decay.exp() * (key @ state))
+        correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
+        state = decay[:, :, -1:].exp() * state + (key * (decay[:, :, -1:] - decay).exp()).mT @ correction
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def gated(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -288,8 +308,7 @@ def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple
 
 def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Run one pre-norm decoder layer on the residual stream h (B, L, d). Return the feed-forward input x (T, d), the
-    gates (T, n) or None for a dense layer, and the stream after the layer y (T, d). A shared expert's output, times its
-    sigmoid gate, is in y."""
+    gates (T, n), None if it is dense, and the stream after it y (T, d), with a shared expert's gated output in y."""
     w = layer.weights
     h, x = run_mixer(h, w, cfg)
     if layer.router is None:
@@ -360,8 +379,7 @@ class Model:
 
     Attributes: `checkpoint`, `config`, `dtype`, `device`; by layer, first those of the decoder, then those of a
     multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`; `transposed`, the names
-    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or of an
-    unsupported type.
+    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported.
     """
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
@@ -392,18 +410,16 @@ class Model:
         return tensor.to(widened(self.dtype) if wide else self.dtype)
 
     def _less_1(self, name: str) -> bool:
-        """Return whether a tensor is a norm weight that is stored less 1, as some families store all but the
-        recurrence's."""
+        """Return whether a tensor is a norm weight stored less 1, as some families store all but the recurrence's."""
         norm = re.search(r"norm(_\w+)?\.weight$", name) and "linear_attn." not in name
         return bool(norm) and FAMILIES[self.config.model_type].norms_less_1
 
     def layer(self, index: int) -> Layer:
         """Read the weights of decoder layer `index` (those of the multi-token head come last)."""
-        layer = self.layer_names[index]
-        names = [name for name in self.checkpoint.weights if name.startswith(f"{layer}.")]
+        prefix = f"{self.layer_names[index]}."
         experts = self._experts(index) if self.layer_configs[index].sparse else None
-        weights = {name.removeprefix(f"{layer}."): self.tensor(name) for name in names
-                   if not name.startswith(f"{layer}.mlp.experts.")}
+        weights = {name.removeprefix(prefix): self.tensor(name) for name in self.checkpoint.weights
+                   if name.startswith(prefix) and not name.startswith(f"{prefix}mlp.experts.")}
         return Layer(experts, weights.pop("mlp.gate.weight", None), weights)
 
     def _experts(self, index: int) -> Experts:
@@ -422,9 +438,7 @@ class Model:
             else:
                 parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
             for weight, part in zip(own, parts):
-                if not all(map(math.isfinite, part.aminmax())):  # of an expert without tokens, too
-                    raise InputError(f"{self.checkpoint.path}: expert {e} of {layer} has NaN or infinity in it")
-                weight.copy_(part)
+                weight.copy_(self._finite(part, f"expert {e} of {layer}"))  # even if no token goes there
         return experts
 
     def turned(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
@@ -433,8 +447,7 @@ class Model:
         return matrix.mT if name in self.transposed else matrix
 
     def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
-        """Return the embeddings (B, L, d) of ids (B, L), the residual stream before the first layer, in a tensor that
-        `empty` makes."""
+        """Return the embeddings (B, L, d) of ids (B, L), the stream before the first layer; `empty` makes it."""
         rows, at = ids.cpu().unique(return_inverse=True)
         table = self.checkpoint.load(self._embedding, rows.tolist())
         h = empty(ids.numel(), self.config.hidden_size, dtype=self.dtype, device=self.device)
@@ -444,33 +457,31 @@ class Model:
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the norm with the weight `name`, a function of the stream. Raises InputError if it is not finite."""
-        return partial(rms_norm, weight=self._finite(name), eps=self.config.rms_norm_eps)
+        return partial(rms_norm, weight=self._finite(self.tensor(name), name), eps=self.config.rms_norm_eps)
 
     def unembedding(self) -> torch.Tensor:
         """Return the head W_U, (V, d). Raises InputError if it is not finite."""
-        return self._finite(self._head)
+        return self._finite(self.tensor(self._head), self._head)
 
-    def _finite(self, name: str) -> torch.Tensor:
-        tensor = self.tensor(name)
+    def _finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         if not all(map(math.isfinite, tensor.aminmax())):
-            raise InputError(f"{self.checkpoint.path}: {name} has NaN or infinity in it")
+            raise InputError(f"{self.checkpoint.path}: {what} has NaN or infinity in it")
         return tensor
 
     def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Run ids (B, L) through the decoder layers, then through those of a multi-token prediction head if there is
         one, and yield each one's LayerPass. A layer is unloaded before the next is read, so that one layer's weights at
         most are in memory. A change of y in place goes on into the next layer. `empty` makes h, x and y."""
-        h = self.embed(ids, empty)
+        h, step = self.embed(ids, empty), None
         norm = self.norm(f"{self.prefix}norm.weight")
         for index, name in enumerate(self.layer_names):
-            if index:
-                layer.unload()
+            if step:
+                step.layer.unload()
             if name.startswith("mtp."):
                 h = self._mtp_input(h, norm, ids)
                 norm = self.norm("mtp.norm.weight")
                 ids = ids[:, 1:]
-            layer = self.layer(index)
-            step = self.run(index, layer, h, norm, empty)
+            step = self.run(index, self.layer(index), h, norm, empty)
             h = step.y.view_as(h)
             yield step
 
@@ -482,8 +493,7 @@ class Model:
         x, y = (empty(count * length, d, dtype=h.dtype, device=h.device) for _ in range(2))
         gates = []
         at_once = max(1, PASS_TOKENS // length)  # sequences
-        parts = zip(h.split(at_once), x.split(at_once * length), y.split(at_once * length))
-        for h_part, x_part, y_part in parts:
+        for h_part, x_part, y_part in zip(h.split(at_once), x.split(at_once * length), y.split(at_once * length)):
             x_new, gates_new, y_new = run_layer(h_part, layer, self.layer_configs[index])
             if not all(map(math.isfinite, y_new.aminmax())):
                 raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
@@ -646,9 +656,8 @@ class Checkpoint:
         self.raw_config = read_json(self.path / "config.json")
         self.sharded = not (self.path / WEIGHTS).is_file()
         self.tensors, self.metadata, self._fingerprint = {}, {}, None
-        self._paths = {file: self.path / file for file in (self._shards() if self.sharded else [WEIGHTS])}
-        for file, path in self._paths.items():
-            infos, self.metadata[file] = read_header(path)
+        for file in self._shards() if self.sharded else [WEIGHTS]:
+            infos, self.metadata[file] = read_header(self.path / file)
             for name in infos.keys() & self.tensors.keys():
                 raise InputError(f"{self.path}: {name} is in {self.tensors[name].file} and in {file}")
             self.tensors |= infos
@@ -677,7 +686,7 @@ class Checkpoint:
         if name not in self.tensors:
             raise InputError(f"{self.path}: the weights have no tensor {name!r}")
         info, rows = self.tensors[name], row if isinstance(row, list) else [row]
-        path, shape, dtype = self._paths[info.file], info.shape, STORED.get(info.dtype)
+        path, shape, dtype = self.path / info.file, info.shape, STORED.get(info.dtype)
         there = row is None or info.dtype != FP8 and all(at in range((shape or [0])[0]) for at in rows)
         if not dtype or not there:
             raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
@@ -824,8 +833,7 @@ def check_config(config: Config) -> None:
 
 
 def expert_count_keys(text: dict) -> list[str]:
-    """Return the key of the number of experts, the one that transformers 5 writes for Qwen3-MoE, or both. Raises
-    InputError if they differ."""
+    """Return the key of the expert count, transformers 5's for Qwen3-MoE, or both. Raises InputError if they differ."""
     keys = [key for key in ("num_experts", "num_local_experts") if key in text] or ["num_experts"]
     if text.get(keys[0]) != text.get(keys[-1]):
         raise InputError("config.json: num_experts and num_local_experts differ")
@@ -839,8 +847,7 @@ def quantisation(raw: dict) -> dict:
 
 
 def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
-    """Raise InputError for what would otherwise give a wrong number: weights quantised but to FP8, another rope type, a
-    sliding window in use, another activation."""
+    """Raise InputError for what would give a wrong number: quantised but to FP8, other rope, window or activation."""
     quantised = quantisation(raw)
     block, method = repr(quantised["weight_block_size"]), ", ".join(
         str(quantised[key]) for key in ("quant_method", "quant_algo", "format") if key in quantised)
@@ -875,9 +882,8 @@ def mixer_shapes(cfg: Config) -> dict[str, list[int]]:
     if cfg.recurrent:
         value_heads = cfg.linear_value_heads
         key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, value_heads * cfg.linear_value_head_dim
-        projections = {"qkv": 2 * key + value, "z": value, "a": value_heads, "b": value_heads}
-        if family.by_key_head:
-            projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * value_heads}
+        projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * value_heads} if family.by_key_head else {
+            "qkv": 2 * key + value, "z": value, "a": value_heads, "b": value_heads}
         return {f"linear_attn.in_proj_{part}": [rows, d] for part, rows in projections.items()} \
             | {"linear_attn.conv1d": [2 * key + value, 1, cfg.linear_conv_width],
                "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, value]}
@@ -1116,10 +1122,8 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
     for name in checkpoint.tensors:
         match = re.fullmatch(r"(.+)\.mlp\.(?:gate\.weight|experts\.(?:gate_up_proj|down_proj|(\d+)\.(.+)))", name)
         rows = match and survivors.get(match[1])
-        if not rows:
-            kept[name] = copied(checkpoint, name)
-        elif match[2] is None:
-            kept[name] = copied(checkpoint, name, rows)
+        if not rows or match[2] is None:
+            kept[name] = copied(checkpoint, name, rows or None)
         elif int(match[2]) in rows:
             kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = copied(checkpoint, name)
     return kept
@@ -1229,8 +1233,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Context manager: a hidden folder beside `out` that becomes `out` on success and vanishes on failure. Raises
-    InputError as `check_new` does."""
+    """Context manager: a new folder, made as `new_file` makes a file. Raises InputError as `check_new` does."""
     check_new(out)
     out = Path(os.path.abspath(out))
     above = [folder for folder in out.parents if not folder.exists()]
@@ -1248,8 +1251,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raise InputError if `path` cannot become a new folder: it exists and is not an empty one, or no folder can be
-    made at its place."""
+    """Raise InputError if `path` cannot become a new folder: it exists and is not an empty one, or cannot be made."""
     try:
         if not str(path).isprintable() or len(os.fsencode(path.name)) > 220:  # of 255, for hidden folders beside
             raise InputError(f"{path}: a name that is too long or not printable; name another")

@@ -210,7 +210,8 @@ def test_a_vendored_copy_works(small):
         (folder / "__init__.py").touch()
     for name in ("hodgecover.py", "model_io.py", "mathx.py"):
         shutil.copy(ROOT / name, package)
-    script = ("import sys; from mypkg.vendor.hodgecover import main, mathx; "
+    script = ("import sys; from mypkg.vendor import model_io; assert 'mypkg.vendor.mathx' not in sys.modules; "
+              "from mypkg.vendor.hodgecover import main, mathx; "
               "assert mathx.__name__ == 'mypkg.vendor.mathx' and 'mathx' not in sys.modules; "
               "sys.exit(main(sys.argv[1:]))")
     command = [sys.executable, "-c", script, str(small), "--keep", "4", "--out", "out", "--calib", "text.txt", *QUICK]
