@@ -218,7 +218,8 @@ def frontier(results: Results) -> Iterator[tuple[str, str, str, float, float, fl
 
 def pictures(results: Results) -> dict[str, list[tuple]]:
     """What each picture draws, by its name."""
-    return {name: list(forest(results, name)) for name in FORESTS} | {"frontier": list(frontier(results))}
+    drawn = {name: list(forest(results, name)) for name in FORESTS} | {"frontier": list(frontier(results))}
+    return {name: points for name, points in drawn.items() if points}
 
 
 def digest(drawn: Sequence[tuple]) -> str:
@@ -247,8 +248,8 @@ def draw_forest(pyplot, drawn: list[tuple], name: str):
         axis.grid(axis="y", linewidth=0.3)
     axes[0][0].set_yticks(range(len(lines)), lines, fontsize=8)
     axes[0][0].set_ylim(len(lines) - 0.4, -0.6)
-    axes[0][-1].legend(fontsize=7)
-    figure.supxlabel(f"KL from the source minus that of {reference}, nats a token: left of 0 is better", fontsize=8)
+    axes[0][-1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    figure.supxlabel(f"KL from the source minus that of {reference}, nats a token (a linear scale to 0.1): left of 0 is better", fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -264,6 +265,8 @@ def draw_frontier(pyplot, drawn: list[tuple]):
                 axis.errorbar([100 * share for share in x], y, deviation, fmt=style, color=f"C{at}", markersize=3,
                               linewidth=1, capsize=2, label=label)
         axis.set(title=model, xlabel="expert parameters gone, %", yscale="log")
+        axis.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+        axis.minorticks_off()
     axes[0].set_ylabel("KL from the source, nats a token")
     axes[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
     return figure

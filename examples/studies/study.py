@@ -34,7 +34,6 @@ import evaluate
 import report
 
 TEXTS = {"tiny-qwen3-moe": ("code", 8192)}  # by the model's name: what it was trained on, and tokens to evaluate on
-TEXT = ("documentation", 16384)  # of the others
 END_TOKENS = 1024  # of a barrier that is read at the end of the model
 
 
@@ -176,15 +175,13 @@ def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.parser_of(__file__, __doc__)
     parser.add_argument("table", metavar="TABLE", choices=tables(), help="; ".join(tables()))
-    parser.add_argument("--only", metavar="LINE", nargs="+", default=[], help="lines to fill, and to compare with the "
-                        "first of [all]")
+    parser.add_argument("--only", metavar="LINE", nargs="+", default=[], help="lines to fill; the first is the reference [all]")
     parser.add_argument("--columns", metavar="NAME", nargs="+", default=[], help="columns to fill, such as 50%% [all]")
     parser.add_argument("--samples", metavar="N", type=int, default=5, help="calibration samples, 1 to 10 [5]")
     parser.add_argument("--model", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
                         help="source checkpoint [examples/tiny-olmoe]")
     parser.add_argument("--results", metavar="FILE", type=Path, default=report.RESULTS, help="[results.csv here]")
-    parser.add_argument("--tokens", metavar="N", type=int, help="of held-out text, for a first look into another file "
-                        "[16384, of code 8192]")
+    parser.add_argument("--tokens", metavar="N", type=int, help="of held-out text, for a first look [16384 or 8192]")
     return parser
 
 
@@ -196,14 +193,14 @@ def run(args: argparse.Namespace) -> None:
     if args.tokens is not None and args.results == report.RESULTS:
         raise model_io.InputError("tokens: a first look goes to a file of its own; name it with --results")
     source, name = model_io.Model(args.model), args.model.resolve().name
-    text, tokens = TEXTS.get(name, TEXT)
+    text, tokens = TEXTS.get(name, ("documentation", 16384))
     hodgecover.check_range("tokens", args.tokens or tokens, SEQ_LEN, 10**9)
     documents, cache = common.TEXTS[text], model_io.beside(source.checkpoint.path, "-barriers")
     samples = [Sample(source, cache, documents, hodgecover.Settings(vocab_sample=0, seed=seed))
                for seed in range(args.samples)]
     held_out = evenly(model_io.sequences(encoded(source, documents, "held-out"), SEQ_LEN), args.tokens or tokens)
-    rows = report.read(args.results).values() if args.results.exists() else ()
-    done = {row[:5] for own in rows for row in own}
+    there = report.read(args.results) if args.results.exists() else {}
+    done = {row[:5] for rows in there.values() for row in rows}
     cells = [dict(model=name, table=args.table, line=line, column=column, seed=seed)
              for line in lines for column in columns for seed in range(args.samples)]
     missing = [cell for cell in cells if tuple(cell.values()) not in done]

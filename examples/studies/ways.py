@@ -45,7 +45,6 @@ SPLIT = 16  # experts that a dense layer is split into
 
 # ------------------------------------------------------------------------------------------------------------- samples
 
-
 Documents = Callable[[str], Sequence[str]]  # of a part, as in common.TEXTS
 
 
