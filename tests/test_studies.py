@@ -31,7 +31,8 @@ import ways
 from conftest import GOLDEN, PROSE, assert_refused, run
 from model_io import Model
 
-LINES = study.tables()["plain"].lines
+TABLES = study.tables()
+LINES = TABLES["plain"].lines
 TEXT = PROSE[:640]
 TEXTS = {"calibration": TEXT, "held-out": TEXT[::-1], "train": TEXT.upper()}
 
@@ -110,7 +111,7 @@ def test_cell_at_the_end_of_the_model_is_what_the_command_gives(sample, tmp_path
 def test_cell_of_another_setting_is_what_the_command_gives(label, options, sample, tmp_path):
     path = sample.source.checkpoint.path
     assert run(hodgecover, path, "--keep", 4, "--out", tmp_path / "out", *USERS, "--vocab-sample", 0, *options) == 0
-    assert_cell(sample, study.tables()["settings"].lines[label], tmp_path / "out")
+    assert_cell(sample, TABLES["settings"].lines[label], tmp_path / "out")
 
 
 def test_cell_of_a_refitted_hybrid_is_what_three_commands_give(sample, tmp_path):
@@ -120,7 +121,7 @@ def test_cell_of_a_refitted_hybrid_is_what_three_commands_give(sample, tmp_path)
     assert run(wanda, few, "--total-rate", 0.5, "--source", path, "--out", sparse, *USERS) == 0
     assert run(refit, path, sparse, "--out", recovered, *USERS) == 0
     assert_cell(sample, LINES["reap, wanda"], sparse)
-    assert_cell(sample, partial(study.tables()["refitted"].lines["reap, wanda"], tokens=64), recovered)
+    assert_cell(sample, partial(TABLES["refitted"].lines["reap, wanda"], tokens=64), recovered)
 
 
 def test_wanda_alone_drops_no_expert(sample, tmp_path):
@@ -202,22 +203,20 @@ def test_every_picture_is_of_the_csv_and_in_a_document():
 
 
 def test_every_line_of_the_documents_is_a_line_of_its_study():
-    tables = study.tables()
     for lines, reference, panels in report.FORESTS.values():
-        assert all({*lines} & {*tables[table].lines} and reference in tables[base].lines for table, base in panels)
-        assert {*lines} <= {line for table, _ in panels for line in tables[table].lines}
+        assert all({*lines} & {*TABLES[table].lines} and reference in TABLES[base].lines for table, base in panels)
+        assert {*lines} <= {line for table, _ in panels for line in TABLES[table].lines}
     for names, lines, *_ in report.TABLES.values():
-        assert {*lines} <= {line for name in names for line in tables[name].lines}
+        assert {*lines} <= {line for name in names for line in TABLES[name].lines}
     assert {*report.FRONTIER} <= {*LINES}
 
 
 def test_the_csv_has_each_sample_once_and_only_what_studies_measure():
-    tables = study.tables()
     with report.RESULTS.open(encoding="utf-8", newline="") as file:
         cells = [tuple(row.values())[:5] for row in csv.DictReader(file)]
     assert len({*cells}) == len(cells) > 1000
     for _, table, line, column, _ in cells:
-        assert line in tables[table].lines and column in tables[table].columns
+        assert line in TABLES[table].lines and column in TABLES[table].columns
 
 
 # ----------------------------------------------------------------------------------------- fewer and narrower experts
@@ -469,6 +468,14 @@ def test_bad_input_is_refused_before_the_work(arguments, says, small, capsys, mo
     monkeypatch.setattr(model_io.Model, "stream", None)
     model = [] if "--model" in arguments else ["--model", small]
     assert_refused(capsys, run(study, *arguments, *model), says)
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "model,table\nx,y\n"])
+def test_another_file_of_results_is_refused(text, small, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_io.Model, "stream", None)
+    (tmp_path / "results.csv").write_text(text)
+    status = run(study, "plain", "--model", small, "--tokens", 64, "--results", tmp_path / "results.csv")
+    assert_refused(capsys, status, "results.csv: must be a table of study.py with model, table, line")
 
 
 def test_a_model_that_needs_more_experts_is_refused(small, capsys, monkeypatch, tmp_path):

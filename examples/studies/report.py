@@ -51,11 +51,14 @@ Results = dict[tuple[str, ...], list[Row]]  # by model, table, line, column
 
 
 def read(path: Path) -> Results:
-    """The samples of each cell of a file that study.py wrote, in order of their seeds."""
+    """The samples of each cell of a file of study.py, in order of their seeds. Raises InputError for another file."""
     found: Results = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [Row(**{name: Row.__annotations__[name](text) for name, text in row.items()})
-                for row in csv.DictReader(file)]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [Row(**{name: Row.__annotations__[name](text) for name, text in row.items()})
+                    for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError):
+        raise model_io.InputError(f"{path}: must be a table of study.py with {', '.join(Row._fields)}") from None
     for row in sorted(rows, key=lambda row: row.seed):
         found.setdefault(row[:4], []).append(row)
     return found
@@ -69,18 +72,13 @@ def half_interval(values: Sequence[float]) -> float:
     return STUDENT_T[len(values) - 2] * stdev(values) / len(values)**0.5
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation.
-
-    >>> spread([1.0, 2.0], 1), spread([1.0], 2)
-    ('1.5 ± 0.7', '1.00')
-    """
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def level_cell(rows: list[Row]) -> str:
     """Perplexity, and KL with its deviation; empty without samples."""
-    return f"{mean(row.perplexity for row in rows):.1f} ({spread([row.kl for row in rows], 3)})" if rows else ""
+    if not rows:
+        return ""
+    kl = [row.kl for row in rows]
+    deviation = f" ± {stdev(kl):.3f}" if len(kl) > 1 else ""
+    return f"{mean(row.perplexity for row in rows):.1f} ({mean(kl):.3f}{deviation})"
 
 
 def differences(rows: list[Row], base: list[Row]) -> list[float]:
@@ -249,7 +247,8 @@ def draw_forest(pyplot, drawn: list[tuple], name: str):
     axes[0][0].set_yticks(range(len(lines)), lines, fontsize=8)
     axes[0][0].set_ylim(len(lines) - 0.4, -0.6)
     axes[0][-1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
-    figure.supxlabel(f"KL from the source minus that of {reference}, nats a token (a linear scale to 0.1): left of 0 is better", fontsize=8)
+    figure.supxlabel(f"KL from the source minus that of {reference}, nats a token (linear up to 0.1): left of 0 is "
+                     "better", fontsize=8)
     figure.tight_layout()
     return figure
 

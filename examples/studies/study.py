@@ -175,7 +175,7 @@ def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.parser_of(__file__, __doc__)
     parser.add_argument("table", metavar="TABLE", choices=tables(), help="; ".join(tables()))
-    parser.add_argument("--only", metavar="LINE", nargs="+", default=[], help="lines to fill; the first is the reference [all]")
+    parser.add_argument("--only", metavar="LINE", nargs="+", default=[], help="lines to fill, reference first [all]")
     parser.add_argument("--columns", metavar="NAME", nargs="+", default=[], help="columns to fill, such as 50%% [all]")
     parser.add_argument("--samples", metavar="N", type=int, default=5, help="calibration samples, 1 to 10 [5]")
     parser.add_argument("--model", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
