@@ -390,9 +390,8 @@ def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> d
 
 def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS, seq_len: int = SEQ_LEN,
                     seed: int = 0, parts: Sequence[str] = ("calibration",)) -> torch.Tensor:
-    """Sequences (tokens // seq_len, seq_len) sampled from text files, from each as many, or from parts of Python's
-    documentation if there are none; fewer, with a warning, if the one text is short. Raises InputError for a number out
-    of range, and for one of several files that is shorter than its share."""
+    """Sequences (tokens // seq_len, seq_len) of text files, of each as many, or of parts of Python's documentation; if
+    the one text is short, fewer with a warning. Raises InputError for a bad number, and if one of several is short."""
     check_range("tokens", tokens, 2, 10**9)
     if len(files) > 1 and seq_len > tokens // len(files):
         raise InputError(f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
@@ -665,8 +664,7 @@ def command_line() -> Parser:
     what = basic.add_mutually_exclusive_group(required=True)
     what.add_argument("--keep", metavar="K", type=int, help="experts to keep in every layer")
     what.add_argument("--layers", metavar="A-B", type=layer_range, help="only measure these layers, into the cache")
-    basic.add_argument("--out", metavar="DIR", type=Path, help="output folder [CKPT-keepK beside CKPT]; with "
-                       "--plan-only the output file [CKPT-keepK.json]")
+    basic.add_argument("--out", metavar="DIR", type=Path, help="output folder, or file of --plan-only [CKPT-keepK]")
     basic.add_argument("--plan-only", action="store_true", help="write the plan alone, as a file")
     add_common_options(basic)
     add_settings(method)
@@ -706,6 +704,8 @@ def run(args: argparse.Namespace) -> None:
         return
     plans = show_plans(model, plan_model(model, ids, args.keep, settings, cache, args.memory, bar), bar)
     entry = plan_entry(model, plans, args.keep, settings, ids, args.calib)
+    text = ", ".join(map(str, args.calib)) or "Python's documentation; --calib FILE: text of the model's own kind"
+    print(f"calibration: {ids.numel():,} tokens of {text}")
     if args.plan_only:
         model_io.write_whole(out, record_bytes(model.checkpoint, entry))
         return print(f"plan: {out}; examples/export_plan.py writes its checkpoint")

@@ -169,7 +169,7 @@ def test_plan_only_writes_a_file_and_leaves_the_output_free(small, capsys):
 def test_lines_for_people(small, capsys):
     assert compress(small) == 0
     said, out = capsys.readouterr().out.splitlines(), small.parent / "out"
-    assert said[0] == hodgecover.LAYER_HEAD and len(said) == 6
+    assert said[0] == hodgecover.LAYER_HEAD and len(said) == 7
     for layer, line in zip(record(out)["layers"], said[1:3]):
         assert re.fullmatch(r" +\d  \d\.\d{3} \(\d\.\d{3}\) +\d, \d +4 of 8 +\d\d\.\d%", line)
         found = layer["diagnostics"]
@@ -177,8 +177,9 @@ def test_lines_for_people(small, capsys):
             str(layer["layer"]), f"{found['eta']['harmonic']:.3f}", f"({found['eta_constant']['harmonic']:.3f})",
             f"{found['covered_at']['edges']},", str(found["covered_at"]["triangles"]), "4", "of", "8",
             f"{layer['routed_share']:.1%}"]
-    assert re.fullmatch(r"weights: 0\.2 MB -> 0\.1 MB \(\d\d%\)", said[3]) and said[4] == f"output: {out}"
-    assert said[5] == f"compare: python examples/evaluate.py {small} {out} --text FILE"
+    assert re.fullmatch(r"calibration: \d+ tokens of .*text\.txt", said[3])
+    assert re.fullmatch(r"weights: 0\.2 MB -> 0\.1 MB \(\d\d%\)", said[4]) and said[5] == f"output: {out}"
+    assert said[6] == f"compare: python examples/evaluate.py {small} {out} --text FILE"
 
 
 def test_a_sampled_run_says_and_records_its_audit(small, capsys):
