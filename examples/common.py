@@ -128,10 +128,11 @@ def show_output(model: Model, out: Path) -> None:
     print(f"output: {out}")
 
 
-def read_eval(model: Model, args: argparse.Namespace) -> torch.Tensor:
-    """The text of --eval, (B, L). Raises InputError for one that cannot be read or has not one whole sequence."""
+def read_eval(model: Model, args: argparse.Namespace, tokens: int) -> torch.Tensor:
+    """The text of --eval, (B, L), or of a large file windows with so many tokens at least. Raises InputError for one
+    that cannot be read or has not one whole sequence."""
     try:
-        return model_io.sequences(model.encode_file(args.eval), args.seq_len)
+        return model_io.sequences(model.encode_file(args.eval, max(tokens, args.seq_len)), args.seq_len)
     except InputError as err:
         raise InputError(f"eval: {err}") from None
 

@@ -472,7 +472,7 @@ def read_ids(source: Model, args: argparse.Namespace) -> tuple[torch.Tensor, int
     ids = hodgecover.calibration_ids(source, args.calib, args.tokens, args.seq_len, args.seed, ("train", "calibration"))
     if not args.eval:
         return ids, 0
-    held_out = common.evenly_spaced(common.read_eval(source, args), max(1, EVAL_TOKENS // args.seq_len))
+    held_out = common.evenly_spaced(common.read_eval(source, args, EVAL_TOKENS), max(1, EVAL_TOKENS // args.seq_len))
     return torch.cat((ids, held_out)), len(held_out)
 
 

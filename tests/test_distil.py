@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Distillation: gradients against finite differences, losses in closed form, and the command on every family."""
+import argparse
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ import common
 import distil
 import heapr
 import hodgecover
+import model_io
 import pytest
 import refit
 import torch
@@ -525,3 +527,12 @@ def test_another_model_is_refused(half, tmp_path, capsys):
     other = with_tokenizer(named("qwen2-renormalised"), tmp_path / "other")
     capsys.readouterr()
     assert_refused(capsys, run(distil, other, *half[1:], "--out", tmp_path / "out"), "its family is olmoe; must be")
+
+
+def test_of_a_large_text_to_watch_windows_are_read(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_io, "LEAST_TEXT", 1 << 16)
+    monkeypatch.setattr(model_io, "TEXT_BYTES", 1)
+    (tmp_path / "large.txt").write_text("All work and no play. " * 10_000)
+    args, model = argparse.Namespace(eval=tmp_path / "large.txt", seq_len=32), Model(small)
+    held_out = common.read_eval(model, args, distil.EVAL_TOKENS)
+    assert distil.EVAL_TOKENS <= held_out.numel() < len(model.encode_file(args.eval)) / 2
