@@ -94,14 +94,16 @@ class Routing(NamedTuple):
     aimer: torch.Tensor | None = None
 
 
-def measure_routing(step: model_io.LayerPass, more: bool = False) -> Routing:
-    """Frequency and saliency of a layer, and the rest, if `more`."""
+def measure_routing(step: model_io.LayerPass, method: str | None = None) -> Routing:
+    """Frequency and saliency of a layer, and what one of WITHOUT_BARRIERS looks at beside them; of None what all do."""
     found = Routing((step.gates > 0).sum(0).cpu(), hodgecover.reap_saliency(step.layer.experts, step.x, step.gates))
-    if not more:
-        return found
-    norms = output_norms(step)
-    man, msan = (part.sum(0).cpu() / found.frequency.clamp(min=1) for part in (norms, norms.square()))
-    return found._replace(joint=joint_norms(step.gates, norms), man=man, msan=msan, aimer=flatness(step.layer.experts))
+    if method in (None, "aimer"):
+        found = found._replace(aimer=flatness(step.layer.experts))
+    if method in (None, "man", "msan", "hope"):
+        norms = output_norms(step)
+        man, msan = (part.sum(0).cpu() / found.frequency.clamp(min=1) for part in (norms, norms.square()))
+        found = found._replace(joint=joint_norms(step.gates, norms), man=man, msan=msan)
+    return found
 
 
 def output_norms(step: model_io.LayerPass) -> torch.Tensor:
@@ -262,7 +264,6 @@ class Facts(NamedTuple):
     gated      for ream: the same, each token's times the softmax of its logits (n, d)
     squared    for ream: the mean over the tokens routed to e of p_e^2 |E_e(x)|, p the softmax of the logits (n,)
     products   inner products of the experts' weights, all of an expert's as one vector (n, n)
-    joint, man, msan, aimer    as in `Routing`, so that the facts serve the selectors, too
     """
     frequency: torch.Tensor
     saliency: torch.Tensor
@@ -272,16 +273,12 @@ class Facts(NamedTuple):
     gated: torch.Tensor
     squared: torch.Tensor
     products: torch.Tensor
-    joint: torch.Tensor
-    man: torch.Tensor
-    msan: torch.Tensor
-    aimer: torch.Tensor
 
 
 def layer_facts(step: model_io.LayerPass) -> Facts:
     """The facts of a layer, float64 on the CPU. Raises InputError if they are not finite."""
     experts, router = step.layer.experts, step.layer.router
-    routing = measure_routing(step, more=True)
+    routing = measure_routing(step, "reap")
     logits = (step.x @ router.T).double()
     outputs, gated, squared = [], [], []
     for e, p in enumerate(logits.softmax(1).T):
@@ -292,7 +289,7 @@ def layer_facts(step: model_io.LayerPass) -> Facts:
     flat = [part.flatten(1).float() for part in experts]
     products = sum((part @ part.T).double() for part in flat)
     facts = Facts(routing.frequency.double(), routing.saliency, logits.cpu(), router.double().cpu(),
-                  *(torch.stack(each).cpu() for each in (outputs, gated, squared)), products.cpu(), *routing[2:])
+                  *(torch.stack(each).cpu() for each in (outputs, gated, squared)), products.cpu())
     if not all(fact.isfinite().all() for fact in facts):
         raise InputError(f"{step.name}: an expert's outputs or weights are not finite, or overflow {step.x.dtype}")
     return facts
@@ -421,11 +418,11 @@ SELECTORS = (*WITHOUT_BARRIERS, *ON_BARRIERS)
 METHODS = (*SELECTORS, *MERGING)
 
 
-def choose(signals: Signals | Routing | Facts, rows: torch.Tensor, method: str, keep: int,
+def choose(signals: Signals | Routing, rows: torch.Tensor, method: str, keep: int,
            settings: Settings = Settings(), layer: int = 0) -> dict:
     """The plan of one layer by one of SELECTORS, from what was measured on it.
 
-    signals : `Signals` for a method on barriers; for the others a `Routing` or `Facts`, for RECORDED `Signals`, too
+    signals : `Signals` for a method on barriers; for the others a `Routing`, for RECORDED `Signals`, too
     rows : of the router (n, d), for a method without barriers
     layer : seeds `random`, so that no two layers are alike
     """
@@ -477,8 +474,7 @@ def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settin
         layers = hodgecover.sparse_layers(model)
         measured = hodgecover.measure_model(model, ids, settings, layers, cache, memory, tick)
     else:
-        more = method not in RECORDED
-        measured = ((step.index, measure_routing(step, more)) for step in routed_passes(model, ids, tick))
+        measured = ((step.index, measure_routing(step, method)) for step in routed_passes(model, ids, tick))
     for index, signals in measured:
         name = model.layer_names[index]
         rows = model.checkpoint.load(f"{name}.mlp.gate.weight")

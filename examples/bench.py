@@ -14,9 +14,8 @@ float64. The floor of a sweep is the time of its operations at the rate of the b
 the head, which is taken before and after each of three sweeps, since a shared machine's rate moves. Times are medians.
 
 --selectors: processor seconds of what the commands measure for a method, taken once and counted in full for each that
-shares it (all scores: of man, msan, aimer and hope together), and of its own work for half of the experts, the least of
-three: a plan, or the merged experts, and for ream one more forward pass. The forward pass, of the experts on all tokens
-as they are routed, comes on top of each.
+shares it, and of its own work for half of the experts, the least of three: a plan, or the merged experts, and for ream
+one more forward pass. The forward pass, of the experts on all tokens as they are routed, comes on top of each.
 """
 import argparse
 import resource
@@ -46,8 +45,8 @@ TOKENS = 64  # but of --selectors those of hodgecover.py
 UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak"),
           "gradients": ("vocab", "tokens", "sample", "peak"), "selectors": ("sample",)}
 MEASURED_BY = (dict.fromkeys(("hodgecover", *baselines.ON_BARRIERS), "barriers")  # what a method starts from
-               | dict.fromkeys(baselines.WITHOUT_BARRIERS, "all scores")
-               | dict.fromkeys(baselines.RECORDED, "routing") | dict.fromkeys(baselines.MERGING, "facts"))
+               | dict.fromkeys(baselines.RECORDED, "routing") | dict.fromkeys(("man", "msan", "hope"), "norms")
+               | {"aimer": "weights"} | dict.fromkeys(baselines.MERGING, "facts"))
 SCALED = dict(hidden=512, width=128)  # of --scaling, which varies one of the following, the others in the middle
 SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128), "V": (4096, 8192, 16384, 32768)}
 OUTCOMES = (256, 512, 1024, 4096)  # sizes of a sample of the vocabulary
@@ -311,10 +310,9 @@ def time_selectors(args: argparse.Namespace, dtype: torch.dtype) -> None:
     step = LayerPass(0, "layer", Layer(layer.experts, router, {}), layer.y[None], *layer[1:5])
     forward = partial(mix_experts, layer.experts, layer.x, layer.gates)
     forward()  # the first call pays for what the others find ready
-    works = {"forward pass": forward, "routing": partial(baselines.measure_routing, step),
-             "all scores": partial(baselines.measure_routing, step, more=True),
-             "of it norms": partial(baselines.output_norms, step),
-             "of it aimer": partial(baselines.flatness, layer.experts),
+    works = {"forward pass": forward, "routing": partial(baselines.measure_routing, step, "reap"),
+             "norms": partial(baselines.measure_routing, step, "hope"),
+             "weights": partial(baselines.measure_routing, step, "aimer"),
              "facts": partial(baselines.layer_facts, step), "barriers": partial(hodgecover.measure_layer, layer)}
     print(f"n = {n}, K = {keep}, k = {k}, d = {d}, f = {f}, V = {vocab}, T = {args.tokens}, {dtype}, "
           f"{torch.get_num_threads()} threads\n\n| | s | of the forward pass |\n|---|---|---|")

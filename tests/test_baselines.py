@@ -52,7 +52,7 @@ def rows_of(model: Model, layer: int) -> torch.Tensor:
 def order_of(measured, method: str, **choices) -> list[int]:
     model, ids, signals = measured
     if method not in (*baselines.ON_BARRIERS, *baselines.RECORDED):
-        signals = baselines.measure_routing(next(model.stream(ids)), more=True)
+        signals = baselines.measure_routing(next(model.stream(ids)))
     chosen = Settings(**{"max_triangles": 20, "edge_percent": 15, "triangle_percent": 15} | choices)
     return baselines.choose(signals, rows_of(model, 0), method, 4, chosen)["order"]
 
@@ -82,7 +82,7 @@ def test_norms_token_by_token(measured):
     step = step._replace(gates=step.gates.index_fill(1, torch.tensor([2]), 0.0))
     norms = [[torch.linalg.vector_norm(step.layer.experts(e, step.x[t:t + 1])).item() for t in range(len(step.x))
               if step.gates[t, e] > 0] for e in range(8)]
-    found = baselines.measure_routing(step, more=True)
+    found = baselines.measure_routing(step)
     assert not norms[2] and found.man[2] == found.msan[2] == 0
     assert found.man.tolist() == pytest.approx([sum(own) / max(1, len(own)) for own in norms])
     assert found.msan.tolist() == pytest.approx([sum(norm**2 for norm in own) / max(1, len(own)) for own in norms])
@@ -178,13 +178,13 @@ def cost_of(joint: torch.Tensor, dropped) -> float:
     return sum(joint[i, j].item() for i in dropped for j in dropped)
 
 
-def test_hope_s_matrix_token_by_token(measured, facts):
+def test_hope_s_matrix_token_by_token(measured):
     """Off the diagonal over the tokens routed to both; on it REAP's own mean, squared, so that the diagonal alone ranks
     as REAP does."""
     model, ids, _ = measured
     step = next(model.stream(ids))
-    joint = baselines.joint_norms(step.gates, baselines.output_norms(step))
-    assert torch.equal(facts.joint, joint)
+    joint, found = baselines.joint_norms(step.gates, baselines.output_norms(step)), baselines.measure_routing(step)
+    assert torch.equal(found.joint, joint)
     norms = torch.stack([step.gates[:, e] * step.layer.experts(e, step.x).norm(dim=1) for e in range(8)], dim=1)
     for i, j in itertools.product(range(8), repeat=2):
         both = [t for t in range(len(step.x)) if step.gates[t, i] > 0 and step.gates[t, j] > 0]
@@ -194,10 +194,10 @@ def test_hope_s_matrix_token_by_token(measured, facts):
         assert joint[i, j].item() == pytest.approx(mean, rel=1e-10)
     alone = torch.diag(joint.diagonal())
     for keep in (3, 5):
-        kept = baselines.hope_order(baselines.Routing(facts.frequency, facts.saliency, alone), keep)
+        kept = baselines.hope_order(baselines.Routing(found.frequency, found.saliency, alone), keep)
         assert kept == order_of(measured, "reap")
     idle = step._replace(gates=step.gates.index_fill(1, torch.tensor([2]), 0.0))
-    found = baselines.measure_routing(idle, more=True).joint
+    found = baselines.measure_routing(idle).joint
     assert not found[2].any() and not found[:, 2].any() and found.isfinite().all()
 
 
@@ -237,7 +237,8 @@ def test_a_swap_mends_what_greedy_cannot():
     assert baselines.least_joint(joint, 1) == [0] and baselines.least_joint(joint, 2) == [1, 2]
 
 
-def test_hope_keeps_what_its_search_leaves(measured, facts):
+def test_hope_keeps_what_its_search_leaves(measured):
+    facts = baselines.measure_routing(next(measured[0].stream(measured[1])), "hope")
     for keep in (3, 4, 8):
         plan = baselines.choose(facts, rows_of(measured[0], 0), "hope", keep, WIDE)
         dropped = baselines.least_joint(facts.joint, 8 - keep)

@@ -151,7 +151,7 @@ def test_half_interval_of_two_values_in_closed_form():
 
 def rows(model: str, table: str, line: str, column: str, *kls: float) -> dict:
     """A cell of results with the seeds 0, 1, ..."""
-    return {(model, table, line, column): [report.Row(model, table, line, column, seed, 9.0, kl, 0.5, 1.0, "0")
+    return {(model, table, line, column): [report.Row(model, table, line, column, seed, 9.0, kl, 0.5, 1.0, "0", 1, 0.0, 0.0)
                                            for seed, kl in enumerate(kls)]}
 
 

@@ -33,18 +33,21 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 
 
 
 class Row(NamedTuple):
-    """A line of results.csv: one sample of a cell."""
+    """A line of results.csv: one sample of a cell, or of an earlier version the mean of `samples` with deviations."""
 
     model: str
     table: str
     line: str
     column: str
-    seed: int
+    seed: int  # -1 of a mean
     perplexity: float
     kl: float  # from the source, in nats a token
     gone: float  # share of the source's expert parameters
     cost: float  # processor seconds
     version: str
+    samples: int  # 1 of a sample
+    perplexity_sd: float
+    kl_sd: float
 
 
 Results = dict[tuple[str, ...], list[Row]]  # by model, table, line, column
@@ -61,7 +64,7 @@ def read(path: Path) -> Results:
         raise model_io.InputError(f"{path}: must be a table of study.py with {', '.join(Row._fields)}") from None
     for row in sorted(rows, key=lambda row: row.seed):
         found.setdefault(row[:4], []).append(row)
-    return found
+    return {cell: [row for row in own if row.samples == 1] or own for cell, own in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -77,13 +80,14 @@ def level_cell(rows: list[Row]) -> str:
     if not rows:
         return ""
     kl = [row.kl for row in rows]
-    deviation = f" ± {stdev(kl):.3f}" if len(kl) > 1 else ""
-    return f"{mean(row.perplexity for row in rows):.1f} ({mean(kl):.3f}{deviation})"
+    deviation = stdev(kl) if len(kl) > 1 else rows[0].kl_sd
+    spread = f" ± {deviation:.3f}" if deviation else ""
+    return f"{mean(row.perplexity for row in rows):.1f} ({mean(kl):.3f}{spread})"
 
 
 def differences(rows: list[Row], base: list[Row]) -> list[float]:
     """KL of a cell minus that of another, of the seeds that both have."""
-    kl = {row.seed: row.kl for row in base}
+    kl = {row.seed: row.kl for row in base if row.samples == 1}
     return [row.kl - kl[row.seed] for row in rows if row.seed in kl]
 
 
@@ -133,16 +137,19 @@ def gaps(results: Results, table: str, lines: Sequence[str], columns: Sequence[s
 
 
 TABLES = {  # name in RESULTS.md -> what `levels` takes
-    "choice": (("plain", "refitted"), ("random", "reap", "hodgecover", "hope", "hodgecover, by barriers",
-                                       "narrow, camera", "wanda")),
+    "choice": (("plain", "refitted"), ("random", "reap", "hodgecover", "hodgecover, by barriers", "narrow, camera")),
     "recipe": (("plain", "refitted", "refitted, distilled"), ("narrow, camera, 16,384 tokens",), ("50%",)),
-    "distilled": (("distilled", "refitted, distilled"), ("random", "reap", "hodgecover", "hope", "slimqwen",
-                                                         "narrow, camera"), ("50%",)),
-    "nested": (("nested",), ("together, 65,536 tokens", "each alone, 65,536 tokens", "each alone, 21,504 tokens",
-                             "not trained"), ("0%", *RATES), MODELS[:1]),
-    "dense": (("dense",), ("dot", "dot, layer by layer", "random", "kmeans", "coactivation", "dot, distilled",
-                           "dot, layer by layer, distilled", "random, distilled", "kmeans, distilled",
-                           "coactivation, distilled"), ("25%", "50%", "75%"), ("tiny-qwen3",)),
+    "distilled": (("distilled", "refitted, distilled"), ("random", "reap", "hodgecover", "narrow, camera"), ("50%",)),
+    "training": (("training",), ("16,384 tokens", "16,384 tokens, 8 passes", "65,536 tokens", "524,288 tokens",
+                                 "layerwise, 524,288 tokens", "next token alone", "router alone"), ("50%",),
+                 MODELS[:1]),
+    "refit": (("refit",), ("2,048 tokens", "65,536 tokens", "ridge 0.03, 16,384 tokens", "ridge 3.0, 16,384 tokens",
+                           "sweeps: 0", "text: source code"), ("50%", "66%"), MODELS[:1]),
+    "rco": (("plain", "refitted"), ("rco", "rco, ragged"), ("50%",)),
+    "nested": (("nested",), ("together, 65,536 tokens", "each alone, 65,536 tokens", "each alone, 21,504 tokens"),
+               ("0%", *RATES), MODELS[:1]),
+    "dense": (("dense",), ("dot", "random", "kmeans", "coactivation", "dot, distilled", "random, distilled",
+                           "kmeans, distilled", "coactivation, distilled"), ("25%", "50%", "75%"), ("tiny-qwen3",)),
     "dense-half": (("dense-half",), ("hodgecover", "reap", "hodgecover, distilled", "reap, distilled"), ("25%", "50%"),
                    ("tiny-qwen3",)),
 }
@@ -182,18 +189,10 @@ FORESTS = {
                            "reap", "hodgecover", "hope", "random"))), "reap"),
     "redirect": Forest(("hodgecover, fold", "fold, least barrier without its additive part",
                         "fold, nearest router row"), "hodgecover", [("plain", "plain")]),
-    "readout": Forest(("hodgecover, 1,024 tokens", "hodgecover, readout model, 1,024 tokens"), "reap, 1,024 tokens"),
+    "readout": Forest(("hodgecover, 512 tokens", "hodgecover, readout model, 512 tokens"), "reap, 512 tokens"),
     "settings": Forest(("1% critical", "10% critical", "50% critical", "both lambdas 0.04", "both lambdas 25",
                         "lambda of edges 0", "lambda of triangles 0", "order by index"), "hodgecover",
-                       [("settings", "plain")]),
-    "refit": Forest(("2,048 tokens", "4,096 tokens", "8,192 tokens", "32,768 tokens", "65,536 tokens",
-                     "ridge 0.03, 2,048 tokens", "ridge 3.0, 2,048 tokens", f"ridge 0.03, {MORE}", f"ridge 3.0, {MORE}",
-                     "ridge 0.03, 65,536 tokens", "ridge 3.0, 65,536 tokens", "sweeps: 0", "sweeps: 1", "sweeps: 10",
-                     "text: source code"), "hodgecover", [("refit", "refitted")]),
-    "training": Forest(("16,384 tokens", "65,536 tokens", "524,288 tokens", "16,384 tokens, 8 passes",
-                        "layerwise, 131,072 tokens", "layerwise, 524,288 tokens", "next token alone", "router alone",
-                        "experts alone", "narrow, 131,072 tokens", "narrow, 524,288 tokens"), "reap",
-                       [("training", "distilled")])}
+                       [("settings", "plain")])}
 
 
 def forest(results: Results, name: str) -> Iterator[tuple[str, str, str, str, float, float]]:

@@ -97,9 +97,10 @@ class Sample:
         return {self.source.layer_names[index]: signals for index, signals in measured}
 
     @cached_property
-    def facts(self) -> dict[str, baselines.Facts]:
-        """What a method without barriers looks at, by layer name."""
-        return {step.name: baselines.layer_facts(step) for step in baselines.routed_passes(self.source, self.ids)}
+    def routing(self) -> dict[str, baselines.Routing]:
+        """What a selector without barriers looks at, by layer name."""
+        return {step.name: baselines.measure_routing(step)
+                for step in baselines.routed_passes(self.source, self.ids)}
 
 
 Way = Callable[[Sample, float, Path], Model]
@@ -124,12 +125,12 @@ def plans(sample: Sample, method: str, kept: dict[str, int]) -> dict[str, dict]:
     """The plans by layer name of HodgeCover or one of baselines.SELECTORS, with so many survivors in each layer."""
     found, settings, source = {}, sample.settings, sample.source
     on_barriers = method == "hodgecover" or method in baselines.ON_BARRIERS
-    for name, facts in (sample.signals if on_barriers else sample.facts).items():
+    for name, measured in (sample.signals if on_barriers else sample.routing).items():
         if method == "hodgecover":
-            found[name] = hodgecover.plan_from_signals(facts, kept[name], settings)
+            found[name] = hodgecover.plan_from_signals(measured, kept[name], settings)
         else:
             rows, index = source.checkpoint.load(f"{name}.mlp.gate.weight"), source.layer_names.index(name)
-            found[name] = baselines.choose(facts, rows, method, kept[name], settings, index)
+            found[name] = baselines.choose(measured, rows, method, kept[name], settings, index)
     return found
 
 
