@@ -118,7 +118,7 @@ def levels(results: Results, tables: Sequence[str], lines: Sequence[str], column
            models: Sequence[str] = MODELS) -> str:
     """Perplexity (KL) of these lines in each table, the models side by side."""
     where = [(model, column) for model in models for column in columns]
-    found = {line + (f", {table}" if len(tables) > 1 and table != "plain" else ""):
+    found = {line + (f", {table.replace('-', ' and ')}" if len(tables) > 1 and table != "plain" else ""):
              [level_cell(results.get((model, table, line, column), [])) for model, column in where]
              for line in lines for table in tables}
     return markdown("perplexity (KL)" if len(tables) > 1 else f"{tables[0]}: perplexity (KL)", where,
@@ -137,21 +137,19 @@ def gaps(results: Results, table: str, lines: Sequence[str], columns: Sequence[s
 
 
 TABLES = {  # name in RESULTS.md -> what `levels` takes
-    "choice": (("plain", "refitted"), ("random", "reap", "hodgecover", "hodgecover, by barriers", "narrow, camera")),
-    "recipe": (("plain", "refitted", "refitted, distilled"), ("narrow, camera, 16,384 tokens",), ("50%",)),
-    "distilled": (("distilled", "refitted, distilled"), ("random", "reap", "hodgecover", "narrow, camera"), ("50%",)),
+    "choice": (("plain", "refitted"), ("random", "reap", "hodgecover")),
+    "recipe": (("plain", "refitted", "refitted-distilled"), ("narrow, camera, 16,384 tokens",), ("50%",)),
+    "distilled": (("distilled", "refitted-distilled"), ("random", "reap", "hodgecover", "narrow, camera"), ("50%",)),
     "training": (("training",), ("16,384 tokens", "16,384 tokens, 8 passes", "65,536 tokens", "524,288 tokens",
                                  "layerwise, 524,288 tokens", "next token alone", "router alone"), ("50%",),
                  MODELS[:1]),
-    "refit": (("refit",), ("2,048 tokens", "65,536 tokens", "ridge 0.03, 16,384 tokens", "ridge 3.0, 16,384 tokens",
-                           "sweeps: 0", "text: source code"), ("50%", "66%"), MODELS[:1]),
+    "refit": (("refit",), ("2,048 tokens", "16,384 tokens", "65,536 tokens", "ridge 3.0, 16,384 tokens", "sweeps: 0",
+                           "text: source code"), ("50%", "66%"), MODELS[:1]),
     "rco": (("plain", "refitted"), ("rco", "rco, ragged"), ("50%",)),
     "nested": (("nested",), ("together, 65,536 tokens", "each alone, 65,536 tokens", "each alone, 21,504 tokens"),
                ("0%", *RATES), MODELS[:1]),
-    "dense": (("dense",), ("dot", "random", "kmeans", "coactivation", "dot, distilled", "random, distilled",
-                           "kmeans, distilled", "coactivation, distilled"), ("25%", "50%", "75%"), ("tiny-qwen3",)),
-    "dense-half": (("dense-half",), ("hodgecover", "reap", "hodgecover, distilled", "reap, distilled"), ("25%", "50%"),
-                   ("tiny-qwen3",)),
+    "dense": (("dense",), ("dot", "random", "coactivation", "dot, distilled", "random, distilled",
+                           "coactivation, distilled"), ("25%", "50%", "75%"), ("tiny-qwen3",)),
 }
 
 

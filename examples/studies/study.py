@@ -131,7 +131,7 @@ def tables() -> dict[str, Table]:
         return {label + suffix: partial(distilled, way=way) for label, way in lines.items()}
     return {"plain": Table(RATES, every | in_memory()), "refitted": Table(RATES, again),
             "distilled": Table(half, train(trained)),
-            "refitted, distilled": Table(half, train({label: again[label] for label in trained})),
+            "refitted-distilled": Table(half, train({label: again[label] for label in trained})),
             "refit": Table({"50%": 0.5, "66%": 0.66}, refit_lines()), "training": Table(half, training_lines()),
             "settings": Table(RATES, settings_lines()), "nested": Table({"0%": 0.0} | RATES, nested_lines()),
             "dense": Table({"25%": 0.25, "50%": 0.5, "75%": 0.75}, dealt | train(dealt, ", distilled")),
