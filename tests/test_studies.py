@@ -8,6 +8,8 @@ import ast
 import csv
 import json
 import re
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import baselines
 import budgets
 import common
 import distil
+import dot_moe
 import heapr
 import hodgecover
 import model_io
@@ -28,7 +31,7 @@ import study
 import torch
 import wanda
 import ways
-from conftest import GOLDEN, PROSE, assert_refused, run
+from conftest import DENSE, GOLDEN, PROSE, assert_refused, run, with_tokenizer
 from model_io import Model
 
 TABLES = study.tables()
@@ -115,8 +118,7 @@ def test_cell_of_another_setting_is_what_the_command_gives(label, options, sampl
 
 
 def test_cell_of_a_refitted_hybrid_is_what_three_commands_give(sample, tmp_path):
-    path, few, sparse, recovered = (sample.source.checkpoint.path, *(tmp_path / name for name in ("few", "sparse",
-                                                                                                 "out")))
+    path, few, sparse, recovered = (sample.source.checkpoint.path, *(tmp_path / name for name in "abc"))
     assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
     assert run(wanda, few, "--total-rate", 0.5, "--source", path, "--out", sparse, *USERS) == 0
     assert run(refit, path, sparse, "--out", recovered, *USERS) == 0
@@ -168,8 +170,8 @@ def test_differences_are_taken_sample_by_sample():
 def test_levels_put_the_models_side_by_side():
     found = rows("m", "plain", "a", "50%", 0.1, 0.9) | rows("n", "refitted", "a", "50%", 0.25)
     assert report.levels(found, ["plain", "refitted"], ["a", "b"], ["50%"], ["m", "n"]).splitlines() == [
-        "| perplexity (KL) | `m` 50% | `n` 50% |", "| --- | --- | --- |", "| a | 9.0 (0.500 ± 0.566) |  |",
-        "| a, refitted |  | 9.0 (0.250) |"]
+        "| perplexity (KL) | `m` 50% | `n` 50% |", "| --- | --- | --- |", "| a | 9.0 (0.500 ± 0.566, n = 2) |  |",
+        "| a, refitted |  | 9.0 (0.250, n = 1) |"]
 
 
 def test_a_forest_draws_differences_of_its_own_tables():
@@ -194,12 +196,13 @@ def test_the_document_has_the_figures_of_the_csv():
     assert {*re.findall(r"<!-- table ([\w-]+) -->", document)} == {*report.TABLES}
 
 
-def test_every_picture_is_of_the_csv_and_in_a_document():
+def test_every_picture_of_a_document_is_of_the_csv():
     shown = "".join(path.read_text("utf-8") for path in (report.DOCUMENT, common.HERE.parent / "README.md"))
-    for name, drawn in report.pictures(report.read(report.RESULTS)).items():
-        assert f"studies/{name}.png" in shown
+    drawn = report.pictures(report.read(report.RESULTS))
+    assert {*re.findall(r"studies/([\w-]+)\.png", shown)} == {*report.FORESTS, "frontier"} == {*drawn}
+    for name, points in drawn.items():
         png = (report.HERE / f"{name}.png").read_bytes()
-        assert re.search(rb"tEXtSource\0(\w{64})", png)[1].decode() == report.digest(drawn)
+        assert re.search(rb"tEXtSource\0(\w{64})", png)[1].decode() == report.digest(points)
 
 
 def test_every_line_of_the_documents_is_a_line_of_its_study():
@@ -223,7 +226,7 @@ def test_the_csv_has_each_sample_once_and_only_what_studies_measure():
 
 
 def test_cell_of_fewer_and_narrower_experts_is_what_three_commands_give(sample, tmp_path):
-    path, few, thin, recovered = (sample.source.checkpoint.path, *(tmp_path / name for name in ("few", "thin", "out")))
+    path, few, thin, recovered = (sample.source.checkpoint.path, *(tmp_path / name for name in "abc"))
     assert run(baselines, path, "--keep", 6, "--method", "reap", "--out", few, *USERS) == 0
     assert run(heapr, few, "--width", 11, "--out", thin, *USERS) == 0
     assert run(refit, path, thin, "--out", recovered, *USERS) == 0
@@ -302,17 +305,76 @@ def test_a_fold_renormalises_as_its_model_does():
 # ------------------------------------------------------------------------------------------------ refits and trainings
 
 
+def steps(way: ways.Way) -> list[tuple]:
+    """What a way does, the last step first: (function's name, its other options)."""
+    if not isinstance(way, partial):
+        return [(way.__name__, {})]
+    options = {**way.keywords}
+    inner = options.pop("way", None)
+    return [(way.func.__name__, options), *(steps(inner) if inner else [])]
+
+
+def said(label: str) -> list[tuple]:
+    """The steps that a label of `plain` names."""
+    *start, last = label.split(", ")
+    if last in ("wanda", f"{ways.MORE:,} tokens", f"{study.END_TOKENS:,} tokens", "000 tokens"):
+        tokens = last != "wanda" and dict(tokens=int(last.removesuffix(" tokens").replace(",", "")))
+        return [("with_tokens", tokens) if tokens else ("then_wanda", {}),
+                *(said(", ".join(start)) if start else [("whole", {})])]
+    budgets_of = {"first layer whole": ways.first_whole, "by barriers": ways.by_barriers,
+                  "by coverage": ways.by_coverage, "by evo": ways.by_evo}
+    if last in budgets_of:
+        return [("share_out", dict(method=start[0], budget=budgets_of[last]))]
+    if label == "hodgecover, readout model":
+        return [("select", dict(method="hodgecover", readout="model"))]
+    if start and start[0] in ("narrow", "both"):
+        return [(start[0], dict(score=last))]
+    if label in ("rco", "rco, ragged"):
+        return [("search", dict(ragged=last == "ragged"))]
+    if "fold" in (label.split(", ")):
+        return [("fold", dict(rule="the paper's rule" if last == "fold" else last))]
+    if last == "in all slots":
+        return [("merge", dict(method=start[0], all_slots=True))]
+    return [("merge" if label in baselines.MERGING else "select", dict(method=label))]
+
+
+def test_every_line_does_what_its_label_says():
+    for label, way in LINES.items():
+        assert steps(way) == said(label)
+    for table, before in {"refitted": [("refitted", {})], "distilled": [("distilled", {})],
+                          "refitted-distilled": [("distilled", {}), ("refitted", {})]}.items():
+        for label, way in TABLES[table].lines.items():
+            assert steps(way) == [*before, *said(label)]
+    for label, way in TABLES["training"].lines.items():
+        (trained, options), *base = steps(way)
+        count = re.search(r"([\d,]+) tokens", label)
+        assert options.pop("tokens", None) == (int(count[1].replace(",", "")) if count else None)
+        expected = {"layerwise": dict(layerwise=True), "8 passes": dict(epochs=8), "next token": dict(kl_weight=0.0),
+                    "router": dict(parts=["router"]), "experts": dict(parts=["experts"])}
+        assert (trained, options) == ("distilled", next((value for key, value in expected.items() if key in label), {}))
+        assert base == said("narrow, camera" if "narrow" in label else "reap")
+    for table in ("dense", "dense-half"):
+        for label, way in TABLES[table].lines.items():
+            *after, (made, options) = steps(way)
+            name = label.removesuffix(", distilled")
+            assert after == [("distilled", {})] * (name != label)
+            assert (made, options) == ("deal_half", dict(method=name)) if table == "dense-half" else (
+                "deal", dict(split=name.split(",")[0]) | dict(layerwise=True) if "layer" in name else dict(split=name))
+    (first, second, third, last) = map(steps, TABLES["nested"].lines.values())
+    assert first == [("together", {})] and last == said("reap")
+    assert [second, third] == [[("distilled", dict(tokens=tokens)), *said("reap")] for tokens in (65_536, 21_504)]
+
+
 def test_refits_do_what_their_lines_say():
-    lines = study.refit_lines()
-    for label, make in lines.items():
-        options = make.keywords
-        assert options.get("tokens", ways.MORE) == int((re.search(r"([\d,]+) tokens", label) or ["", f"{ways.MORE}"])[1]
-                                                       .replace(",", ""))
+    for label, way in TABLES["refit"].lines.items():
+        (refitted, options), *base = steps(way)
+        count = re.search(r"([\d,]+) tokens", label)
+        assert refitted == "refitted" and base == said("hodgecover")
+        assert options.get("tokens", ways.MORE) == (int(count[1].replace(",", "")) if count else ways.MORE)
         assert ("train" in options.get("parts", ())) == ("training" in label)
         assert ("ridge" in label) == (f"ridge {options.get('ridge')}," in label)
         assert ("sweeps" in label) == (label == f"sweeps: {options.get('sweeps')}")
         assert ("source code" in label) == (options.get("documents") == ways.source_code)
-    assert len(lines) == 18
 
 
 def test_each_fit_and_text_is_one_of_its_own(sample, tmp_path, monkeypatch):
@@ -344,6 +406,21 @@ def test_cell_of_a_training_is_what_two_commands_give(label, options, sample, tm
     assert run(distil, path, few, "--out", trained, *users, *options) == 0
     study.training_lines()[label](sample, 0.5, tmp_path / "made")
     assert_same_weights(trained, tmp_path / "made")
+
+
+@pytest.mark.parametrize("split, top_k", [("dot", 2), ("coactivation", 4)])
+def test_a_dense_model_is_dealt_to_as_many_experts_as_the_column_says(split, top_k, sample, tmp_path, monkeypatch):
+    for name, value in dict(TRAINED=128, SEARCH_LENGTH=16, SPLIT=8).items():
+        monkeypatch.setattr(ways, name, value)
+    monkeypatch.setattr(dot_moe, "ROUNDS", 5)
+    dense = replace(sample, source=Model(with_tokenizer(DENSE[0], tmp_path / "dense")))
+    way, half = (TABLES[table].lines[label] for table, label in (("dense", split), ("dense-half", "reap")))
+    made, few = way(dense, top_k / 8, tmp_path / "made"), half(dense, top_k / 8, tmp_path / "half")
+    assert (made.config.num_experts, few.config.num_experts, few.config.top_k) == (8, 4, top_k)
+    assert made.config.top_k == top_k and made.config.expert_width == dense.source.config.dense_width // 8
+    assert study.measure(dense, held_out(dense), half, top_k / 8)["gone"] == "nan"
+    with pytest.raises(model_io.InputError, match="must be a dense one"):
+        way(sample, 0.25, tmp_path / "sparse")
 
 
 # -------------------------------------------------------------------------------------------------- budgets of layers
@@ -432,7 +509,16 @@ def test_every_line_of_plain_can_be_made(small, tmp_path, monkeypatch):
     found = studied("plain", small, tmp_path / "results.csv", "--columns", "25%", "--samples", 1)
     assert [row["line"] for row in found] == [*study.tables()["plain"].lines]
     assert {*baselines.METHODS, *heapr.SCORES} < {part for row in found for part in (row["line"], row["line"][8:])}
-    assert all(float(row["kl"]) > 0 and row["model"] == small.name for row in found)
+    assert all(float(row["kl"]) > 0 <= float(row["cost"]) and row["model"] == small.name for row in found)
+
+
+def test_a_model_is_measured_on_the_text_that_it_learned(small, tmp_path, monkeypatch):
+    seen = []
+    for name in common.TEXTS:
+        monkeypatch.setitem(common.TEXTS, name, lambda part, name=name: seen.append(name) or documents(part))
+    shutil.copytree(small, tmp_path / "tiny-qwen3-moe")
+    studied("plain", tmp_path / "tiny-qwen3-moe", tmp_path / "results.csv", "--only", "reap", "--samples", 1)
+    assert {*seen} == {"code"}
 
 
 def test_what_is_there_is_not_measured_again(small, tmp_path, monkeypatch, capsys):
@@ -462,7 +548,9 @@ def test_columns_keep_the_named_share(small):
     (["plain", "--samples", "11"], "--samples 11: must be from 1 to 10"),
     (["plain", "--samples", "0"], "--samples 0: must be from 1 to 10"),
     (["plain", "--tokens", "31", "--results", "x.csv"], "--tokens 31: must be from 32"),
-    (["plain", "--tokens", "64"], "--tokens: a first look goes to a file of its own; name it with --results"),
+    (["plain"], "--results: results.csv is of the models in examples/ on their whole text"),
+    (["plain", "--model", str(common.HERE / "tiny-olmoe"), "--tokens", "64"], "--results: results.csv is of the models in"),
+    (["plain", "--results", "nowhere/x.csv"], "nowhere"),
     (["plain", "--model", "nowhere"], "nowhere")])
 def test_bad_input_is_refused_before_the_work(arguments, says, small, capsys, monkeypatch):
     monkeypatch.setattr(model_io.Model, "stream", None)

@@ -76,13 +76,15 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 def level_cell(rows: list[Row]) -> str:
-    """Perplexity, and KL with its deviation; empty without samples."""
+    """Perplexity, and KL with its deviation, and how many samples if not five; empty without."""
     if not rows:
         return ""
     kl = [row.kl for row in rows]
     deviation = stdev(kl) if len(kl) > 1 else rows[0].kl_sd
     spread = f" ± {deviation:.3f}" if deviation else ""
-    return f"{mean(row.perplexity for row in rows):.1f} ({mean(kl):.3f}{spread})"
+    count = rows[0].samples * len(rows)
+    few = f", n = {count}" if count != 5 else ""
+    return f"{mean(row.perplexity for row in rows):.1f} ({mean(kl):.3f}{spread}{few})"
 
 
 def differences(rows: list[Row], base: list[Row]) -> list[float]:
@@ -171,7 +173,7 @@ class Forest(NamedTuple):
 
 
 MORE = "16,384 tokens"
-FRONTIER = ("random", "reap", "hodgecover", "hodgecover, by barriers", "narrow, camera", "wanda")
+FRONTIER = ("reap", "hodgecover", "hodgecover, by barriers", "narrow, camera", "wanda")
 FORESTS = {
     "selectors": Forest(("hodgecover", "greedy-barrier", "triplet-penalty", "triplet-hypergraph", "hodge-no-triangle",
                          "additive-residual", "weighted-cover", "hope", "man", "msan", "aimer", "frequency", "random"),

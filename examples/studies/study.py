@@ -13,10 +13,11 @@ it; what several cells share (barriers, scores, a search) is paid by the first. 
 
 Tables: plain, and what a refit, a training or both make of the same ways; refit and training, what these depend on, of
 HodgeCover's and of REAP's survivors; settings, HodgeCover with other constants; nested, one training for all sizes or
-one for each; dense and dense-half, from a dense model (`train_tiny.py qwen3 tiny-qwen3`, `--model tiny-qwen3`).
+one for each; dense and dense-half, from a dense model (`train_tiny.py qwen3 examples/tiny-qwen3`).
 """
 import argparse
 import csv
+import math
 import sys
 import tempfile
 import time
@@ -28,8 +29,8 @@ import torch
 
 from ways import (MORE, NESTED_TRAINED, RATES, SEQ_LEN, Sample, Way, audit, baselines, both, by_barriers, by_coverage,
                   by_evo, common, deal, deal_half, distilled, dot_moe, encoded, first_whole, fold, heapr, hodgecover,
-                  merge, model_io, narrow, on, prune, refitted, search, select, share_out, source_code,
-                  together, wanda, whole)
+                  merge, model_io, narrow, refitted, search, select, share_out, source_code, then_wanda,
+                  together, wanda, whole, with_tokens)
 import evaluate
 import report
 
@@ -51,19 +52,19 @@ def ways() -> dict[str, Way]:
     narrower = {f"narrow, {score}": partial(narrow, score=score) for score in heapr.SCORES}
     narrower |= {f"both, {score}": partial(both, score=score) for score in ("camera", "heapr")}
     found = chosen | merged | narrower
-    more = {f"{label}, {MORE:,} tokens": partial(on, way=found[label], tokens=MORE)
+    more = {f"{label}, {MORE:,} tokens": partial(with_tokens, way=found[label], tokens=MORE)
             for label in ("reap", "narrow, camera", "narrow, heapr", "both, camera")}
-    sparse = {f"{label}, wanda": partial(prune, way=found[label])
-              for label in ("hodgecover", "reap", "random", "stun", "hc-smoe")} | {"wanda": partial(prune, way=whole)}
-    layers = {f"reap, {name}": partial(share_out, method="reap", budget=budget) for name, budget in (
-        ("first layer whole", first_whole), ("by barriers", by_barriers), ("by coverage", by_coverage),
-        ("by evo", by_evo))}
-    layers |= {f"{method}, first layer whole": partial(share_out, method=method, budget=first_whole)
-               for method in ("hodgecover", "hope", "weighted-cover", "random")}
-    layers["hodgecover, by barriers"] = partial(share_out, method="hodgecover", budget=by_barriers)
+    sparse = {f"{label}, wanda": partial(then_wanda, way=found[label])
+              for label in ("hodgecover", "reap", "random", "stun", "hc-smoe")}
+    sparse["wanda"] = partial(then_wanda, way=whole)
+    shared = {"first layer whole": first_whole, "by barriers": by_barriers, "by coverage": by_coverage,
+              "by evo": by_evo}
+    layers = {f"{method}, {name}": partial(share_out, method=method, budget=shared[name]) for method, name in (
+        *(("reap", name) for name in shared), ("hodgecover", "by barriers"),
+        *((method, "first layer whole") for method in ("hodgecover", "hope", "weighted-cover", "random")))}
     layers |= {"rco": partial(search, ragged=False), "rco, ragged": partial(search, ragged=True)}
     at_end = partial(select, method="hodgecover", readout="model")
-    few = {f"{label}, {END_TOKENS:,} tokens": partial(on, way=way, tokens=END_TOKENS) for label, way in (
+    few = {f"{label}, {END_TOKENS:,} tokens": partial(with_tokens, way=way, tokens=END_TOKENS) for label, way in (
         ("hodgecover", chosen["hodgecover"]), ("hodgecover, readout model", at_end), ("reap", chosen["reap"]))}
     return found | more | sparse | layers | few
 
@@ -145,7 +146,7 @@ def measure(sample: Sample, text: torch.Tensor, way: Way, value: float) -> dict[
     """Make a checkpoint in a temporary folder and compare it with the source on text (B, L).
 
     perplexity; kl, from the source in nats a token; gone, the share of the source's expert parameters that are absent
-    or 0; cost, processor seconds.
+    or 0 (nan for a dense source); cost, processor seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
@@ -153,7 +154,7 @@ def measure(sample: Sample, text: torch.Tensor, way: Way, value: float) -> dict[
         cost = time.process_time() - start
         found, stored = common.compare(sample.source, output, text), wanda.parameters(output)
         left = stored * (1 - evaluate.expert_zeros(output))
-    gone = 1 - left / (wanda.parameters(sample.source) or stored)  # of its own, if the source is dense
+    gone = 1 - left / (wanda.parameters(sample.source) or math.nan)
     return dict(perplexity=f"{found.output_perplexity:.6g}", kl=f"{found.kl:.6g}", gone=f"{gone:.4f}",
                 cost=f"{cost:.1f}")
 
@@ -190,10 +191,11 @@ def run(args: argparse.Namespace) -> None:
     table = tables()[args.table]
     lines, columns = picked(table.lines, args.only, "only"), picked(table.columns, args.columns, "columns")
     hodgecover.check_range("samples", args.samples, 1, 10)
-    if args.tokens is not None and args.results == report.RESULTS:
-        raise model_io.InputError("tokens: a first look goes to a file of its own; name it with --results")
-    source, name = model_io.Model(args.model), args.model.resolve().name
-    text, tokens = TEXTS.get(name, ("documentation", 16384))
+    source, path = model_io.Model(args.model), args.model.resolve()
+    if args.results.resolve() == report.RESULTS and (args.tokens is not None or path.parent != common.HERE):
+        raise model_io.InputError("results: results.csv is of the models in examples/ on their whole text; for a first "
+                                  "look or another model name another file with --results")
+    text, tokens = TEXTS.get(path.name, ("documentation", 16384))
     hodgecover.check_range("tokens", args.tokens or tokens, SEQ_LEN, 10**9)
     documents, cache = common.TEXTS[text], model_io.beside(source.checkpoint.path, "-barriers")
     samples = [Sample(source, cache, documents, hodgecover.Settings(vocab_sample=0, seed=seed))
@@ -201,23 +203,24 @@ def run(args: argparse.Namespace) -> None:
     held_out = evenly(model_io.sequences(encoded(source, documents, "held-out"), SEQ_LEN), args.tokens or tokens)
     there = report.read(args.results) if args.results.exists() else {}
     done = {row[:5] for rows in there.values() for row in rows}
-    cells = [dict(model=name, table=args.table, line=line, column=column, seed=seed)
+    cells = [dict(model=path.name, table=args.table, line=line, column=column, seed=seed)
              for line in lines for column in columns for seed in range(args.samples)]
     missing = [cell for cell in cells if tuple(cell.values()) not in done]
     bar = hodgecover.progress_bar()
-    for at, cell in enumerate(missing):
-        bar(at / len(missing))
-        found = measure(samples[cell["seed"]], held_out, lines[cell["line"]], columns[cell["column"]])
-        with args.results.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, report.Row._fields, lineterminator="\n")
-            if not file.tell():
-                writer.writeheader()
+    with args.results.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, report.Row._fields, lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        for at, cell in enumerate(missing):
+            bar(at / len(missing))
+            found = measure(samples[cell["seed"]], held_out, lines[cell["line"]], columns[cell["column"]])
             writer.writerow(cell | found | dict(version=hodgecover.__version__, samples=1, perplexity_sd=0, kl_sd=0))
+            file.flush()
     bar(None)
     results = report.read(args.results)
-    print(report.levels(results, [args.table], list(lines), list(columns), [name]))
+    print(report.levels(results, [args.table], list(lines), list(columns), [path.name]))
     if len(lines) > 1 < args.samples:
-        print("\n" + report.gaps(results, args.table, list(lines), list(columns), name))
+        print("\n" + report.gaps(results, args.table, list(lines), list(columns), path.name))
 
 
 main = common.main_of(command_line, run)

@@ -5,6 +5,7 @@ there, as the commands do, and returns its model. For most the value is the shar
 A sample is a seed: of the 2,048 calibration tokens that choose what stays, of the 16,384 of a refit or of rco's search,
 of the 131,072 of a training. Barriers are exact, and all products in float32.
 """
+import argparse
 import functools
 import sys
 import sysconfig
@@ -69,15 +70,10 @@ class Sample:
     settings: Settings
     tokens: int = 0  # CALIBRATION, if it is 0
 
-    @property
-    def seed(self) -> int:
-        """The seed of all that is drawn."""
-        return self.settings.seed
-
     def text(self, tokens: int, *parts: str, length: int = 0) -> torch.Tensor:
         """So many tokens of these parts of its text in sequences (B, length), or all there are."""
-        length = length or SEQ_LEN
-        return model_io.sequences(encoded(self.source, self.documents, *parts), length, tokens // length, self.seed)
+        ids, length = encoded(self.source, self.documents, *parts), length or SEQ_LEN
+        return model_io.sequences(ids, length, tokens // length, self.settings.seed)
 
     @cached_property
     def ids(self) -> torch.Tensor:
@@ -146,7 +142,7 @@ def select(sample: Sample, dropped: float, out: Path, method: str, **changes: ob
     return export(sample, plans(changed, method, uniform(sample.source, dropped)), out)
 
 
-def on(sample: Sample, value: float, out: Path, way: Way, tokens: int) -> Model:
+def with_tokens(sample: Sample, value: float, out: Path, way: Way, tokens: int) -> Model:
     """What a way does on another number of calibration tokens."""
     return way(sample.of(tokens), value, out)
 
@@ -197,7 +193,7 @@ def fold(sample: Sample, dropped: float, out: Path, rule: str) -> Model:
 @functools.cache
 def scores(sample: Sample, score: str) -> dict[str, torch.Tensor]:
     """What each hidden unit of a sample's source is worth, by layer name."""
-    return heapr.score_units(sample.source, score, sample.ids, sample.seed)
+    return heapr.score_units(sample.source, score, sample.ids, sample.settings.seed)
 
 
 def write_narrow(model: Model, found: dict[str, torch.Tensor], width: int, out: Path) -> Model:
@@ -219,7 +215,7 @@ def both(sample: Sample, rate: float, out: Path, score: str) -> Model:
     width = round(left * cfg.num_experts * cfg.expert_width / keep)
     with tempfile.TemporaryDirectory() as folder:
         few = select(sample, 1 - keep / cfg.num_experts, Path(folder) / "few", "reap")
-        return write_narrow(few, heapr.score_units(few, score, sample.ids, sample.seed), width, out)
+        return write_narrow(few, heapr.score_units(few, score, sample.ids, sample.settings.seed), width, out)
 
 
 def whole(sample: Sample, rate: float, out: Path) -> Model:
@@ -228,7 +224,7 @@ def whole(sample: Sample, rate: float, out: Path) -> Model:
     return Model(out)
 
 
-def prune(sample: Sample, rate: float, out: Path, way: Way) -> Model:
+def then_wanda(sample: Sample, rate: float, out: Path, way: Way) -> Model:
     """A way at half of the rate, then Wanda until `rate` of the source's expert parameters is gone."""
     model = way(sample, rate / 2, out)
     rest = wanda.rate_of_rest(rate, wanda.parameters(sample.source), wanda.parameters(model))
@@ -272,7 +268,7 @@ def by_evo(sample: Sample, keep: int) -> budgets.Budget:
     worth = budgets.remembered(budgets.esap_of(source, sample.ids, orders), sample.cache,
                                budgets.search_key(source, sample.ids, "evo", orders))
     *_, (best, _) = budgets.evolve(worth, [cfg.num_experts - cfg.top_k] * len(orders),
-                                   (cfg.num_experts - keep) * len(orders), GENERATIONS, sample.seed)
+                                   (cfg.num_experts - keep) * len(orders), GENERATIONS, sample.settings.seed)
     return best
 
 
@@ -300,9 +296,9 @@ def rco_found(sample: Sample, keep: int, ragged: bool) -> tuple[dict[str, list[i
     source, names, ids = sample.source, sparse_names(sample), sample.text(MORE, "calibration", length=SEARCH_LENGTH)
     model_io.make_cache(sample.cache)
     alpha, limits = rco.start(source.config, len(names), keep, ragged)
-    key = budgets.search_key(source, ids, "rco", keep, ragged, STEPS, sample.seed)
+    key = budgets.search_key(source, ids, "rco", keep, ragged, STEPS, sample.settings.seed)
     loss_of = rco.masked_loss(source, ids, [source.layer_names.index(name) for name in names])
-    for _ in rco.descend(loss_of, len(ids), alpha, limits, STEPS, sample.seed, sample.cache, key):
+    for _ in rco.descend(loss_of, len(ids), alpha, limits, STEPS, sample.settings.seed, sample.cache, key):
         pass
     return rco.rank(alpha, names, limits)
 
@@ -328,7 +324,7 @@ def refitted(sample: Sample, value: float, out: Path, way: Way, tokens: int = MO
 
 def train(sample: Sample, output: Model, tokens: int, layerwise: bool = False, **changes: object) -> Model:
     """Train a checkpoint's files on so many tokens, with the defaults of distil.py but for changes of its plan."""
-    plan = distil.Plan(1, distil.LR, 1.0, [*distil.PARTS], sample.seed, hodgecover.MEMORY)._replace(**changes)
+    plan = distil.Plan(1, distil.LR, 1.0, [*distil.PARTS], sample.settings.seed, hodgecover.MEMORY)._replace(**changes)
     way, ids = distil.distil_layers if layerwise else distil.distil, sample.text(tokens, "train", "calibration")
     for _ in way(sample.source, output, ids, 0, plan, torch.empty, lambda *_: None) or ():
         pass
@@ -362,10 +358,11 @@ def together(sample: Sample, dropped: float, out: Path) -> Model:
 
 @functools.cache
 def splits(sample: Sample, top_k: int, split: str, layerwise: bool) -> dict[str, dot_moe.Split]:
-    """How to split the layers of a dense source, by their name."""
+    """How to split the layers of a dense source, by their name. Raises InputError for another source."""
+    dot_moe.check_options(sample.source, argparse.Namespace(experts=SPLIT, top_k=top_k, epochs=1, lr=dot_moe.LR))
     ids = sample.text(TRAINED, "train", "calibration").view(-1, SEARCH_LENGTH)
     kl = dot_moe.KL / (dot_moe.KL + dot_moe.NEXT_TOKEN)
-    plan = distil.Plan(1, dot_moe.LR, kl, [], sample.seed, hodgecover.MEMORY)
+    plan = distil.Plan(1, dot_moe.LR, kl, [], sample.settings.seed, hodgecover.MEMORY)
     way = dot_moe.align_layers if layerwise else dot_moe.align
     return way(sample.source, ids, 0, dot_moe.Want(SPLIT, top_k, split), plan, torch.empty, lambda *_: None)
 
