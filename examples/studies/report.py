@@ -140,14 +140,13 @@ def gaps(results: Results, table: str, lines: Sequence[str], columns: Sequence[s
 
 TABLES = {  # name in RESULTS.md -> what `levels` takes
     "choice": (("plain", "refitted"), ("random", "reap", "hodgecover")),
-    "recipe": (("plain", "refitted", "refitted-distilled"), ("narrow, camera, 16,384 tokens",), ("50%",)),
-    "distilled": (("distilled", "refitted-distilled"), ("random", "reap", "hodgecover", "narrow, camera"), ("50%",)),
+    "trained": (("refitted", "refitted-distilled"), ("random", "reap", "hodgecover", "reap, by barriers",
+                                                     "narrow, camera", "narrow, camera, 16,384 tokens"), ("50%",)),
     "training": (("training",), ("16,384 tokens", "16,384 tokens, 8 passes", "65,536 tokens", "524,288 tokens",
                                  "layerwise, 524,288 tokens", "next token alone", "router alone"), ("50%",),
                  MODELS[:1]),
     "refit": (("refit",), ("2,048 tokens", "16,384 tokens", "65,536 tokens", "ridge 3.0, 16,384 tokens", "sweeps: 0",
                            "text: source code"), ("50%", "66%"), MODELS[:1]),
-    "rco": (("plain", "refitted"), ("rco", "rco, ragged"), ("50%",)),
     "nested": (("nested",), ("together, 65,536 tokens", "each alone, 65,536 tokens", "each alone, 21,504 tokens"),
                ("0%", *RATES), MODELS[:1]),
     "dense": (("dense",), ("dot", "random", "coactivation", "dot, distilled", "random, distilled",

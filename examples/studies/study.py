@@ -122,7 +122,7 @@ def tables() -> dict[str, Table]:
     """The studies by their names."""
     every, half = ways(), {"50%": 0.5}
     trained = {label: every[label] for label in ("reap", "hodgecover", "random", "hope", "slimqwen", "narrow, camera",
-                                                 f"narrow, camera, {MORE:,} tokens")}
+                                                 f"narrow, camera, {MORE:,} tokens", "reap, by barriers")}
     again = {label: partial(refitted, way=way) for label, way in every.items()}
     dealt = {"dot, layer by layer": partial(deal, split="dot", layerwise=True)}
     dealt |= {split: partial(deal, split=split) for split in dot_moe.SPLITS}
