@@ -229,7 +229,7 @@ def draw_forest(pyplot, drawn: list[tuple], name: str):
     lines, reference, _ = FORESTS[name]
     panels = list(dict.fromkeys(one[:2] for one in drawn))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(2 + 2.4 * len(panels), 0.9 + 0.25 * len(lines)),
-                                   sharey=True, squeeze=False)
+                                   sharex=True, sharey=True, squeeze=False)
     for axis, panel in zip(axes[0], panels):
         for at, (column, colour) in enumerate(zip(RATES, ("tab:blue", "tab:orange", "tab:red"))):
             points = [(value, lines.index(line) + 0.24 * (at - 1), half)
