@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the HodgeCover reference implementation's authors
 """HodgeCover (arXiv 2605.13997): compress a sparse Mixture-of-Experts checkpoint without training.
 
     python hodgecover.py examples/tiny-olmoe --keep 32
 
-The file is the paper, top to bottom: 1 calibrate, 2 barriers, 3 complex, 4 decompose, 5 select, 6 redirect; then the
-plan of a layer, a whole model, the record and the command line. Experts keep the checkpoint's own numbers. `mathx.py`
-has the fast form of the barriers, the Betti curve and the audit; `model_io.py` the checkpoints.
+The file is the paper, top to bottom: 1 calibrate, 2 barriers, 3 complex, 4 decompose, 5 select, 6 redirect, 7 diagnose;
+then a whole model, the record and the command line. Experts keep the checkpoint's own numbers. `mathx.py` has the fast
+form of the barriers and the audit, `model_io.py` the checkpoints.
 
     n  experts of a layer         k  experts per token (top-k)      K  survivors
     T  calibration tokens         d  hidden size, f  an expert's    V  vocabulary size
     E  n (n - 1) / 2 edges        F  triangles                      M  simplices of one size
 
-E_e(x) is the output of expert e; E*, T* are sets (4.1). Sections and equations are the paper's. Left out: its allocator
-across layers (B), which the text at hand lacks: examples/budgets.py. Wanda on the survivors (4.2): examples/wanda.py.
+E_e(x) is the output of expert e; E*, T* are sets (4.1). Sections and equations are the paper's; "ours" marks what it
+leaves open. Other parts of the paper lie in examples/: the hybrid with Wanda (4.2, B.4) in wanda.py, the allocators
+(B.3) in budgets.py, the ablations (B.7) in baselines.py, the systems' figures (E.5) in evaluate.py.
 """
 from __future__ import annotations
 
@@ -27,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import lru_cache, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,59 +39,66 @@ import torch
 
 if __package__:
     from . import mathx, model_io
-    from .model_io import Experts, InputError, Model, check_range
+    from .model_io import Experts, InputError, Model, RMSNorm, calibration_ids, check_range, require, warn
 else:
     import mathx
     import model_io
-    from model_io import Experts, InputError, Model, check_range
+    from model_io import Experts, InputError, Model, RMSNorm, calibration_ids, check_range, require, warn
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
-RECORD, SCHEMA_VERSION = "hodgecover.json", 2
-TOKENS, SEQ_LEN = 2048, 512  # default calibration sample
 MEMORY = 10**9  # bytes of buffers of the sweep, beside the layer's weights and the head
-TINY = torch.finfo(torch.float64).tiny
-LAYER_HEAD = "layer  eta_harmonic (constant signal's)  picks until E*, T* are covered  kept       routed to survivors"
+GUARD = 1e-12  # epsilon of A.10, epsilon_0 of algorithm 1
 Tick = Callable[[float], None]  # told the share of the work that is done
-
-
-def setting(default, says: str, low: float = 0, high: float = math.inf, pattern: str = "", measured: bool = False):
-    """A choice of the method: its default, help, range or pattern, and whether the barriers depend on it."""
-    return dataclasses.field(default=default, metadata=locals())  # all arguments, by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every choice of the method, an option each. All default values are ours. A choice whose help names no section or
-    equation of the paper is ours altogether. Raises InputError for a value out of range."""
-    readout: str = setting("lens", "next-token distributions (3.1): the logit lens at the layer or, far slower, at the "
-                           "model's end: lens or model", pattern="lens|model", measured=True)
-    vocab_sample: int = setting(512, "next tokens sampled for a KL (lens), weighted and audited; 0: all", measured=True)
-    max_triangles: int = setting(500, "candidate triangles (A.9)", measured=True)
-    thresholds: int = setting(80, "thresholds of the filtration (A.9)", low=2)
-    order: str = setting("saliency", "order of the experts that gives edges their signs (3.2): saliency, index or "
-                         "random:SEED", pattern=r"saliency|index|random:\d{1,18}")
-    margin: float = setting(0.1, "share by which a triplet exceeds its worst edge to count as discordant (3.4)")
-    edge_percent: float = setting(5.0, "percent of the edges in E*, the harmonic-critical ones (4.1)", high=100)
-    triangle_percent: float = setting(5.0, "percent of the triangles in T*, the triplet-critical ones (4.1)", high=100)
-    lambda_edge: float = setting(1.0, "weight of the cover of E* (equation 10)")
-    lambda_triangle: float = setting(1.0, "weight of the cover of T* (equation 10)")
-    alpha: float = setting(1.0, "harmonic penalty of the redirect (4.1)")
-    seed: int = setting(0, "seed of the samples of text, triangles and vocabulary", high=2**63 - 1, measured=True)
+    """Every choice of the method, an option each; CHOICES says what each is. Raises InputError for a value of another
+    type or out of range."""
+    max_triangles: int = 500
+    thresholds: int = 80
+    order: str = "index"
+    margin: float = 0.2
+    edge_percent: float = 20.0
+    triangle_percent: float = 20.0
+    lambda_edge: float = 1.0
+    lambda_triangle: float = 0.5
+    alpha: float = 3.0
+    seed: int = 42
+    vocab_sample: int = 512
 
     def __post_init__(self) -> None:
+        order = self.order
+        require(isinstance(order, str) and re.fullmatch(ORDERS, order),
+                f"order {order}: must be index, saliency or random:SEED")
         for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            if not limits["pattern"]:
-                check_range(field.name, value, limits["low"], limits["high"])
-            elif not re.fullmatch(limits["pattern"], value):
-                raise InputError(f"{field.name} {value}: must be {limits['says'].rpartition(': ')[2]}")
+            value = getattr(self, field.name)
+            if field.name == "order":
+                continue
+            if isinstance(field.default, int):
+                require(isinstance(value, int), f"{field.name} {value}: must be a whole number")
+            check_range(field.name, value, *CHOICES[field.name][1:])
 
 
-MEASURED = {field.name for field in dataclasses.fields(Settings) if field.metadata["measured"]}
+ORDERS = r"index|saliency|random:\d{1,18}"
+CHOICES = {  # setting: help, smallest and largest value
+    "max_triangles": ("candidate triangles at most (A.9)", 0, math.inf),
+    "thresholds": ("thresholds of the filtration, from 0 to 1.1 max b (A.9)", 2, math.inf),
+    "order": ("order of the experts that gives edges their signs (3.2): index; ours: saliency, random:SEED", 0, 0),
+    "margin": ("share by which a discordant triplet exceeds its worst edge (equation 9)", 0, math.inf),
+    "edge_percent": ("p: percent of the edges in E*, the harmonic-critical ones (C.1)", 0, 100),
+    "triangle_percent": ("q_T: percent of the triangles in T*, the triplet-critical ones (C.1)", 0, 100),
+    "lambda_edge": ("weight of the cover of E* (equation 10, C.1)", 0, math.inf),
+    "lambda_triangle": ("weight of the cover of T* (equation 10, C.1)", 0, math.inf),
+    "alpha": ("harmonic penalty of the redirect (equation 13, C.1)", 0, math.inf),
+    "seed": ("seed of the samples of text (A.11), triangles (A.9) and outcomes", 0, 2**63 - 1),
+    "vocab_sample": ("ours: next tokens sampled for a KL, weighted and audited; 0: all", 0, math.inf),
+}
+MEASURED = {"max_triangles", "seed", "vocab_sample"}  # what the barriers depend on
 
 
-# ----------------------------------------------------------------------------------------------------- 1 calibrate
+# ------------------------------------------------------------------------------------------------ 1 calibrate (A.11)
 
 class MoELayer(NamedTuple):
     """One layer on the calibration tokens: all that its barriers depend on. All but the experts have one dtype."""
@@ -98,48 +106,55 @@ class MoELayer(NamedTuple):
     x: torch.Tensor  # input of the MoE block (T, d)
     gates: torch.Tensor  # gate weights as the model applies them (T, n), > 0 on the top-k, else 0
     y: torch.Tensor  # residual stream after the layer (T, d)
-    norm: Callable[[torch.Tensor], torch.Tensor]  # what the head reads: of some rows, widened (lens); of all T (model)
-    unembedding: torch.Tensor  # the model's head W_U (V, d)
+    norm: RMSNorm  # the norm before the head: its weight (d,) and eps
+    unembedding: torch.Tensor  # the head W_U (V, d)
 
 
 def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """REAP output saliency (4.1; arXiv 2510.13999): the mean over the tokens routed to e of g_e |E_e(x)|, normalised to
-    sum 1 over the layer. x (T, d), gates (T, n) -> (n,) float64."""
+    [0, 1] by the layer's maximum (ours). x (T, d), gates (T, n) -> (n,) float64."""
     saliency = torch.zeros(gates.shape[1], dtype=torch.float64)
     for e in range(len(saliency)):
         t = gates[:, e].nonzero().squeeze(1)
         if len(t):
-            saliency[e] = (gates[t, e].double() * experts(e, x[t]).double().norm(dim=1)).mean()
-    return saliency / saliency.sum().clamp(min=TINY)
+            norms = experts(e, x[t]).double().norm(dim=1)
+            saliency[e] = (gates[t, e].double() * norms).mean()
+    if saliency.any():
+        saliency /= saliency.max()
+    return saliency
 
 
-# ------------------------------------------------------------------------------------- 2 barriers (section 3.1, A.10)
+# ---------------------------------------------------------------------------- 2 barriers (section 3.1, equations 2, 30)
 
 def merge_weights(simplices: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-    """Weights of the experts in a merge: each one's share of the simplex's routing rate, equal shares if all rates
-    are 0 (A.10). simplices (M, 2 or 3), rates (n,) in any unit -> (M, 2 or 3) float64, rows that sum to 1."""
+    """Weights of the experts in a merge: each one's share of the simplex's routing rate, equal shares if that is below
+    1e-12 (equation 30). simplices (M, 2 or 3), rates (n,) in any unit -> (M, 2 or 3) float64, rows that sum to 1."""
     rate = rates.double()[simplices]
     total = rate.sum(1, keepdim=True)
-    return torch.where(total > 0, rate / total.clamp(min=TINY), 1 / rate.shape[1])
+    return torch.where(total < GUARD, 1 / rate.shape[1], rate / total.clamp(min=GUARD))
 
 
 def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
-    """The barrier of a simplex S, a scalar in nats (3.1): average the parameters of its experts, run the layer, compare
-    the next-token distributions. Ours: to read them by the logit lens, and how E_S is gated.
+    """The barrier of a simplex S, a scalar in nats (equation 2): replace its experts by their frequency-weighted mean,
+    run the layer, compare the next-token distributions. To read, and to test `mathx.sweep` by.
 
         b_S = mean_t KL( p_t || p_S,t ),   p = softmax(W_U norm(y))
+        E_S(x) = sum_S w_e E_e(x)                                          (equation 30)
         y_S = y + (sum_S g_e) E_S(x) - sum_S g_e E_e(x)
 
-    Every token's gate weight on a member of S goes to the merged expert E_S. To read, and to test `mathx.sweep` by. If
-    `norm` runs all later layers first, this is the barrier at the end of the model."""
-    experts, x, gates = layer.experts, layer.x, layer.gates
-    weights = merge_weights(torch.tensor([simplex]), (gates > 0).sum(0).cpu())[0].to(x)
-    merged = Experts(*(torch.tensordot(weights, part[simplex].to(x), 1)[None] for part in experts))  # one, E_S
-    y_merged = layer.y + gates[:, simplex].sum(1, keepdim=True) * merged(0, x)
-    for e in simplex:
-        y_merged = y_merged - gates[:, e, None] * experts(e, x)
-    log_p, log_p_S = ((layer.norm(y) @ layer.unembedding.T).double().log_softmax(-1) for y in (layer.y, y_merged))
-    return (log_p.exp() * (log_p - log_p_S)).sum(-1).mean()
+    Ours: to read the layer's distribution by the logit lens, and that the merged expert has its members' gate weights.
+    """
+    rates = (layer.gates > 0).double().mean(0).cpu()  # r_e (A.10)
+    weights = merge_weights(torch.tensor([simplex]), rates)[0].to(layer.x)
+    merged, replaced = torch.zeros_like(layer.y), torch.zeros_like(layer.y)
+    for e, weight in zip(simplex, weights):
+        output = layer.experts(e, layer.x)
+        merged += weight * output
+        replaced += layer.gates[:, e, None] * output
+    y_merged = layer.y + layer.gates[:, simplex].sum(1, keepdim=True) * merged - replaced
+    log_p = (layer.norm(layer.y) @ layer.unembedding.T).double().log_softmax(-1)
+    log_q = (layer.norm(y_merged) @ layer.unembedding.T).double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 class Signals(NamedTuple):
@@ -157,29 +172,25 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
                   tick: Tick = lambda share: None) -> Signals:
     """Saliency, the barriers of all pairs, and those of the candidate triangles. `memory` is the bytes of the sweep's
     buffers. Raises InputError for a result that is not finite."""
-    lens, frequency = settings.readout == "lens", (layer.gates > 0).sum(0).cpu()
+    frequency = (layer.gates > 0).sum(0).cpu()
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
-    sample = mathx.sample_vocabulary(layer, settings.vocab_sample, settings.seed, memory) if lens else None
+    sample = mathx.sample_vocabulary(layer, settings.vocab_sample, settings.seed, memory)
 
-    def barriers_of(simplices: torch.Tensor, tick: Tick) -> torch.Tensor:
-        if lens:
-            return mathx.sweep(layer, simplices, merge_weights(simplices, frequency), sample, memory, tick)
-        barriers = torch.zeros(len(simplices), dtype=torch.float64)
-        for number, simplex in enumerate(simplices.tolist()):
-            barriers[number] = plain_barrier(layer, simplex)
-            tick((number + 1) / len(simplices))
-        return barriers
     pairs = edges(len(frequency))
-    share = len(pairs) / max(len(pairs) + settings.max_triangles, 1)
-    barriers = barriers_of(pairs, lambda done: tick(share * done))
+    pair_weights = merge_weights(pairs, frequency)
+    barriers = mathx.sweep(layer, pairs, pair_weights, sample, memory, lambda done: tick(done / 2))
     candidates = candidate_triangles(barriers, saliency, settings.max_triangles, settings.seed)
-    triplets = barriers_of(candidates, lambda done: tick(share + (1 - share) * done))
-    if not torch.cat((saliency, barriers, triplets)).isfinite().all():
-        raise InputError("a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an "
-                         f"expert, or an overflow of {layer.x.dtype}")
-    audits = [mathx.audit_sample(layer, simplices, merge_weights(simplices, frequency), sample, settings.seed, memory)
-              for simplices in (pairs, candidates) if sample]
-    return Signals(frequency, saliency, barriers, candidates, triplets, *([torch.cat(audits)] if audits else []))
+    weights = merge_weights(candidates, frequency)
+    triplets = mathx.sweep(layer, candidates, weights, sample, memory, lambda done: tick((1 + done) / 2))
+
+    finite = torch.cat((saliency, barriers, triplets)).isfinite().all()
+    require(finite, "a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an expert, or "
+            f"an overflow of {layer.x.dtype}")
+    if sample is None:
+        return Signals(frequency, saliency, barriers, candidates, triplets)
+    audit = torch.cat((mathx.audit_sample(layer, pairs, pair_weights, sample, settings.seed, memory),
+                       mathx.audit_sample(layer, candidates, weights, sample, settings.seed, memory)))
+    return Signals(frequency, saliency, barriers, candidates, triplets, audit)
 
 
 # --------------------------------------------------------------------------------------- 3 complex (section 3.2, A.9)
@@ -189,8 +200,28 @@ def edges(n: int) -> torch.Tensor:
     return torch.triu_indices(n, n, offset=1).T.contiguous()
 
 
+def table_of_pairs(values: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix (n, n) of values (E,) of all edges of n vertices; 0 on its diagonal."""
+    n = (1 + math.isqrt(1 + 8 * len(values))) // 2  # from E = n (n - 1) / 2
+    i, j = edges(n).T
+    table = values.new_zeros(n, n)
+    table[i, j] = table[j, i] = values
+    return table
+
+
+def faces(n: int, triangles: torch.Tensor) -> torch.Tensor:
+    """Positions of the faces (i, j), (h, j), (h, i) of each triangle (h, i, j) among `edges(n)`: (F, 3) -> (F, 3).
+
+    >>> faces(4, torch.tensor([[0, 1, 2], [1, 2, 3]])).tolist()  # of 01, 02, 03, 12, 13, 23
+    [[3, 1, 0], [5, 4, 3]]
+    """
+    number = table_of_pairs(torch.arange(n * (n - 1) // 2))
+    h, i, j = triangles.T
+    return torch.stack((number[i, j], number[h, j], number[h, i]), dim=1)
+
+
 def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boundary operators of the complete graph on n vertices with triangles (F, 3), rows ascending.
+    """Boundary operators of the complete graph on n vertices with triangles (F, 3), rows ascending (equations 3, 4).
 
     d1 : (n, E), column (i, j) is +1 at vertex j, -1 at vertex i
     d2 : (E, F), column (h, i, j) is +1 at edge (i, j), -1 at edge (h, j), +1 at edge (h, i)
@@ -199,35 +230,90 @@ def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, to
     >>> d2.T.tolist(), (d1 @ d2).abs().max().item()
     ([[1.0, -1.0, 1.0]], 0.0)
     """
-    pairs = edges(n)
-    d1 = torch.zeros(n, len(pairs), dtype=torch.float64)
-    d1[pairs.T, torch.arange(len(pairs))] = d1.new_tensor([[-1], [1]])
-    d2 = torch.zeros(len(pairs), len(triangles), dtype=torch.float64)
-    d2[mathx.faces(n, triangles).T, torch.arange(len(triangles))] = d2.new_tensor([[1], [-1], [1]])
+    i, j = edges(n).T
+    edge, triangle = torch.arange(len(i)), torch.arange(len(triangles))
+    d1 = torch.zeros(n, len(i), dtype=torch.float64)
+    d1[j, edge] = 1.0
+    d1[i, edge] = -1.0
+    ij, hj, hi = faces(n, triangles).T
+    d2 = torch.zeros(len(i), len(triangles), dtype=torch.float64)
+    d2[ij, triangle] = 1.0
+    d2[hj, triangle] = -1.0
+    d2[hi, triangle] = 1.0
     return d1, d2
 
 
+def cliques(n: int, pairs: torch.Tensor) -> torch.Tensor:
+    """All triangles (F, 3) of the graph on n vertices with edges (M, 2), rows ascending and lexicographic."""
+    adjacent = torch.zeros(n, n, dtype=torch.bool)
+    adjacent[pairs[:, 0], pairs[:, 1]] = True  # only from lower to higher: each clique is found once
+    edge, third = (adjacent[pairs[:, 0]] & adjacent[pairs[:, 1]]).nonzero().unbind(1)
+    return torch.cat((pairs[edge], third[:, None]), dim=1)
+
+
 def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
-    """Stage 1 of the curation (A.9): 3-cliques of the graph of edges with barrier <= median (the lower of two), (F, 3);
-    of more than `limit` a uniform sample, drawn so that the experts' numbering matters only where saliencies tie."""
+    """Stage A of the curation (A.9): 3-cliques of the graph of edges with barrier <= median, (F, 3); of more than
+    `limit` a uniform sample. It is drawn from their list by saliency (ours), so that the experts' numbering matters
+    only where saliencies tie."""
     n = len(saliency)
-    triangles = mathx.cliques(n, edges(n)[barriers <= barriers.median()])
-    return mathx.sample_triangles(triangles, saliency, limit, seed) if len(triangles) > limit else triangles
+    triangles = cliques(n, edges(n)[barriers <= barriers.median()])
+    if len(triangles) <= limit:
+        return triangles
+    place = saliency.sort(stable=True).indices.argsort()[triangles].sort(1).values
+    by_saliency = (place @ torch.tensor([n * n, n, 1])).argsort()
+    drawn = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:limit]
+    return triangles[by_saliency[drawn].sort().values]
+
+
+def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
+    """First Betti number, E - rank d1 - rank d2 = E - n + components - rank d2 (equation 17)."""
+    return d1.shape[1] - rank_of(d1 @ d1.T) - rank_of(d2.T @ d2)
+
+
+def rank_of(gram: torch.Tensor) -> int:
+    """Rank of a Gram matrix, which is that of its factors."""
+    return int(torch.linalg.matrix_rank(gram, hermitian=True))
+
+
+def betti_curve(barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor,
+                taus: torch.Tensor) -> torch.Tensor:
+    """beta_1 of K_tau at each threshold tau (stage B of A.9), int64 of the shape of `taus`. K_tau has
+    the edges with barrier (E,) <= tau, and the triangles (F, 3) with barrier (F,) <= tau whose three
+    edges are in."""
+    n = len(table_of_pairs(barriers))
+    enters = torch.maximum(triplets, barriers[faces(n, triangles)].amax(1))  # tau of each triangle
+    order = enters.argsort()
+    used, row = faces(n, triangles[order]).unique(return_inverse=True)
+    d2 = torch.zeros(len(used), len(triangles), dtype=torch.float64)  # without the rows that are 0
+    d2[row.T, torch.arange(len(triangles))] = d2.new_tensor([[1], [-1], [1]])
+    gram = d2.T @ d2
+    curve, ranks = [], {0: 0}
+    for tau in taus:
+        inside = barriers <= tau
+        adjacent = table_of_pairs(inside.double())
+        laplacian = adjacent.sum(0).diag() - adjacent  # d1 d1'
+        count = int((enters <= tau).sum())  # triangles enter in this order
+        if count not in ranks:
+            ranks[count] = rank_of(gram[:count, :count])
+        curve.append(int(inside.sum()) - rank_of(laplacian) - ranks[count])
+    return torch.tensor(curve)
 
 
 def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
     """Orientation (3.2) of each edge (i, j), i < j, a sign (E,): +1 if expert i comes first in the total order, -1 if j
-    does. The paper fixes any order. Ours (least salient first) matters: barriers have no sign, so that another order
-    gives the same edges other signs, other Hodge parts and other critical edges."""
-    n = len(saliency)
-    if order.startswith("random:"):
-        place = torch.randperm(n, generator=torch.Generator().manual_seed(int(order[7:]))).argsort()
-    else:
-        place = saliency.sort(stable=True).indices.argsort() if order == "saliency" else torch.arange(n)
-    return place[edges(n)].diff().squeeze(1).sign().double()
+    does. The paper fixes any order; by index, all signs are +1. It matters: barriers have no sign, so that another
+    order gives other Hodge parts and other critical edges. Ours: `saliency`, the least salient first, and `random:SEED`.
+    """
+    place = torch.arange(len(saliency))
+    if order == "saliency":
+        place = saliency.sort(stable=True).indices.argsort()
+    elif order != "index":
+        seed = int(order.removeprefix("random:"))
+        place = torch.randperm(len(saliency), generator=torch.Generator().manual_seed(seed)).argsort()
+    return place[edges(len(saliency))].diff().squeeze(1).sign().double()
 
 
-# ------------------------------------------------------------------------------------ 4 decompose (sections 3.2, 3.3)
+# ---------------------------------------------------------------------------------- 4 decompose (section 3.3, theorem 1)
 
 class HodgeParts(NamedTuple):
     """The three parts of an edge signal, (E,) each: mutually orthogonal, and they sum to the signal."""
@@ -236,16 +322,21 @@ class HodgeParts(NamedTuple):
     harmonic: torch.Tensor
 
     def shares(self) -> dict[str, float]:
-        """eta, the shares of the signal's energy |b|^2 (equation 8 and its companions); all 0 if b = 0."""
-        energy = max(sum(self).square().sum().item(), TINY)  # the parts sum to b
-        return {name: part.square().sum().item() / energy for name, part in self._asdict().items()}
+        """rho, the shares of the signal's energy |b|^2 (equation 8, A.12); all 0 if b = 0."""
+        energies = torch.stack(self).square().sum(1)
+        energy = sum(self).square().sum()  # the parts sum to b
+        if energy == 0:
+            energies, energy = torch.zeros(3), 1.0
+        return dict(zip(self._fields, (energies / energy).tolist()))
 
 
 def hodge_decompose(b: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> HodgeParts:
-    """Hodge decomposition of an edge signal b (E,) float64 (theorem 1, and the projections of A.5).
+    """Hodge decomposition of an edge signal b (E,) float64 (equations 6 and 19 to 21).
 
-    gradient = d1' (d1 d1')^+ d1 b, curl = d2 (d2' d2)^+ d2' b, harmonic = b - gradient - curl, in the kernel of the
-    Laplacian d1' d1 + d2 d2' (3.2): what no vertex potential plus triangle boundary explains (proposition 1).
+        gradient = d1' (d1 d1')^+ d1 b,   curl = d2 (d2' d2)^+ d2' b,   harmonic = b - gradient - curl
+
+    The harmonic part is in the kernel of the Laplacian L1 = d1' d1 + d2 d2' (equation 5): what no vertex potential plus
+    triangle boundary explains (proposition 1).
 
     >>> d1, d2 = boundary_matrices(3, torch.empty(0, 3, dtype=torch.int64))  # an unfilled 3-cycle
     >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
@@ -257,10 +348,10 @@ def hodge_decompose(b: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> Hodg
 
 
 class Complex(NamedTuple):
-    """The mergeability complex of a layer and the Hodge parts of its signed barriers."""
-    triangles: torch.Tensor  # the candidates up to tau* (F, 3)
+    """The mergeability complex of a layer and the Hodge parts of its barriers."""
+    triangles: torch.Tensor  # T, the candidates in K_tau* (F, 3)
     triplets: torch.Tensor  # their barriers (F,)
-    tau: float  # tau*, the first of evenly spaced thresholds that maximises beta_1 of K_tau
+    tau: float  # tau*
     betti_curve: torch.Tensor  # beta_1 of K_tau at each threshold
     d1: torch.Tensor  # boundary operators of the complex (n, E)
     d2: torch.Tensor  # and (E, F)
@@ -269,39 +360,45 @@ class Complex(NamedTuple):
 
 
 def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
-    """Build the complex (3.2): all edges, and the candidates with barrier <= tau* (stage 2 of A.9); give the barriers
-    their signs, and decompose them (3.3). The complex has all edges, K_tau only those <= tau: beta_1 can differ."""
-    n, b = len(signals.saliency), signals.barriers
-    taus = torch.linspace(*torch.cat((b, signals.triplets)).aminmax(), settings.thresholds, dtype=torch.float64)
-    curve = mathx.betti_curve(edges(n), boundary_matrices(n, signals.candidates)[1], b, signals.triplets, taus)
-    tau = taus[curve.argmax()].item()
-    inside = signals.triplets <= tau
-    d1, d2 = boundary_matrices(n, signals.candidates[inside])
+    """Build the complex K = (V, E, T), and decompose the barriers on it (algorithm 1, lines 1 to 4). E is complete
+    (A.8). T are the candidates in K_tau*: tau* = argmax beta_1(K_tau), ties to the most edges (stage B of A.9)."""
+    n, b, candidates = len(signals.saliency), signals.barriers, signals.candidates
+    taus = torch.linspace(0, 1.1 * b.max().item(), settings.thresholds, dtype=torch.float64)
+    curve = betti_curve(b, candidates, signals.triplets, taus)
+    tau = taus[curve == curve.max()].max()  # of equal beta_1 the last has the most edges
+    enters = torch.maximum(signals.triplets, b[faces(n, candidates)].amax(1))
+    inside = enters <= tau
+    d1, d2 = boundary_matrices(n, candidates[inside])
     signs = edge_signs(settings.order, signals.saliency)
-    return Complex(signals.candidates[inside], signals.triplets[inside], tau, curve, d1, d2, signs,
-                   hodge_decompose(signs * b, d1, d2))
+    parts = hodge_decompose(signs * b, d1, d2)
+    return Complex(candidates[inside], signals.triplets[inside], tau.item(), curve, d1, d2, signs, parts)
 
 
-# --------------------------------------------------------------------------------- 5 select, 6 redirect (section 4.1)
+# ----------------------------------------------------------------------- 5 select, 6 redirect (section 4.1, algorithm 1)
 
 def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
-    """Positions, ascending, of the top `percent` % of values (M,), their number rounded up; ties go to the first.
-    Values <= `floor` are left out: rounding errors must not elect the edges of a signal that has no harmonic part."""
-    top = values.sort(descending=True, stable=True).indices[:math.ceil(len(values) * percent / 100 - 1e-9)]
+    """Positions, ascending, of the top `percent` % of values (M,). Ours: their number is rounded up, ties go to the
+    first, and values <= `floor` are left out, since rounding errors must not elect the edges of a signal that has no
+    harmonic part."""
+    count = math.ceil(len(values) * percent / 100 - 1e-9)
+    top = values.sort(descending=True, stable=True).indices[:count]
     return top[values[top] > floor].sort().values
 
 
-def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], keep: int) -> list[int]:
-    """Greedy cover: from S empty, add `keep` times the vertex of largest marginal gain F(S + v) - F(S) (equation 11),
-    ties to the lowest. F(S) = sum_S saliency + sum over the families of weight |simplices that meet S| / |simplices|
-    (equation 10), 0 for an empty family; saliency (n,), simplices (M, 2 or 3). Reaches at least 1 - 1/e of the largest
-    F(S) with |S| = keep (proposition 2). The picks for a smaller K are a prefix.
+def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], keep: int,
+                 protected: Sequence[int] = ()) -> list[int]:
+    """Greedy cover (algorithm 1, lines 10 to 17): from the protected experts, none in the paper's runs, add the vertex
+    of largest marginal gain Phi(S + v) - Phi(S) (equation 11), ties to the lowest, until there are `keep`.
+
+    Phi(S) = sum_S saliency + sum over the families of weight |simplices that meet S| / |simplices| (equation 10), 0 for
+    an empty family; saliency (n,), simplices (M, 2 or 3). Without protected experts it reaches at least
+    1 - (1 - 1/K)^K of the largest Phi(S) with |S| = K (equations 12, 31), and the picks for a smaller K are a prefix.
 
     >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
     >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # each is on 2 edges, but {0, 1} covers 3 of 4
     [0, 2]
     """
-    picks: list[int] = []
+    picks = list(protected)
     while len(picks) < keep:
         gain = saliency.double().clone()
         for simplices, weight in families:
@@ -312,176 +409,204 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
     return picks
 
 
-def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:
-    """Where a dropped expert e goes (4.1): argmin over survivors j of b_ej (1 + alpha |b_harm,ej| / |b|), ties to the
-    lowest; the factor is 1 if |b| < 1e-12. For the record alone: the output loses the router rows of dropped experts
-    and adds them to no survivor's. |b| is over all E edges, so that the factor is near 1 unless alpha is large."""
-    norm = barriers.norm()
-    cost = barriers * (1 + alpha * harmonic.abs() / norm) if norm >= 1e-12 else barriers
-    table, kept = mathx.table_of_pairs(cost), sorted(survivors)
-    return {e: kept[int(table[e, kept].argmin())] for e in range(len(table)) if e not in kept}
+class Selection(NamedTuple):
+    """All experts as picked, of which the first K survive, and the critical simplices that the picks cover."""
+    order: list[int]
+    edges: torch.Tensor  # E* (M, 2)
+    triangles: torch.Tensor  # T* (M, 3)
 
 
-def select(signals: Signals, found: Complex, settings: Settings = Settings(), signal: torch.Tensor | None = None
-           ) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """Cover the harmonic-critical edges E* and the triplet-critical triangles T* greedily: (all experts as picked, of
-    which the first K survive; E* (M, 2); T* (M, 3)). Triplet barriers enter here; before, they only choose triangles.
-    Critical are the edges where |signal| (E,) is largest, by default that of the harmonic part."""
-    n, floor = len(signals.saliency), 1e-12 * signals.barriers.norm().item()
-    magnitude = (found.parts.harmonic if signal is None else signal).abs()
-    pairs = edges(n)[critical(magnitude, settings.edge_percent, floor)]
-    triangles = found.triangles[critical(found.triplets, settings.triangle_percent, floor)]
+def select(signals: Signals, complex_: Complex, settings: Settings = Settings(), signal: torch.Tensor | None = None
+           ) -> Selection:
+    """Cover the harmonic-critical edges E* and the triplet-critical triangles T* greedily (algorithm 1, lines 6 to 18).
+    Edges are critical where |signal| (E,) is largest, by default that of the harmonic part."""
+    n, floor = len(signals.saliency), GUARD * signals.barriers.norm().item()
+    if signal is None:
+        signal = complex_.parts.harmonic
+    pairs = edges(n)[critical(signal.abs(), settings.edge_percent, floor)]
+    triangles = complex_.triangles[critical(complex_.triplets, settings.triangle_percent, floor)]
     families = [(pairs, settings.lambda_edge), (triangles, settings.lambda_triangle)]
-    return greedy_cover(signals.saliency, families, n), pairs, triangles
+    return Selection(greedy_cover(signals.saliency, families, n), pairs, triangles)
 
 
-# ------------------------------------------------------------------------------------------- the plan and its report
+def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:
+    """Where a dropped expert e goes: argmin over survivors j of b_ej (1 + alpha |b_harm,ej| / |b|) (equation 13), ties
+    to the lowest. For the record alone: the rows of dropped experts leave the router, and the gates renormalise over
+    the survivors, whose rows and weights are bit-exact. |b| is over all E edges, so the factor is near 1."""
+    norm = barriers.norm().clamp(min=GUARD)
+    cost = table_of_pairs(barriers * (1 + alpha * harmonic.abs() / norm))
+    kept = sorted(survivors)
+    targets = {}
+    for e in range(len(cost)):
+        if e not in kept:
+            targets[e] = kept[int(cost[e, kept].argmin())]
+    return targets
 
-def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(),
-                      selector: Callable[[Signals, Complex, Settings], tuple] = select) -> dict:
-    """The plan of a layer, as its record has it: decompose, select, redirect, diagnose (examples/README.md has the
-    schema). Raises InputError if `keep` is not from 1 to n, and for fewer than two experts."""
+
+# -------------------------------------------------------------------------- 7 diagnose: the plan of a layer, its report
+
+class Diagnostics(NamedTuple):
+    """What a layer's record says beside its plan. What has no section of the paper is ours."""
+    eta: dict[str, float]  # the paper's rho: shares of |b|^2 of the three Hodge parts (equation 8, A.12)
+    eta_constant: dict[str, float]  # the same of barriers that are all equal, which say nothing
+    additive: dict[str, float]  # shares of energy and variance that b_ij = phi_i + phi_j explains
+    betti_1: int  # of the complex (equation 17)
+    betti_curve: torch.Tensor  # of K_tau at each threshold (A.9)
+    tau: float  # tau* (A.9), nats
+    triangles: int  # in T
+    candidates: int  # sampled triangles (stage A of A.9)
+    discordance: float  # share of the candidates with b_ijk > 1.2 max of its edges (equation 9)
+    discordance_quantiles: list[float]  # of b_ijk over the max of its edges: least, quartiles, largest
+    critical_edges: torch.Tensor  # E* (M, 2)
+    critical_triangles: torch.Tensor  # T* (M, 3)
+    covered_at: dict[str, int]  # after how many picks all of E*, all of T* are covered
+    retained: dict[str, float]  # retained mass of the Hodge parts and the triplet barriers (equation 34)
+    redirect_targets: int  # survivors that some dropped expert is redirected to
+    redirect_largest: int  # experts that the busiest of them takes
+    mean_barrier: float  # of the pairs, nats
+    audit: dict[str, float] | None  # of the sample of the vocabulary: `mathx.shortfall`
+
+
+class Plan(NamedTuple):
+    """What stays of a layer, and why. Its record has these fields."""
+    survivors: list[int]  # ascending
+    order: list[int]  # all experts as picked: the first K survive
+    redirect: dict[int, int]  # dropped expert -> survivor
+    routed_share: float  # of the tokens' choices that fall on survivors
+    frequency: torch.Tensor  # tokens routed to each expert (n,)
+    saliency: torch.Tensor  # (n,)
+    diagnostics: Diagnostics | None
+
+
+Selector = Callable[[Signals, Complex, Settings], Selection]
+
+
+def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(), selector: Selector = select
+                      ) -> Plan:
+    """Algorithm 1: decompose, select, redirect; and diagnose. Raises InputError if `keep` is not from 1 to n, and for
+    fewer than two experts."""
     n = len(signals.saliency)
-    if not 1 <= keep <= n or n < 2:
-        raise InputError(f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
-    found = decompose(signals, settings)
-    picks, pairs, triangles = selector(signals, found, settings)
-    targets = redirect(picks[:keep], signals.barriers, found.parts.harmonic, settings.alpha)
-    plan = plan_of(picks, targets, keep, signals.frequency, signals.saliency)
-    return plan | {"diagnostics": diagnose(signals, found, (picks, pairs, triangles), targets, keep, settings.margin)}
+    require(1 <= keep <= n and n >= 2,
+            f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
+    complex_ = decompose(signals, settings)
+    selection = selector(signals, complex_, settings)
+    targets = redirect(selection.order[:keep], signals.barriers, complex_.parts.harmonic, settings.alpha)
+    plan = plan_of(selection.order, targets, keep, signals.frequency, signals.saliency)
+    return plan._replace(diagnostics=diagnose(signals, complex_, selection, plan, settings))
 
 
-def plan_of(order: list[int], targets: dict, keep: int, frequency: torch.Tensor, saliency: torch.Tensor) -> dict:
+def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: torch.Tensor, saliency: torch.Tensor
+            ) -> Plan:
     """The plan that keeps the first `keep` experts of an order, with the targets of the others; no diagnostics."""
     survivors = sorted(order[:keep])
     share = frequency[survivors].sum() / frequency.sum().clamp(min=1)
-    return {"survivors": survivors, "order": order, "redirect": targets, "routed_share": share.item(),
-            "frequency": frequency.tolist(), "saliency": saliency.tolist(), "diagnostics": None}
+    return Plan(survivors, order, targets, share.item(), frequency, saliency, None)
 
 
-def diagnose(signals: Signals, found: Complex, selection: tuple, targets: dict, keep: int, margin: float) -> dict:
-    """Diagnostics: eta and discordance (3.4), beta_1 (3.3), retained energy (abstract); all others are ours."""
-    n, b, (picks, pairs, triangles) = len(signals.saliency), signals.barriers, selection
-    worst = b[mathx.faces(n, signals.candidates)].amax(1)  # of the edges of each candidate
-    loads = [list(targets.values()).count(target) for target in set(targets.values())]  # redirects to a survivor
-    components = {name: (part, edges(n)) for name, part in found.parts._asdict().items()}
-    components["triplet"] = found.triplets, found.triangles
-    constant = hodge_decompose(found.signs, found.d1, found.d2)  # of barriers that say nothing
-    return {
-        "eta": found.parts.shares(), "eta_constant": constant.shares(),
-        "additive": mathx.additive_shares(b, found.d1),
-        "betti_1": mathx.betti_1(found.d1, found.d2), "betti_curve": found.betti_curve.tolist(), "tau": found.tau,
-        "triangles": len(found.triangles), "candidates": len(signals.candidates),
-        "discordance": (signals.triplets > (1 + margin) * worst).double().mean().nan_to_num().item(),
-        "discordance_quantiles": mathx.quartiles((signals.triplets / worst)[worst > 0]),
-        "critical_edges": pairs.tolist(), "critical_triangles": triangles.tolist(),
-        "covered_at": {"edges": mathx.covered_at(picks, pairs), "triangles": mathx.covered_at(picks, triangles)},
-        "retained": {name: mathx.retained(*pair, picks[:keep]) for name, pair in components.items()},
-        "redirect_targets": len(loads), "redirect_largest": max(loads, default=0), "mean_barrier": b.mean().item(),
-        "audit": mathx.shortfall(*signals.audit.unbind(1)) if len(signals.audit) else None}
+def diagnose(signals: Signals, complex_: Complex, selection: Selection, plan: Plan, settings: Settings) -> Diagnostics:
+    """The diagnostics of a plan."""
+    n, b, triplets = len(signals.saliency), signals.barriers, signals.triplets
+    worst = b[faces(n, signals.candidates)].amax(1)  # of the edges of each candidate
+    discordant = triplets > (1 + settings.margin) * worst
+    targets = list(plan.redirect.values())
+    retained = {name: retained_mass(part, edges(n), plan.survivors) for name, part in complex_.parts._asdict().items()}
+    retained["triplet"] = retained_mass(complex_.triplets, complex_.triangles, plan.survivors)
+    audit = None
+    if len(signals.audit):
+        audit = mathx.shortfall(*signals.audit.unbind(1))
+    return Diagnostics(
+        eta=complex_.parts.shares(),
+        eta_constant=hodge_decompose(complex_.signs, complex_.d1, complex_.d2).shares(),
+        additive=mathx.additive_shares(b, complex_.d1),
+        betti_1=betti_1(complex_.d1, complex_.d2),
+        betti_curve=complex_.betti_curve,
+        tau=complex_.tau,
+        triangles=len(complex_.triangles),
+        candidates=len(triplets),
+        discordance=discordant.double().mean().nan_to_num().item(),
+        discordance_quantiles=mathx.quartiles((triplets / worst)[worst > 0]),
+        critical_edges=selection.edges,
+        critical_triangles=selection.triangles,
+        covered_at={"edges": mathx.covered_at(selection.order, selection.edges),
+                    "triangles": mathx.covered_at(selection.order, selection.triangles)},
+        retained=retained,
+        redirect_targets=len(set(targets)),
+        redirect_largest=max(map(targets.count, targets), default=0),
+        mean_barrier=b.mean().item(),
+        audit=audit)
 
 
-def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> dict:
+def retained_mass(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]) -> float:
+    """Retained mass (equation 34): share of the l1 mass of a signal (M,) on the simplices (M, 2 or 3) that meet the
+    survivors; 0 if it has none.
+
+    >>> retained_mass(torch.tensor([1.0, -3.0]), torch.tensor([[0, 1], [1, 2]]), [0])
+    0.25
+    """
+    meets = torch.isin(simplices, torch.tensor(survivors)).any(1)
+    mass = signal.abs()
+    if mass.sum() == 0:
+        return 0.0
+    return (mass[meets].sum() / mass.sum()).item()
+
+
+def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> Plan:
     """Plan one MoE layer from tensors in memory: measure it, and do what `plan_from_signals` does."""
     return plan_from_signals(measure_layer(layer, settings), keep, settings)
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
 
-def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS, seq_len: int = SEQ_LEN,
-                    seed: int = 0, parts: Sequence[str] = ("calibration",)) -> torch.Tensor:
-    """Sequences (tokens // seq_len, seq_len) of text files, of each as many, or of parts of Python's documentation; if
-    the one text is short, fewer with a warning. Raises InputError for a bad number, and if one of several is short."""
-    check_range("tokens", tokens, 2, 10**9)
-    if len(files) > 1 and seq_len > tokens // len(files):
-        raise InputError(f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
-    check_range("seq_len", seq_len, 2, tokens)
-    check_range("seed", seed, 0, 2**63 - 1)
-    warn_of_length(model, seq_len)
-    count, samples = tokens // seq_len, []
-    for file, share in zip(files or [None], shares(count, len(files) or 1)):
-        text = model.encode_file(file, share * seq_len) if file else model.encode(
-            sum(map(model_io.python_documentation, parts), ()))
-        if len(files) > 1 and len(text) < share * seq_len:
-            raise InputError(f"{file}: has {len(text)} tokens, its share of tokens {share * seq_len}; give more")
-        samples.append(model_io.sequences(text, seq_len, share, seed))
-    if sum(map(len, samples)) < count:
-        warn(f"the text has only {len(samples[0]) * seq_len} tokens in whole sequences, all used; {tokens} were asked")
-    return torch.cat(samples)
-
-
-def shares(count: int, files: int) -> list[int]:
-    """Sequences that each of some files gives of a sample of `count`: as equal as can be."""
-    return [len(range(i, count, files)) for i in range(files)]
-
-
-def warn_of_length(model: Model, seq_len: int) -> None:
-    """Warn if a sequence is longer than those that the model was trained on."""
-    if (most := model.config.max_positions) and seq_len > most:
-        warn(f"seq_len {seq_len}: the model is made for at most {most} tokens (max_position_embeddings)")
-
-
 def sparse_layers(model: Model) -> list[int]:
     """Indices of the layers that have experts. Raises InputError if there is none, or no two experts."""
-    found = [i for i, config in enumerate(model.layer_configs) if config.sparse]
-    if not found or model.config.num_experts < 2:
-        raise InputError(f"{model.checkpoint.path}: no layer has a router over two experts or more; it is dense")
-    return found
+    sparse = [i for i, config in enumerate(model.layer_configs) if config.sparse]
+    require(sparse and model.config.num_experts >= 2,
+            f"{model.checkpoint.path}: no layer has a router over two experts or more; it is dense")
+    return sparse
 
 
 def check_keep(model: Model, keep: int) -> None:
     """Raise InputError for a dense model, and if not every layer can keep `keep` experts."""
     n, k = min(model.layer_configs[i].num_experts for i in sparse_layers(model)), model.config.top_k
-    if not k <= keep <= n:
-        raise InputError(f"keep {keep}: must be from {k} to {n}: the model has {n} experts in its smallest layer, and "
-                         f"routes a token to {k}")
-
-
-def end_of_model(model: Model, ids: torch.Tensor, index: int, norm: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the head reads of the stream (T, d) after layer `index`: all later layers, held in memory, then the norm."""
-    def run_layer(y: torch.Tensor, layer: model_io.Layer) -> torch.Tensor:
-        return model_io.run_layer(y.view(*ids.shape, -1), layer, model.config)[2]
-    layers = [model.layer(later) for later in range(index + 1, model.config.num_layers)]
-    return lru_cache(maxsize=2)(lambda y: norm(reduce(run_layer, layers, y)))  # y itself is asked for each barrier
-
-
-def text_hash(ids: torch.Tensor) -> str:
-    """SHA-256 of token ids."""
-    return hashlib.sha256(ids.cpu().long().numpy().tobytes()).hexdigest()
+    require(k <= keep <= n, f"keep {keep}: must be from {k} to {n}: the model has {n} experts in its smallest layer, "
+            f"and routes a token to {k}")
 
 
 def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
     """All that a layer's signals depend on: content alone, so that copies of a checkpoint share a cache."""
-    said = {name: str(value) for name, value in dataclasses.asdict(settings).items() if name in MEASURED}
-    return said | {"format": "4", "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype),
-                   "text": f"{[*ids.shape]} {text_hash(ids)}"}
+    key = {name: str(getattr(settings, name)) for name in sorted(MEASURED)}
+    return key | {"format": "5", "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype),
+                  "text": f"{[*ids.shape]} {model_io.text_hash(ids)}"}
 
 
 def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int], cache: Path | None = None,
                   memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[int, Signals]]:
     """Signals of layers (ascending indices), from the cache or from one forward pass over ids (B, L), which stops at
     the last one that needs it. What is measured goes into the cache at once."""
+    key = {}
     if cache:
-        model_io.make_cache(cache := Path(cache))
-    key = cache_key(model, ids, settings) if cache else {}
+        model_io.make_cache(Path(cache))
+        key = cache_key(model, ids, settings)
     stream, head = model.stream(ids), None
     for number, index in enumerate(layers):
-        name = model.layer_names[index]
-        tensors = model_io.read_cached(cache, name, key) if cache else None
+        name, tensors = model.layer_names[index], None
+        if cache:
+            tensors = model_io.read_cached(Path(cache), name, key)
         if not tensors:
-            head = model.unembedding() if head is None else head
+            if head is None:
+                head = model.unembedding()
             step = next(step for step in stream if step.index == index)
-            norm = step.norm if settings.readout == "lens" else end_of_model(model, ids, index, step.norm)
-            layer = MoELayer(step.layer.experts, step.x, step.gates, step.y, norm, head)
-            tensors = measure_layer(layer, settings, memory, lambda done: tick((number + done) / len(layers)))._asdict()
-            del step, layer, norm
+            layer = MoELayer(step.layer.experts, step.x, step.gates, step.y, step.norm, head)
+            signals = measure_layer(layer, settings, memory, lambda done: tick((number + done) / len(layers)))
+            tensors = signals._asdict()
+            del step, layer
             if cache:
-                model_io.write_cached(cache, name, key, tensors)
+                model_io.write_cached(Path(cache), name, key, tensors)
         yield index, Signals(**tensors)
 
 
 def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings = Settings(), cache: Path | None = None,
-               memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[str, dict]]:
+               memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[str, Plan]]:
     """(name, plan) of each sparse layer, from calibration on ids (B, L): a dict of them is what `export` takes. Raises
     InputError as its parts do, when the first one is asked for."""
     check_keep(model, keep)
@@ -491,83 +616,47 @@ def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings = 
 
 # ------------------------------------------------------------------------------------------ the record and the export
 
-def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: Sequence[Path], **read: Model) -> dict:
-    """An entry of a record's history: a command, its settings, its text ids (B, L), if it read any, of these files
-    (none: Python's documentation), and the checkpoints that it read, by their role."""
-    text = {} if ids is None else {"tokens": ids.numel(), "seq_len": ids.shape[1], "text_sha256": text_hash(ids),
-                                   "text": [Path(file).name for file in files] or "python documentation"}
-    if text and len(files) > 1:
-        text["tokens_of_each"] = [share * ids.shape[1] for share in shares(len(ids), len(files))]
-    return {"version": __version__, "command": command, "settings": settings | text} | {
-        role: {"name": model_io.beside(model.checkpoint.path, "").name, "model_type": model.config.model_type,
-               "num_experts": model.config.num_experts, "top_k": model.config.top_k,
-               "fingerprint": model.checkpoint.fingerprint()} for role, model in read.items()}
-
-
-def plan_entry(model: Model, plans: dict[str, dict], keep: int, settings: Settings, ids: torch.Tensor | None,
+def plan_entry(model: Model, plans: dict[str, Plan], keep: int, settings: Settings, ids: torch.Tensor | None,
                files: Sequence[Path] = (), command: str = "hodgecover.py", **more: object) -> dict:
     """The entry of a record's history that holds plans by layer name; `files` name the text, as in `record_entry`."""
-    said = {"keep": keep, **more} | dataclasses.asdict(settings) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    layers = [{"layer": model.layer_names.index(name), "name": name} | plan for name, plan in plans.items()]
-    return record_entry(command, said, ids, files, source=model) | {"layers": layers}
+    choices = {"keep": keep, **more} | dataclasses.asdict(settings) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    layers = []
+    for name, plan in plans.items():
+        fields = plan._asdict()
+        if plan.diagnostics:
+            fields["diagnostics"] = plan.diagnostics._asdict()
+        layers.append({"layer": model.layer_names.index(name), "name": name} | fields)
+    return model_io.record_entry(command, choices, ids, files, source=model) | {"layers": layers}
 
 
-def read_history(path: Path) -> list[dict]:
-    """The history in a record, oldest entry first. Raises InputError if the file is no such record."""
-    record = model_io.read_json(path)
-    if record.get("schema_version") != SCHEMA_VERSION or not isinstance(record.get("history"), list):
-        raise InputError(f"{path}: not a record of schema_version {SCHEMA_VERSION} with a history")
-    return record["history"]
-
-
-def record_bytes(checkpoint: model_io.Checkpoint, entry: dict) -> bytes:
-    """The content of hodgecover.json: the checkpoint's record, if it has one, with one more entry in its history. A
-    list of numbers takes one line. Raises InputError if the checkpoint's file of that name is no record."""
-    path = checkpoint.path / RECORD
-    record = {"schema_version": SCHEMA_VERSION, "history": [*(read_history(path) if path.exists() else []), entry]}
-    text = json.dumps(record, indent=1, allow_nan=False)
-    return (re.sub(r'\[\n[^{}"]*\]', lambda numbers: json.dumps(json.loads(numbers[0])), text) + "\n").encode()
-
-
-def export(model: Model, plans: dict[str, dict], out: Path, entry: dict) -> None:
+def export(model: Model, plans: dict[str, Plan], out: Path, entry: dict) -> None:
     """Write the checkpoint that keeps the survivors of all sparse layers' plans, by name, and its record, to `out`."""
-    survivors = {name: plan["survivors"] for name, plan in plans.items()}
-    model_io.write_checkpoint(model.checkpoint, Path(out), survivors, {RECORD: record_bytes(model.checkpoint, entry)})
-
-
-def refuse_inside(model: Model, path: Path, parameter: str) -> None:
-    """Raise InputError for a path in the checkpoint's folder."""
-    if model.checkpoint.path.resolve() in (path.resolve(), *path.resolve().parents):
-        raise InputError(f"{parameter} {path}: lies in the checkpoint, which is never written to; name another")
-
-
-def check_out(model: Model, out: Path, cache: Path | None = None, plan: bool = False) -> None:
-    """Raise InputError if an output folder, or a plan's file, lies in the checkpoint or around the cache, or cannot be
-    made, and if the checkpoint has a record that cannot be continued."""
-    record_bytes(model.checkpoint, {})
-    refuse_inside(model, out, "out")
-    if cache and out.resolve() in (cache.resolve(), *cache.resolve().parents):
-        raise InputError(f"out {out}: would hold the cache {cache}; name another")
-    model_io.check_new(out)
-    if plan and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise InputError(f"out {out}: a plan is a file in a folder that is there; name another")
+    survivors = {name: plan.survivors for name, plan in plans.items()}
+    model_io.write_checkpoint(model.checkpoint, Path(out), survivors, {model_io.RECORD: model_io.record_bytes(model.checkpoint, entry)})
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-def show_plans(model: Model, plans: Iterator[tuple[str, dict]], bar: Callable) -> dict[str, dict]:
+LAYER_HEAD = "layer  eta_harmonic (constant signal's)  picks until E*, T* are covered  kept       routed to survivors"
+
+
+def show_plans(model: Model, plans: Iterator[tuple[str, Plan]], bar: Callable) -> dict[str, Plan]:
     """Print a line for each layer as its plan is made, and one on its sample; return the plans by layer name."""
     shown = {}
     for name, plan in plans:
         bar(None)
-        found, kept = plan["diagnostics"], f"{len(plan['survivors'])} of {len(plan['order'])}"
-        eta = f"{found['eta']['harmonic']:.3f} ({found['eta_constant']['harmonic']:.3f})"
-        covered = "{edges}, {triangles}".format(**found["covered_at"])
-        line = f"{model.layer_names.index(name):5d}  {eta:<34}  {covered:<31}  {kept:<9}  {plan['routed_share']:.1%}"
-        print(line if shown else f"{LAYER_HEAD}\n{line}", flush=True)
-        if audit := found["audit"]:
-            print(f"       barriers by sample: {-audit['shortfall']:+.2%} +- {audit['standard_error']:.2%} from exact "
-                  f"ones, one by {audit['largest']:.1%}, rank correlation {audit['rank_correlation']:.4f}", flush=True)
+        if not shown:
+            print(LAYER_HEAD)
+        report = plan.diagnostics
+        eta = f"{report.eta['harmonic']:.3f} ({report.eta_constant['harmonic']:.3f})"
+        covered = f"{report.covered_at['edges']}, {report.covered_at['triangles']}"
+        kept = f"{len(plan.survivors)} of {len(plan.order)}"
+        index = model.layer_names.index(name)
+        print(f"{index:5d}  {eta:<34}  {covered:<31}  {kept:<9}  {plan.routed_share:.1%}", flush=True)
+        if report.audit:
+            print("       barriers by sample: {0:+.2%} +- {standard_error:.2%} from exact ones, one by {largest:.1%}, "
+                  "rank correlation {rank_correlation:.4f}".format(-report.audit["shortfall"], **report.audit),
+                  flush=True)
         shown[name] = plan
     return shown
 
@@ -575,26 +664,24 @@ def show_plans(model: Model, plans: Iterator[tuple[str, dict]], bar: Callable) -
 def progress_bar() -> Callable[[float | None], None]:
     """A function that shows the share of the work done and the time left on stderr; None clears the line. On a terminal
     the line is redrawn twice a second; elsewhere a line is printed twice a minute."""
-    start, end, every = ("\r", "\x1b[K", 0.5) if sys.stderr.isatty() else ("", "\n", 30)
+    start, end, every = "", "\n", 30.0
+    if sys.stderr.isatty():
+        start, end, every = "\r", "\x1b[K", 0.5
     shown, first = time.monotonic(), None  # first: time and share at the first call; earlier work was in the cache
 
     def bar(done: float | None) -> None:
         nonlocal shown, first
         now = time.monotonic()
-        first = first or done is not None and (now, done)
         if done is None:
             print(start and start + end, end="", file=sys.stderr, flush=True)
-        elif done > first[1] and now - shown >= every:
+            return
+        if first is None:
+            first = now, done
+        if done > first[1] and now - shown >= every:
             left = timedelta(seconds=round((now - first[0]) * (1 - done) / (done - first[1])))
             print(f"{start}{done:4.0%} done, {left} left", end=end, file=sys.stderr, flush=True)
             shown = now
     return bar
-
-
-def warn(message: str, kind: str = "warning") -> None:
-    """Print a single line on stderr, whatever a stranger's file names have in it."""
-    says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"{kind}: {says}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -603,14 +690,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the options)")
 
 
-def add_common_options(parser: argparse._ActionsContainer, tokens: int = TOKENS, use: str = "calibration",
+def add_common_options(parser: argparse._ActionsContainer, tokens: int = model_io.TOKENS, use: str = "calibration",
                        memory: bool = True) -> None:
     """Options of every command: text for a `use`, if it reads any `tokens`; --memory, if any buffers; dtype, device."""
     if tokens:
         parser.add_argument("--calib", metavar="FILE", type=Path, nargs="+", default=[], help=f"{use} text: UTF-8, or "
                             ".jsonl with text or chat messages on each line; as much of each file [Python's own docs]")
         parser.add_argument("--tokens", metavar="T", type=int, default=tokens, help=f"{use} tokens [%(default)s]")
-        parser.add_argument("--seq-len", metavar="L", type=int, default=SEQ_LEN, help="of a sequence [%(default)s]")
+        parser.add_argument("--seq-len", metavar="L", type=int, help="of a sequence [the model's "
+                            "max_position_embeddings, at most T]")
     if memory:
         parser.add_argument("--memory", metavar="SIZE", type=byte_count, default=MEMORY, help="of the buffers [1GB]")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
@@ -623,13 +711,15 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
     for field in dataclasses.fields(Settings):
         if not names or field.name in names:
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), metavar="X",
-                                default=field.default, help=f"{field.metadata['says']} [%(default)s]")
+                                default=field.default, help=f"{CHOICES[field.name][0]} [%(default)s]")
 
 
 def byte_count(text: str) -> int:
     """1GB, 500MB or a number of bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)(|MB|GB)", text)
-    size = int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]]) if match else 0
+    size = 0
+    if match:
+        size = int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]])
     if size < 10**7:
         raise argparse.ArgumentTypeError(f"{text}: must be a size of 10MB or more, such as 1GB or 500MB")
     return size
@@ -643,16 +733,10 @@ def layer_range(text: str) -> range:
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
-def choose_dtype(name: str, device: str, readout: str = "lens") -> torch.dtype:
-    """The dtype of that name; `auto` is bfloat16 if the device has instructions for its products, but never for the
-    `model` readout, and float32 otherwise. Raises InputError for a device that torch cannot use."""
-    try:
-        torch.ones(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, ValueError) as err:
-        raise InputError(f"device {device}: this torch cannot use it ({str(err).splitlines()[0]}); use cpu") from None
-    able = torch.cpu.get_capabilities() if device.startswith("cpu") else {"bf16": device.startswith("cuda")}
-    native = any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16")) and readout == "lens"
-    return getattr(torch, name) if name != "auto" else torch.bfloat16 if native else torch.float32
+def no_readout(text: str) -> None:
+    """An option of version 0.3: the paper's barrier is at the layer."""
+    raise argparse.ArgumentTypeError("barriers are at the layer; those at the end of the model, which are not the "
+                                     "paper's: examples/audit.py --end-to-end")
 
 
 def command_line() -> Parser:
@@ -660,59 +744,62 @@ def command_line() -> Parser:
     parser = Parser(prog="hodgecover.py", description="Compress a sparse MoE checkpoint without training.")
     parser.add_argument("--version", action="version", version=f"hodgecover {__version__}")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of config, weights and tokenizer.json")
-    basic, method = map(parser.add_argument_group, ("what people need [defaults]", "the method's choices [defaults]"))
+    basic = parser.add_argument_group("what people need [defaults]")
     what = basic.add_mutually_exclusive_group(required=True)
     what.add_argument("--keep", metavar="K", type=int, help="experts to keep in every layer")
     what.add_argument("--layers", metavar="A-B", type=layer_range, help="only measure these layers, into the cache")
     basic.add_argument("--out", metavar="DIR", type=Path, help="output folder, or file of --plan-only [CKPT-keepK]")
     basic.add_argument("--plan-only", action="store_true", help="write the plan alone, as a file")
     add_common_options(basic)
-    add_settings(method)
     basic.add_argument("--cache", metavar="DIR", type=Path, help="folder of the layers' barriers [CKPT-barriers]")
+    parser.add_argument("--readout", type=no_readout, help=argparse.SUPPRESS)
+    add_settings(parser.add_argument_group("the method's choices, by section of the paper [defaults]"))
     return parser
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError for options that do not go together: none is ignored."""
-    given = {name for name, value in vars(args).items() if value != command_line().get_default(name)}
-    for name in sorted(given & {*vars(Settings()), "out", "plan_only"} - MEASURED) if args.layers is not None else ():
-        raise InputError(f"{name}: does not go with --layers, which only measures barriers")
-    for name in sorted(given & {"memory", "vocab_sample"}) if args.readout == "model" else ():
-        raise InputError(f"{name}: does not go with --readout model, which is exact and holds every layer")
-    if args.readout == "model" and args.dtype == "bfloat16":
-        raise InputError("dtype bfloat16: loses the small difference of streams that --readout model compares")
 
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    check_options(args)
-    settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__})
-    model = Model(args.checkpoint, choose_dtype(args.dtype, args.device, settings.readout), args.device)
-    cache, sparse = args.cache or model_io.beside(args.checkpoint, "-barriers"), sparse_layers(model)
-    refuse_inside(model, cache, "cache")
-    if args.layers is None:
-        check_keep(model, args.keep)
-        out = args.out or model_io.beside(args.checkpoint, f"-keep{args.keep}{'.json' * args.plan_only}")
-        check_out(model, out, cache, args.plan_only)
-    elif not (wanted := sorted({*sparse} & {*args.layers})) or args.layers[-1] >= len(model.layer_names):
-        raise InputError(f"layers {args.layers[0]}-{args.layers[-1]}: the model has experts in layers {sparse}")
-    ids, bar = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed), progress_bar()
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    model = Model(args.checkpoint, model_io.choose_dtype(args.dtype, args.device), args.device)
+    cache = args.cache or model_io.beside(args.checkpoint, "-barriers")
+    model_io.refuse_inside(model, cache, "cache")
     if args.layers is not None:
-        for index, _ in measure_model(model, ids, settings, wanted, cache, args.memory, bar):
-            bar(None)
-            print(f"layer {index}: barriers in {cache}", flush=True)
+        measure_only(model, args, settings, cache)
         return
+    check_keep(model, args.keep)
+    suffix = ".json" if args.plan_only else ""
+    out = args.out or model_io.beside(args.checkpoint, f"-keep{args.keep}{suffix}")
+    model_io.check_out(model, out, cache, args.plan_only)
+    ids, bar = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed), progress_bar()
     plans = show_plans(model, plan_model(model, ids, args.keep, settings, cache, args.memory, bar), bar)
     entry = plan_entry(model, plans, args.keep, settings, ids, args.calib)
     text = ", ".join(map(str, args.calib)) or "Python's documentation; --calib FILE: text of the model's own kind"
     print(f"calibration: {ids.numel():,} tokens of {text}")
     if args.plan_only:
-        model_io.write_whole(out, record_bytes(model.checkpoint, entry))
-        return print(f"plan: {out}; examples/export_plan.py writes its checkpoint")
+        model_io.write_whole(out, model_io.record_bytes(model.checkpoint, entry))
+        print(f"plan: {out}; examples/export_plan.py writes its checkpoint")
+        return
     export(model, plans, out, entry)
     before, after = model.checkpoint.nbytes(), model_io.Checkpoint(out).nbytes()
     print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})\noutput: {out}\n"
           f"compare: python examples/evaluate.py {args.checkpoint} {out} --text FILE")
+
+
+def measure_only(model: Model, args: argparse.Namespace, settings: Settings, cache: Path) -> None:
+    """Measure the layers of --layers into the cache. Raises InputError for layers that have no experts, and for options
+    that would be ignored."""
+    defaults = command_line()
+    for name in sorted({"out", "plan_only", *vars(settings)} - MEASURED):
+        require(getattr(args, name) == defaults.get_default(name),
+                f"{name}: does not go with --layers, which only measures barriers")
+    sparse = sparse_layers(model)
+    wanted = [index for index in sparse if index in args.layers]
+    require(wanted and args.layers[-1] < len(model.layer_names),
+            f"layers {args.layers[0]}-{args.layers[-1]}: the model has experts in layers {sparse}")
+    ids, bar = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed), progress_bar()
+    for index, _ in measure_model(model, ids, settings, wanted, cache, args.memory, bar):
+        bar(None)
+        print(f"layer {index}: barriers in {cache}", flush=True)
 
 
 def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
@@ -728,7 +815,7 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
         options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
         says = re.sub(r"^\w+", lambda parameter: options.get(parameter[0], parameter[0]), str(err))
     except (OSError, model_io.SafetensorError) as err:  # a disk that is full, a folder that vanished
-        what, why = (getattr(err, name, None) for name in ("filename", "strerror"))
+        what, why = getattr(err, "filename", None), getattr(err, "strerror", None)
         says = f"{what or 'writing'}: {why or err}; the output is whole or absent"
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(err):

@@ -27,7 +27,7 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -40,8 +40,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
+RECORD, SCHEMA_VERSION = "hodgecover.json", 3
+READABLE_SCHEMAS = 2, 3  # of records that are continued; 2 is version 0.3's
+TOKENS = 2048  # default calibration sample (A.11)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -60,6 +63,12 @@ NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was m
 
 class InputError(ValueError):
     """Something that the user gave is wrong. The message says what, and what would be right."""
+
+
+def require(ok: object, says: str) -> None:
+    """Raise InputError(says) unless ok."""
+    if not ok:
+        raise InputError(says)
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -150,6 +159,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
     normed = wide * torch.rsqrt(mean_square + eps)
     return normed.to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
+
+
+class RMSNorm(NamedTuple):
+    """A norm of the stream: its weight (d,) and eps."""
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
@@ -457,7 +475,7 @@ class Model:
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the norm with the weight `name`, a function of the stream. Raises InputError if it is not finite."""
-        return partial(rms_norm, weight=self._finite(self.tensor(name), name), eps=self.config.rms_norm_eps)
+        return RMSNorm(self._finite(self.tensor(name), name), self.config.rms_norm_eps)
 
     def unembedding(self) -> torch.Tensor:
         """Return the head W_U, (V, d). Raises InputError if it is not finite."""
@@ -1084,6 +1102,47 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
     return whole[pick.sort().values]
 
 
+def calibration_ids(model: Model, files: "Sequence[Path]" = (), tokens: int = TOKENS, seq_len: int | None = None,
+                    seed: int = 42, parts: "Sequence[str]" = ("calibration",)) -> torch.Tensor:
+    """Sequences (tokens // seq_len, seq_len) of text files, of each as many, or of parts of Python's documentation; if
+    the one text is short, fewer with a warning. Raises InputError for a bad number, and if one of several is short."""
+    check_range("tokens", tokens, 2, 10**9)
+    if seq_len is None:
+        seq_len = min(model.config.max_positions or 512, tokens // max(1, len(files)))
+    if len(files) > 1 and seq_len > tokens // len(files):
+        raise InputError(f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
+    check_range("seq_len", seq_len, 2, tokens)
+    check_range("seed", seed, 0, 2**63 - 1)
+    warn_of_length(model, seq_len)
+    count, samples = tokens // seq_len, []
+    for file, share in zip(files or [None], shares_of(count, len(files) or 1)):
+        text = model.encode_file(file, share * seq_len) if file else model.encode(
+            sum(map(python_documentation, parts), ()))
+        if len(files) > 1 and len(text) < share * seq_len:
+            raise InputError(f"{file}: has {len(text)} tokens, its share of tokens {share * seq_len}; give more")
+        samples.append(sequences(text, seq_len, share, seed))
+    if sum(map(len, samples)) < count:
+        warn(f"the text has only {len(samples[0]) * seq_len} tokens in whole sequences, all used; {tokens} were asked")
+    return torch.cat(samples)
+
+
+def shares_of(count: int, files: int) -> list[int]:
+    """Sequences that each of some files gives of a sample of `count`: as equal as can be."""
+    return [len(range(i, count, files)) for i in range(files)]
+
+
+def warn_of_length(model: Model, seq_len: int) -> None:
+    """Warn if a sequence is longer than those that the model was trained on."""
+    if (most := model.config.max_positions) and seq_len > most:
+        warn(f"seq_len {seq_len}: the model is made for at most {most} tokens (max_position_embeddings)")
+
+
+def warn(message: str, kind: str = "warning") -> None:
+    """Print a single line on stderr, whatever a stranger's file names have in it."""
+    says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"{kind}: {says}", file=sys.stderr, flush=True)
+
+
 # ----------------------------------------------------------------------------------------------------- writing
 
 class Piece(NamedTuple):
@@ -1262,6 +1321,86 @@ def check_new(path: Path) -> None:
             raise InputError(f"{path}: cannot be made; {above} is not a folder that can be written to")
     except OSError as err:
         raise InputError(f"{path}: cannot be made ({err.strerror})") from None
+
+
+# ------------------------------------------------------------------------------------------------------- the record
+
+def text_hash(ids: torch.Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(ids.cpu().long().numpy().tobytes()).hexdigest()
+
+
+def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: Sequence[Path], **read: Model) -> dict:
+    """An entry of a record's history: a command, its settings, its text ids (B, L), if it read any, of these files
+    (none: Python's documentation), and the checkpoints that it read, by their role."""
+    settings = dict(settings)
+    if ids is not None:
+        settings |= {"tokens": ids.numel(), "seq_len": ids.shape[1], "text_sha256": text_hash(ids),
+                     "text": [Path(file).name for file in files] or "python documentation"}
+        if len(files) > 1:
+            settings["tokens_of_each"] = [share * ids.shape[1] for share in shares_of(len(ids), len(files))]
+    entry = {"version": __version__, "command": command, "settings": settings}
+    for role, model in read.items():
+        entry[role] = {"name": beside(model.checkpoint.path, "").name, "model_type": model.config.model_type,
+                       "num_experts": model.config.num_experts, "top_k": model.config.top_k,
+                       "fingerprint": model.checkpoint.fingerprint()}
+    return entry
+
+
+def read_history(path: Path) -> list[dict]:
+    """The history in a record, oldest entry first. Raises InputError if the file is no such record."""
+    record = read_json(path)
+    history = record.get("history")
+    require(record.get("schema_version") in READABLE_SCHEMAS and isinstance(history, list),
+            f"{path}: not a record of schema_version {SCHEMA_VERSION} with a history")
+    return history
+
+
+def record_bytes(checkpoint: Checkpoint, entry: dict) -> bytes:
+    """The content of hodgecover.json: the checkpoint's record, if it has one, with one more entry in its history. A
+    list of numbers takes one line. Raises InputError if the checkpoint's file of that name is no record."""
+    path, history = checkpoint.path / RECORD, []
+    if path.exists():
+        history = read_history(path)
+    record = {"schema_version": SCHEMA_VERSION, "history": [*history, entry]}
+    text = json.dumps(record, indent=1, allow_nan=False, default=torch.Tensor.tolist)
+    return (re.sub(r'\[\n[^{}"]*\]', lambda numbers: json.dumps(json.loads(numbers[0])), text) + "\n").encode()
+
+
+def refuse_inside(model: Model, path: Path, parameter: str) -> None:
+    """Raise InputError for a path in the checkpoint's folder."""
+    require(model.checkpoint.path.resolve() not in (path.resolve(), *path.resolve().parents),
+            f"{parameter} {path}: lies in the checkpoint, which is never written to; name another")
+
+
+def check_out(model: Model, out: Path, cache: Path | None = None, plan: bool = False) -> None:
+    """Raise InputError if an output folder, or a plan's file, lies in the checkpoint or around the cache, or cannot be
+    made, and if the checkpoint has a record that cannot be continued."""
+    record_bytes(model.checkpoint, {})
+    refuse_inside(model, out, "out")
+    if cache:
+        require(out.resolve() not in (cache.resolve(), *cache.resolve().parents),
+                f"out {out}: would hold the cache {cache}; name another")
+    check_new(out)
+    if plan:
+        require(not out.is_dir() and out.absolute().parent.is_dir(),
+                f"out {out}: a plan is a file in a folder that is there; name another")
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 if the device has instructions for its products, and float32
+    otherwise. Raises InputError for a device that torch cannot use."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, ValueError) as err:
+        raise InputError(f"device {device}: this torch cannot use it ({str(err).splitlines()[0]}); use cpu") from None
+    if name != "auto":
+        return getattr(torch, name)
+    native = device.startswith("cuda")
+    if device.startswith("cpu"):
+        able = torch.cpu.get_capabilities()
+        native = able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
 # --------------------------------------------------------------------------------------------- tensors in a cache
