@@ -456,7 +456,6 @@ class Diagnostics(NamedTuple):
     triangles: int  # in T
     candidates: int  # sampled triangles (stage A of A.9)
     discordance: float  # share of the candidates with b_ijk > 1.2 max of its edges (equation 9)
-    discordance_quantiles: list[float]  # of b_ijk over the max of its edges: least, quartiles, largest
     critical_edges: torch.Tensor  # E* (M, 2)
     critical_triangles: torch.Tensor  # T* (M, 3)
     covered_at: dict[str, int]  # after how many picks all of E*, all of T* are covered
@@ -524,7 +523,6 @@ def diagnose(signals: Signals, complex_: Complex, selection: Selection, plan: Pl
         triangles=len(complex_.triangles),
         candidates=len(triplets),
         discordance=discordant.double().mean().nan_to_num().item(),
-        discordance_quantiles=mathx.quartiles((triplets / worst)[worst > 0]),
         critical_edges=selection.edges,
         critical_triangles=selection.triangles,
         covered_at={"edges": mathx.covered_at(selection.order, selection.edges),

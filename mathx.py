@@ -35,57 +35,49 @@ class Sample(NamedTuple):
 
 # ------------------------------------------------------------- the sweep: barriers of many simplices (equations 2, 30)
 
-def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | None = None, memory: int = 10**9,
-          tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
+def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | None = None,
+          memory: int = 10**9, tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
     """Barriers of many simplices: `hodgecover.plain_barrier` of each, fast.
 
     A merge changes only the tokens that are routed to a member (`touching`). It adds to the stream a combination of its
     members' outputs. So the new logits are a combination of what the head reads of y and of each output, divided by an
     RMS that their inner products give (`head_inputs`, `combinations`). No merged expert is formed.
 
-    Parameters
-    ----------
-    members, weights : (M, 2 or 3), the simplices and `hodgecover.merge_weights` of them
-    sample : what `sample_vocabulary` drew; None: all of the vocabulary, exactly
-    memory : bytes that the sweep may take beside the layer
-    tick : is told the share of the work that is done
-
-    Returns
-    -------
-    (M,) float64 on the CPU, nats
+    members, weights (M, 2 or 3) are the simplices and `hodgecover.merge_weights` of them; sample is what
+    `sample_vocabulary` drew, None for all of the vocabulary; memory is the bytes that the sweep may take beside the
+    layer; tick is told the share of the work that is done. Returns (M,) float64 on the CPU, nats.
     """
     layer = layer._replace(gates=layer.gates.cpu())  # waits for the device once
     touched = touching(members, layer.gates)
     total = torch.zeros(len(members), dtype=torch.float64)
     if not touched.any():
         return total
+    tokens = len(layer.x)
     size = tokens_at_once(layer, touched, sample, memory)
-    for start in range(0, len(layer.x), size):
+    for start in range(0, tokens, size):
         chunk = slice(start, start + size)
-        arguments = on_tokens(layer, chunk), members, weights, touched[chunk], rows_of_sample(sample, chunk), memory
+        few, own = on_tokens(layer, chunk), on_tokens(sample, chunk)
+        arguments = few, members, weights, touched[chunk], own, memory
         kl = kl_of_merges(*arguments)
         if not kl.isfinite().all():  # an exponential overflows
             kl = kl_of_merges(*arguments, careful=True)
-        total.index_add_(0, touched[chunk].nonzero()[:, 1], kl.double())
-        tick(min(chunk.stop / len(layer.x), 1))
-    return total / len(layer.x)
+        simplex = touched[chunk].nonzero()[:, 1]
+        total.index_add_(0, simplex, kl.double())
+        tick(min(chunk.stop / tokens, 1))
+    return total / tokens
 
 
-def on_tokens(layer, which: slice | torch.Tensor):
-    """The layer on some of the tokens."""
-    return layer._replace(x=layer.x[which], gates=layer.gates[which], y=layer.y[which])
-
-
-def rows_of_sample(sample: Sample | None, which: slice | torch.Tensor) -> Sample | None:
-    """The sample of some of the tokens."""
-    if sample is None:
+def on_tokens(measured, which: slice | torch.Tensor):
+    """A layer, or a sample of the vocabulary, on some of the tokens; None of None."""
+    if measured is None:
         return None
-    return Sample(sample.outcomes[which], sample.log_weights[which])
+    if isinstance(measured, Sample):
+        return Sample(measured.outcomes[which], measured.log_weights[which])
+    return measured._replace(x=measured.x[which], gates=measured.gates[which], y=measured.y[which])
 
 
 def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Which tokens are routed to a member of each simplex (M, 2 or 3): (T, M) bool on the CPU. A merge changes no
-    others."""
+    """Which tokens are routed to a member of each simplex (M, 2 or 3), and so changed: (T, M) bool on the CPU."""
     routed = gates.cpu() > 0
     touched = routed[:, members[:, 0]]
     for column in members.T[1:]:
@@ -94,100 +86,109 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_at_once(layer, touched: torch.Tensor, sample: Sample | None, memory: int) -> int:
-    """How many tokens a chunk of the sweep takes, so that what it holds fills at most three quarters of `memory`."""
+    """How many tokens a chunk of the sweep takes, so that what it holds fills three quarters of `memory`."""
     count, d = len(layer.experts.gate) + 1, layer.x.shape[1]
     narrow, wide = layer.x.itemsize, widened(layer.x.dtype).itemsize
-    of_token = narrow * count * d + (narrow + wide) * count**2  # `head_inputs`
+    of_token = narrow * count * (d + count)  # `head_inputs`
+    of_token += wide * count**2
     of_token += 64 * wide * int(touched.sum(1).max())  # `combinations`
     if sample is None:
         of_token += 3 * wide * len(layer.unembedding)  # its distribution, in three copies
     return max(1, memory * 3 // 4 // of_token)
 
 
-def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor, sample: Sample | None,
-                 memory: int, careful: bool = False) -> torch.Tensor:
-    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, on the CPU.
-
-    p is read out in float32 or better, all else in the layer's dtype. The host waits for the device once. KL is not
-    finite where exponentials overflow, unless `careful`.
-    """
+def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor,
+                 sample: Sample | None, memory: int, careful: bool = False) -> torch.Tensor:
+    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, on the CPU. p is read
+    out in float32 or better, the rest in the layer's dtype. The host waits for the device once. KL is not finite where
+    exponentials overflow, unless `careful`."""
     device, wide = layer.x.device, widened(layer.x.dtype)
     log_p = log_readout(layer, memory) if sample is None else sample.log_weights
     rows, gram = head_inputs(layer)  # (T, n + 1, d), (T, n + 1, n + 1)
 
-    # The simplices that touch each token, (T, R); a token that has fewer borrows the next one's.
-    count = touched.sum(1)
-    place = (count.cumsum(0) - count)[:, None] + torch.arange(int(count.max()))
-    simplex = touched.nonzero()[:, 1]
-    simplex = simplex[place.clamp(max=len(simplex) - 1)].to(device, non_blocking=True)
-    members, weights = members.to(device, non_blocking=True), weights.to(device, wide, non_blocking=True)
+    # What each token's simplices change, as combinations of its rows: (T, R, s + 1).
+    simplex, own = simplices_of_tokens(touched)
+    simplex = simplex.to(device, non_blocking=True)
+    members = members.to(device, non_blocking=True)[simplex]
+    weights = weights.to(device, wide, non_blocking=True)[simplex]
     gates = layer.gates.to(device, wide, non_blocking=True)
-    index, share = combinations(gates, gram, layer.norm.eps, members[simplex], weights[simplex])
+    index, share = combinations(gates, gram, layer.norm.eps, members, weights)
 
-    kl = share.new_zeros(simplex.shape)
+    kl = share.new_zeros(own.shape)
+    count = own.sum(1)
     numbers = block_numbers(layer.x, memory)
-    at_once = tokens_in_a_step(layer, int(count.max()), sample, numbers)
-    for start in range(0, len(rows), at_once):
-        step = slice(start, start + at_once)
+    size = tokens_in_a_step(layer, own.shape[1], sample, numbers)
+    for start in range(0, len(rows), size):
+        step = slice(start, start + size)
         used = step, slice(int(count[step].max()))
-        head = layer.unembedding if sample is None else rows_of(layer.unembedding, sample.outcomes[step])
+        head = layer.unembedding
+        if sample is not None:
+            outcomes = sample.outcomes[step]
+            head = head.index_select(0, outcomes.flatten()).view(*outcomes.shape, -1)
         blocks = changed_logits(rows[step], head, log_p[step], index[used], share[used], numbers)
         kl[used] = kl_of_blocks(blocks, careful)
-    return kl.cpu()[torch.arange(kl.shape[1]) < count[:, None]]
+    return kl.cpu()[own]
+
+
+def simplices_of_tokens(touched: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The simplices that touch each token, side by side: touched (T, M) bool -> numbers (T, R), and which of them are
+    the token's own (T, R) bool. A token with fewer than R borrows the next one's."""
+    simplex = touched.nonzero()[:, 1]
+    count = touched.sum(1)
+    first = count.cumsum(0) - count
+    column = torch.arange(int(count.max()))
+    place = first[:, None] + column
+    return simplex[place.clamp(max=len(simplex) - 1)], column < count[:, None]
 
 
 def head_inputs(layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a token's changed logits are made of, for y and the outputs E_1 .. E_n.
-
-    Returns
-    -------
-    rows : (T, n + 1, d), each times the weight of the final norm: the head reads them
-    gram : (T, n + 1, n + 1) float32 or wider, their inner products before that, over d
-    """
+    """What changed logits are made of: y and the outputs E_1 .. E_n, times the weight of the final norm, (T, n + 1, d);
+    and their inner products before that, over d, (T, n + 1, n + 1) float32 or wider."""
     n, (tokens, d) = len(layer.experts.gate), layer.x.shape
     rows = layer.x.new_empty(tokens, n + 1, d)
     rows[:, 0] = layer.y
     for e in range(n):
         rows[:, 1 + e] = layer.experts(e, layer.x)
-    gram = (rows @ rows.mT).to(widened(rows.dtype)) / d
-    return rows.mul_(layer.norm.weight), gram
+    gram = rows @ rows.mT
+    gram = gram.to(widened(rows.dtype)) / d
+    rows *= layer.norm.weight
+    return rows, gram
 
 
-def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: torch.Tensor, weights: torch.Tensor
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: torch.Tensor,
+                 weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The changes of what the head reads, as combinations of the rows of `head_inputs`. A merge S changes y by
 
         y_S - y = sum_S c_e E_e(x),   c_e = (sum_S g) w_e - g_e
 
-    and the head reads y_S / rms(y_S) - y / rms(y) = (scale - 1) y / rms(y) + scale sum_S c_e E_e / rms(y), with
-    scale = rms(y) / rms(y_S).
+    and y / rms(y) by (scale - 1) y / rms(y) + scale sum_S c_e E_e(x) / rms(y), with scale = rms(y) / rms(y_S).
 
-    Parameters
-    ----------
-    gates : (t, n); gram : (t, n + 1, n + 1); members, weights : (t, R, s)
-
-    Returns
-    -------
-    index : (t, R, s + 1), rows of the tokens, 0 for y
-    share : (t, R, s + 1), their coefficients
+    gates (T, n), gram (T, n + 1, n + 1), members, weights (T, R, s) -> the rows of the token, of which 0 is y, and their
+    coefficients, (T, R, s + 1) each.
     """
-    t, many, size = members.shape
     gate = gates.gather(1, members.flatten(1)).view_as(members)
-    change = gate.sum(-1, keepdim=True) * weights - gate  # c_e
+    mass = gate.sum(-1, keepdim=True)
+    change = mass * weights - gate  # c_e
     index = functional.pad(1 + members, (1, 0))
     with_y = functional.pad(change, (1, 0), value=1.0)
 
-    # |y + change|^2 - |y|^2, without the rounding error of their difference: the inner products but for |y|^2.
-    mean_square = gram[:, 0, 0, None].clone()  # of y (t, 1)
-    token = torch.arange(t, device=gram.device)[:, None, None, None]
-    products = gram[token, index[..., :, None], index[..., None, :]]  # (t, R, s + 1, s + 1)
+    # |y_S|^2 - |y|^2, free of the rounding error of a difference: all inner products but |y|^2.
+    token = torch.arange(len(gram), device=gram.device)
+    left, right = index[..., :, None], index[..., None, :]
+    products = gram[token[:, None, None, None], left, right]  # (t, R, s + 1, s + 1)
     products[..., 0, 0] = 0
-    growth = (products * with_y[..., :, None] * with_y[..., None, :]).sum((-2, -1))
-    growth = torch.maximum(growth, -mean_square)  # a mean square is not negative
+    products *= with_y[..., :, None]
+    products *= with_y[..., None, :]
+    growth = products.sum((-2, -1))
 
-    less_1 = torch.expm1(-0.5 * torch.log1p(growth / (mean_square + eps)))  # scale - 1
-    share = torch.cat((less_1[..., None], (1 + less_1[..., None]) * change), -1)
-    return index, share * (mean_square + eps).rsqrt()[..., None]
+    square = gram[:, 0, 0, None]  # of rms(y)
+    growth = torch.maximum(growth, -square)  # a mean square is not negative
+    square = square + eps
+    less_1 = torch.expm1(-torch.log1p(growth / square) / 2)  # scale - 1
+    less_1 = less_1[..., None]
+    share = torch.cat((less_1, (1 + less_1) * change), -1)
+    share *= square.rsqrt()[..., None]
+    return index, share
 
 
 def changed_logits(rows: torch.Tensor, head: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor,
@@ -197,28 +198,32 @@ def changed_logits(rows: torch.Tensor, head: torch.Tensor, log_p: torch.Tensor, 
 
     rows (t, n + 1, d); head (V, d), or one of each token (t, V, d); log_p (t, V); index, share (t, R, s + 1).
     """
-    t, many, size = index.shape
-    likely = log_p.argmax(-1)  # (t,)
-    likely_head = head[likely] if head.dim() == 2 else head[torch.arange(t, device=head.device), likely]
+    t, many, _ = index.shape
+    token = torch.arange(t, device=rows.device)
+    likely = log_p.argmax(-1)
+    likely_head = head[likely] if head.dim() == 2 else head[token, likely]
     base = product(rows, likely_head[..., None])  # (t, n + 1, 1)
-    place = index + rows.shape[1] * torch.arange(t, device=index.device)[:, None, None]
-    width = max(1, numbers // (t * many) // BLOCK_WIDTH) * BLOCK_WIDTH
-    for log_p_block, head_block in zip(log_p.split(width, -1), head.split(width, -2)):
-        table = (product(rows, head_block.mT) - base).to(share.dtype)  # (t, n + 1, W)
-        delta = functional.embedding_bag(place.view(-1, size), table.flatten(0, 1),
-                                         per_sample_weights=share.view(-1, size), mode="sum")
+    place = index + rows.shape[1] * token[:, None, None]  # in the tables of all tokens, one below the other
+    place, share = place.flatten(0, 1), share.flatten(0, 1)
+    width = numbers // len(place) // BLOCK_WIDTH
+    width = max(1, width) * BLOCK_WIDTH
+    blocks = zip(log_p.split(width, -1), head.split(width, -2))
+    for log_p_block, head_block in blocks:
+        table = product(rows, head_block.mT) - base  # (t, n + 1, W)
+        table = table.to(share.dtype).flatten(0, 1)
+        delta = functional.embedding_bag(place, table, per_sample_weights=share, mode="sum")
         yield log_p_block, delta.view(t, many, -1)
 
 
 def tokens_in_a_step(layer, most: int, sample: Sample | None, numbers: int) -> int:
-    """How many tokens a step takes, of which one is touched by `most` simplices: on a CPU one, whose block of changed
-    logits stays in the cache; elsewhere so many that the changed logits, and the rows of the head for a sample, are
-    about so many numbers."""
+    """How many tokens a step takes, of which one is touched by `most` simplices: on a CPU one, whose changed logits stay
+    in the cache; elsewhere so many that these, or the rows of the head for a sample, are about so many numbers."""
     if layer.x.is_cpu:
         return 1
     of_token = max(1, most) * BLOCK_WIDTH
     if sample is not None:
-        of_token = sample.outcomes.shape[1] * max(most, layer.x.shape[1])
+        width = sample.outcomes.shape[1]
+        of_token = width * max(most, layer.x.shape[1])
     return max(1, numbers // of_token)
 
 
@@ -232,24 +237,22 @@ def block_numbers(x: torch.Tensor, memory: int) -> int:
 
 def log_readout(layer, memory: int) -> torch.Tensor:
     """Log-probabilities of the next token, (T, V), float32 or better; the head is widened piece by piece."""
-    features = layer.norm(layer.y.to(widened(layer.x.dtype)))
+    wide = widened(layer.x.dtype)
+    features = layer.norm(layer.y.to(wide))
     logits = features.new_empty(len(features), len(layer.unembedding))
-    piece = max(1, block_numbers(features, memory) // features.shape[1])
-    for out, rows in zip(logits.split(piece, dim=1), layer.unembedding.split(piece)):
-        out.copy_(features @ rows.to(features).T)
+    size = max(1, block_numbers(features, memory) // features.shape[1])
+    pieces = zip(logits.split(size, dim=1), layer.unembedding.split(size))
+    for out, rows in pieces:
+        out.copy_(features @ rows.to(wide).T)
     return logits.log_softmax(-1)
-
-
-def rows_of(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """table[index], by the function that is fast."""
-    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The matrix product of left (t, R, d) and right (t, d, W) or (d, W), without the slow batch of one."""
     if len(left) > 1:
         return left @ right
-    return (left[0] @ right.view(right.shape[-2:]))[None]
+    right = right.view(right.shape[-2:])
+    return (left[0] @ right)[None]
 
 
 def kl_of_blocks(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], careful: bool = False) -> torch.Tensor:
@@ -279,69 +282,64 @@ def kl_of_blocks(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], careful: b
 def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> Sample | None:
     """A sample of the vocabulary for each token, `count` outcomes each; None if it would be all of it (count 0 says
     all). One sample serves pairs and triangles."""
-    vocab = len(layer.unembedding)
+    tokens, vocab = len(layer.x), len(layer.unembedding)
     if not 0 < count < vocab:
         return None
-    offsets = torch.rand(len(layer.x), generator=torch.Generator().manual_seed(seed))
+    offsets = torch.rand(tokens, generator=torch.Generator().manual_seed(seed))
     offsets = offsets.to(layer.x.device, non_blocking=True)
-    tokens = max(1, memory // (4 * widened(layer.x.dtype).itemsize * vocab))  # that are read out at once
+    size = max(1, memory // (4 * widened(layer.x.dtype).itemsize * vocab))  # tokens that are read out at once
     few = max(1, block_numbers(layer.x, memory) // (3 * vocab))  # and of those, in float64
-    drawn = []
-    for start in range(0, len(offsets), tokens):
-        chunk = slice(start, start + tokens)
+    samples = []
+    for start in range(0, tokens, size):
+        chunk = slice(start, start + size)
         log_p = log_readout(on_tokens(layer, chunk), memory)
         for block, offset in zip(log_p.split(few), offsets[chunk].split(few)):
-            drawn.append(sample_outcomes(block, count, offset))
-    outcomes, log_weights = zip(*drawn)
+            samples.append(sample_outcomes(block, count, offset))
+    outcomes, log_weights = zip(*samples)
     return Sample(torch.cat(outcomes), torch.cat(log_weights))
 
 
-def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sample:
     """Weighted samples of distributions, to estimate expectations from `count` outcomes each.
 
     An outcome is in with probability min(1, p / tau), and then weighs max(p, tau); tau is such that `count` are in. So
-    likely outcomes are certain to be in, and E_p[v] is estimated without bias for every v. By Jensen's inequality,
-    KL = log E_p[exp delta] - E_p[delta] is then underestimated on average. The draw is systematic: lay the
-    probabilities of being in end to end, and read off at offset, 1 + offset, 2 + offset, ...
-
-    Parameters
-    ----------
-    log_p : (T, V) log-probabilities
-    count : from 1 to V
-    offset : (T,), uniform in [0, 1)
-
-    Returns
-    -------
-    (outcomes (T, count), ascending, log-weights (T, count))
+    likely outcomes are certain, and E_p[v] is estimated without bias. KL = log E_p[exp delta] - E_p[delta] falls short
+    on average (Jensen). The draw is systematic: lay the probabilities of being in end to end, and read off at offset,
+    1 + offset, 2 + offset, ...
+    log_p (T, V); count from 1 to V; offset (T,), uniform in [0, 1).
 
     >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
-    >>> outcomes, log_weights = sample_outcomes(p.log(), 3, torch.tensor([0.5]))
-    >>> outcomes, log_weights.exp()
+    >>> sample = sample_outcomes(p.log(), 3, torch.tensor([0.5]))
+    >>> sample.outcomes, sample.log_weights.exp()
     (tensor([[1, 2, 4]]), tensor([[0.2000, 0.6000, 0.2000]]))
     """
     p = log_p.double().exp()
-    largest, likely = p.topk(count)
-    tau = threshold(largest, p.scatter(1, likely, 0.0).sum(1, keepdim=True))
+    tau = threshold(p, count)
     ends = (p / tau).clamp_(max=1).cumsum(1)  # (T, V): where each outcome's stretch ends
-    at = torch.arange(count, device=p.device) + offset.double()[:, None]
+    at = torch.arange(count, device=p.device)
+    at = at + offset.double()[:, None]
     outcomes = torch.searchsorted(ends, at, right=True).clamp_(max=p.shape[1] - 1)
     weights = p.gather(1, outcomes).clamp(min=tau)
     weights = weights.where(at < ends[:, -1:], tau)  # fewer than `count` may have p > 0
-    return outcomes, weights.log().to(log_p.dtype)
+    return Sample(outcomes, weights.log().to(log_p.dtype))
 
 
-def threshold(largest: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """tau of samples of `count` outcomes each, (T, 1), from the largest probabilities (T, count), descending, and the
-    sum of all others (T, 1).
+def threshold(p: torch.Tensor, count: int) -> torch.Tensor:
+    """tau of samples of `count` outcomes of each distribution (T, V), (T, 1).
 
     An outcome is certain if it has at least an equal share of the mass left for its slot and those after it; tau is
     the share of the first slot that is not certain. Of probabilities 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first
     outcome is certain: 0.6 >= 1 / 3. The second is not: 0.1 < 0.4 / 2, which is tau.
     """
-    slots = torch.arange(largest.shape[1], 0, -1, device=largest.device)  # this one and those after it
-    share = (largest.flip(1).cumsum(1).flip(1) + others) / slots
-    certain = (largest >= share * (1 - 1e-12)).cumprod(1).sum(1, keepdim=True)
-    return share.gather(1, certain.clamp(max=len(slots) - 1)).clamp(min=torch.finfo(share.dtype).tiny)
+    largest, likely = p.topk(count)
+    others = p.scatter(1, likely, 0.0).sum(1, keepdim=True)
+    left = others + largest.flip(1).cumsum(1).flip(1)  # the mass of an outcome and of those after it
+    slots = torch.arange(count, 0, -1, device=p.device)
+    share = left / slots
+    certain = largest >= share * (1 - 1e-12)
+    last = certain.cumprod(1).sum(1, keepdim=True)
+    tau = share.gather(1, last.clamp(max=count - 1))
+    return tau.clamp(min=torch.finfo(p.dtype).tiny)
 
 
 def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample, seed: int = 0,
@@ -350,36 +348,40 @@ def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sa
     The tokens are random, each with one random simplex of those that touch it. members, weights: as for `sweep`."""
     touched = touching(members, layer.gates)
     generator = torch.Generator().manual_seed(seed)
-    changed = touched.any(1).nonzero().squeeze(1)
-    t = changed[torch.randperm(len(changed), generator=generator)[:size]]
+    t = touched.any(1).nonzero().squeeze(1)
+    t = t[torch.randperm(len(t), generator=generator)[:size]]
     if not len(t):
         return torch.empty(0, 2, dtype=torch.float64)
     simplex = torch.multinomial(touched[t].double(), 1, generator=generator).squeeze(1)
-    layer = on_tokens(layer, t)
-    log_p, sample = log_readout(layer, memory), rows_of_sample(sample, t.to(layer.x.device))
-
+    t = t.to(layer.x.device)
+    layer, sample = on_tokens(layer, t), on_tokens(sample, t)
+    log_p = log_readout(layer, memory)
     # What the head reads of each merge, less what it reads of y: (R, d).
     stream = layer.y.to(log_p.dtype)
     change = changes_of_stream(layer, members[simplex], weights[simplex])
-    moved = (layer.norm(stream + change) - layer.norm(stream)).to(layer.x.dtype)
-    delta = (moved @ layer.unembedding.T).to(log_p.dtype)
+    moved = layer.norm(stream + change) - layer.norm(stream)
+    delta = moved.to(layer.x.dtype) @ layer.unembedding.T
+    delta = delta.to(log_p.dtype)
     delta -= delta.gather(1, log_p.argmax(-1, keepdim=True))
 
-    sampled = kl_of_blocks([(sample.log_weights, delta.gather(1, sample.outcomes)[:, None])], careful=True)
+    of_sample = delta.gather(1, sample.outcomes)
+    sampled = kl_of_blocks([(sample.log_weights, of_sample[:, None])], careful=True)
     exact = kl_of_blocks([(log_p, delta[:, None])], careful=True)
     return torch.cat((sampled, exact), 1).double().cpu()
 
 
 def changes_of_stream(layer, members: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """y_S - y, (T, d) float32 or wider, of one simplex at each token: members, weights (T, s)."""
-    wide = widened(layer.x.dtype)
-    members, weights = members.to(layer.x.device), weights.to(layer.x.device, wide)
-    gate = layer.gates.to(layer.x.device, wide).gather(1, members)
-    share = gate.sum(1, keepdim=True) * weights - gate
-    change = torch.zeros(layer.y.shape, dtype=wide, device=layer.x.device)
+    device, wide = layer.x.device, widened(layer.x.dtype)
+    members, weights = members.to(device), weights.to(device, wide)
+    gate = layer.gates.to(device, wide).gather(1, members)
+    mass = gate.sum(1, keepdim=True)
+    share = mass * weights - gate
+    change = torch.zeros_like(layer.y, dtype=wide)
     for e in members.unique().tolist():
-        t, member = (members == e).nonzero().unbind(1)
-        change.index_add_(0, t, share[t, member, None] * layer.experts(e, layer.x[t]).to(wide))
+        t, member = (members == e).nonzero().T
+        output = layer.experts(e, layer.x[t]).to(wide)
+        change.index_add_(0, t, share[t, member, None] * output)
     return change
 
 
@@ -389,7 +391,8 @@ def additive_residual(signal: torch.Tensor, d1: torch.Tensor) -> torch.Tensor:
     """What the least-squares fit b_ij ~ phi_i + phi_j leaves of a signal (E,), which no order of the vertices changes;
     d1 (n, E)."""
     ends = d1.abs()
-    return signal - ends.T @ (torch.linalg.pinv(ends @ ends.T, hermitian=True) @ (ends @ signal))
+    phi = torch.linalg.pinv(ends @ ends.T, hermitian=True) @ (ends @ signal)
+    return signal - ends.T @ phi
 
 
 def additive_shares(signal: torch.Tensor, d1: torch.Tensor) -> dict[str, float]:
@@ -405,26 +408,16 @@ def additive_shares(signal: torch.Tensor, d1: torch.Tensor) -> dict[str, float]:
     return {"energy": explained(signal), "variance": explained(signal - signal.mean())}
 
 
-def quartiles(values: torch.Tensor) -> list[float]:
-    """The quantiles 0, 1/4, 1/2, 3/4, 1; none if there are no values."""
-    if not len(values):
-        return []
-    return values.quantile(torch.linspace(0, 1, 5, dtype=values.dtype)).tolist()
-
-
 def covered_at(order: list[int], simplices: torch.Tensor) -> int:
-    """After how many of the picks in `order` every simplex (M, 2 or 3) has a picked vertex.
-
-    0 if there is no simplex, len(order) + 1 if one is never covered.
+    """After how many of the picks in `order`, of all vertices, every simplex (M, 2 or 3) has a picked vertex.
 
     >>> covered_at([0, 2, 1, 3], torch.tensor([[0, 1], [1, 2]]))
     2
     """
-    pick = {vertex: number for number, vertex in enumerate(order, 1)}
-    last = 0
-    for simplex in simplices.tolist():
-        last = max(last, min(pick.get(vertex, len(order) + 1) for vertex in simplex))
-    return last
+    if not len(simplices):
+        return 0
+    pick = torch.tensor(order).argsort()  # of each vertex
+    return int(pick[simplices].amin(1).max()) + 1
 
 
 def shortfall(estimated: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
@@ -436,10 +429,12 @@ def shortfall(estimated: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     share = 1.0
     if total > 0:
         share = (estimated.sum() / total).item()
-    error = (estimated - share * exact).std(correction=0) * len(exact) ** 0.5 / total.clamp(min=1e-300)
-    largest = torch.where(exact > 0, 1 - estimated / exact, 0).abs().max()
-    return {"pairs": len(exact), "shortfall": 1 - share, "standard_error": error.item(), "largest": largest.item(),
-            "rank_correlation": spearman(estimated, exact)}
+    spread = (estimated - share * exact).std(correction=0)
+    error = spread * len(exact) ** 0.5 / total.clamp(min=1e-300)
+    errors = torch.where(exact > 0, 1 - estimated / exact, 0)
+    largest = errors.abs().max()
+    return {"pairs": len(exact), "shortfall": 1 - share, "standard_error": error.item(),
+            "largest": largest.item(), "rank_correlation": spearman(estimated, exact)}
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
