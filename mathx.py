@@ -3,8 +3,8 @@
 """The numerics behind `hodgecover.py`: barriers of all pairs and triples at once, fast and in bounded memory; samples
 of the vocabulary; the audit. Knows nothing of models or files.
 
-    n experts of a layer     T tokens, t of a step        V vocabulary, W outcomes of a block      d hidden size
-    M simplices of one size, s members of each            R simplices that touch a token           E edges
+    n experts of a layer    T tokens, t of a step    V vocabulary, W outcomes of a block    d hidden size    E edges
+    M simplices of one size, s members of each       R simplices that touch a token
 
 A `layer` has the fields of `hodgecover.MoELayer`. Sections and equations are the paper's (arXiv 2605.13997).
 """
@@ -56,7 +56,7 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
     size = tokens_at_once(layer, touched, sample, memory)
     for start in range(0, tokens, size):
         chunk = slice(start, start + size)
-        few, own = on_tokens(layer, chunk), on_tokens(sample, chunk)
+        few, own = on_tokens(layer, chunk), sample and on_tokens(sample, chunk)
         arguments = few, members, weights, touched[chunk], own, memory
         kl = kl_of_merges(*arguments)
         if not kl.isfinite().all():  # an exponential overflows
@@ -68,9 +68,7 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
 
 
 def on_tokens(measured, which: slice | torch.Tensor):
-    """A layer, or a sample of the vocabulary, on some of the tokens; None of None."""
-    if measured is None:
-        return None
+    """A layer, or a sample of the vocabulary, on some of the tokens."""
     if isinstance(measured, Sample):
         return Sample(measured.outcomes[which], measured.log_weights[which])
     return measured._replace(x=measured.x[which], gates=measured.gates[which], y=measured.y[which])
@@ -80,8 +78,8 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """Which tokens are routed to a member of each simplex (M, 2 or 3), and so changed: (T, M) bool on the CPU."""
     routed = gates.cpu() > 0
     touched = routed[:, members[:, 0]]
-    for column in members.T[1:]:
-        touched |= routed[:, column]
+    for member in members.T[1:]:
+        touched |= routed[:, member]
     return touched
 
 
@@ -120,7 +118,10 @@ def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: t
     size = tokens_in_a_step(layer, own.shape[1], sample, numbers)
     for start in range(0, len(rows), size):
         step = slice(start, start + size)
-        used = step, slice(int(count[step].max()))
+        most = int(count[step].max())
+        if most == 0:
+            continue
+        used = step, slice(most)
         head = layer.unembedding
         if sample is not None:
             outcomes = sample.outcomes[step]
@@ -300,14 +301,12 @@ def sample_vocabulary(layer, count: int, seed: int = 0, memory: int = 10**9) -> 
 
 
 def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sample:
-    """Weighted samples of distributions, to estimate expectations from `count` outcomes each.
+    """Weighted samples, `count` outcomes each, of distributions log_p (T, V); offset (T,) is uniform in [0, 1).
 
     An outcome is in with probability min(1, p / tau), and then weighs max(p, tau); tau is such that `count` are in. So
     likely outcomes are certain, and E_p[v] is estimated without bias. KL = log E_p[exp delta] - E_p[delta] falls short
     on average (Jensen). The draw is systematic: lay the probabilities of being in end to end, and read off at offset,
     1 + offset, 2 + offset, ...
-    log_p (T, V); count from 1 to V; offset (T,), uniform in [0, 1).
-
     >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
     >>> sample = sample_outcomes(p.log(), 3, torch.tensor([0.5]))
     >>> sample.outcomes, sample.log_weights.exp()
@@ -349,7 +348,8 @@ def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sa
     touched = touching(members, layer.gates)
     generator = torch.Generator().manual_seed(seed)
     t = touched.any(1).nonzero().squeeze(1)
-    t = t[torch.randperm(len(t), generator=generator)[:size]]
+    drawn = torch.randperm(len(t), generator=generator)[:size]
+    t = t[drawn]
     if not len(t):
         return torch.empty(0, 2, dtype=torch.float64)
     simplex = torch.multinomial(touched[t].double(), 1, generator=generator).squeeze(1)
