@@ -20,30 +20,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import math
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during this import prints no traceback
 
 import torch
 
 if __package__:
     from . import mathx, model_io
-    from .model_io import Experts, InputError, Model, RMSNorm, calibration_ids, check_range, require, warn
+    from .model_io import Experts, InputError, Model, calibration_ids, check_range, require, warn
 else:
     import mathx
     import model_io
-    from model_io import Experts, InputError, Model, RMSNorm, calibration_ids, check_range, require, warn
+    from model_io import Experts, InputError, Model, calibration_ids, check_range, require, warn
 
 __version__ = "0.4.0"
 
@@ -85,15 +81,15 @@ ORDERS = r"index|saliency|random:\d{1,18}"
 CHOICES = {  # setting: help, smallest and largest value
     "max_triangles": ("candidate triangles at most (A.9)", 0, math.inf),
     "thresholds": ("thresholds of the filtration, from 0 to 1.1 max b (A.9)", 2, math.inf),
-    "order": ("order of the experts that gives edges their signs (3.2): index; ours: saliency, random:SEED", 0, 0),
-    "margin": ("share by which a discordant triplet exceeds its worst edge (equation 9)", 0, math.inf),
+    "order": ("what gives edges their signs (3.2): index; ours: saliency, random:SEED", 0, 0),
+    "margin": ("share by which a discordant triplet exceeds its worst edge (3.4)", 0, math.inf),
     "edge_percent": ("p: percent of the edges in E*, the harmonic-critical ones (C.1)", 0, 100),
-    "triangle_percent": ("q_T: percent of the triangles in T*, the triplet-critical ones (C.1)", 0, 100),
+    "triangle_percent": ("q_T: percent of T in T*, the triplet-critical ones (C.1)", 0, 100),
     "lambda_edge": ("weight of the cover of E* (equation 10, C.1)", 0, math.inf),
     "lambda_triangle": ("weight of the cover of T* (equation 10, C.1)", 0, math.inf),
     "alpha": ("harmonic penalty of the redirect (equation 13, C.1)", 0, math.inf),
-    "seed": ("seed of the samples of text (A.11), triangles (A.9) and outcomes", 0, 2**63 - 1),
-    "vocab_sample": ("ours: next tokens sampled for a KL, weighted and audited; 0: all", 0, math.inf),
+    "seed": ("seed of the samples of text (A.11), triangles (A.9), outcomes", 0, 2**63 - 1),
+    "vocab_sample": ("ours: next tokens sampled for a KL, audited; 0: all", 0, math.inf),
 }
 MEASURED = {"max_triangles", "seed", "vocab_sample"}  # what the barriers depend on
 
@@ -106,7 +102,7 @@ class MoELayer(NamedTuple):
     x: torch.Tensor  # input of the MoE block (T, d)
     gates: torch.Tensor  # gate weights as the model applies them (T, n), > 0 on the top-k, else 0
     y: torch.Tensor  # residual stream after the layer (T, d)
-    norm: RMSNorm  # the norm before the head: its weight (d,) and eps
+    norm: model_io.RMSNorm  # the norm before the head: its weight (d,) and eps
     unembedding: torch.Tensor  # the head W_U (V, d)
 
 
@@ -146,15 +142,21 @@ def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
     """
     rates = (layer.gates > 0).double().mean(0).cpu()  # r_e (A.10)
     weights = merge_weights(torch.tensor([simplex]), rates)[0].to(layer.x)
-    merged, replaced = torch.zeros_like(layer.y), torch.zeros_like(layer.y)
-    for e, weight in zip(simplex, weights):
+    gates = layer.gates[:, simplex]  # (T, 2 or 3)
+    merged = torch.zeros_like(layer.y)  # E_S(x)
+    before = torch.zeros_like(layer.y)  # sum_S g_e E_e(x)
+    for e, weight, gate in zip(simplex, weights, gates.T):
         output = layer.experts(e, layer.x)
         merged += weight * output
-        replaced += layer.gates[:, e, None] * output
-    y_merged = layer.y + layer.gates[:, simplex].sum(1, keepdim=True) * merged - replaced
-    log_p = (layer.norm(layer.y) @ layer.unembedding.T).double().log_softmax(-1)
-    log_q = (layer.norm(y_merged) @ layer.unembedding.T).double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        before += gate[:, None] * output
+    y_merged = layer.y + gates.sum(1, keepdim=True) * merged - before
+
+    def log_distribution(y: torch.Tensor) -> torch.Tensor:
+        logits = layer.norm(y) @ layer.unembedding.T
+        return logits.double().log_softmax(-1)
+    log_p, log_q = log_distribution(layer.y), log_distribution(y_merged)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl.mean()
 
 
 class Signals(NamedTuple):
@@ -164,7 +166,7 @@ class Signals(NamedTuple):
     barriers: torch.Tensor  # of the pairs `edges(n)` (E,), nats
     candidates: torch.Tensor  # candidate triangles, rows ascending (F, 3)
     triplets: torch.Tensor  # their barriers (F,), nats
-    audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)  # R merges at one token each: sampled KL, exact KL
+    audit: torch.Tensor = torch.empty(0, 2, dtype=torch.float64)  # sampled KL, exact KL of R merges
 
 
 @torch.no_grad()
@@ -176,21 +178,23 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
     sample = mathx.sample_vocabulary(layer, settings.vocab_sample, settings.seed, memory)
 
+    def barriers_of(simplices: torch.Tensor, tick: Tick) -> torch.Tensor:
+        weights = merge_weights(simplices, frequency)
+        return mathx.sweep(layer, simplices, weights, sample, memory, tick)
     pairs = edges(len(frequency))
-    pair_weights = merge_weights(pairs, frequency)
-    barriers = mathx.sweep(layer, pairs, pair_weights, sample, memory, lambda done: tick(done / 2))
+    barriers = barriers_of(pairs, lambda done: tick(done / 2))
     candidates = candidate_triangles(barriers, saliency, settings.max_triangles, settings.seed)
-    weights = merge_weights(candidates, frequency)
-    triplets = mathx.sweep(layer, candidates, weights, sample, memory, lambda done: tick((1 + done) / 2))
+    triplets = barriers_of(candidates, lambda done: tick((1 + done) / 2))
 
-    finite = torch.cat((saliency, barriers, triplets)).isfinite().all()
-    require(finite, "a layer's saliencies or barriers are not finite: NaN or infinity in the weights of an expert, or "
-            f"an overflow of {layer.x.dtype}")
-    if sample is None:
-        return Signals(frequency, saliency, barriers, candidates, triplets)
-    audit = torch.cat((mathx.audit_sample(layer, pairs, pair_weights, sample, settings.seed, memory),
-                       mathx.audit_sample(layer, candidates, weights, sample, settings.seed, memory)))
-    return Signals(frequency, saliency, barriers, candidates, triplets, audit)
+    measured = torch.cat((saliency, barriers, triplets))
+    require(measured.isfinite().all(), "a layer's saliencies or barriers are not finite: NaN or "
+            f"infinity in the weights of an expert, or an overflow of {layer.x.dtype}")
+    audits = [Signals._field_defaults["audit"]]
+    if sample:
+        for simplices in (pairs, candidates):
+            weights = merge_weights(simplices, frequency)
+            audits.append(mathx.audit_sample(layer, simplices, weights, sample, settings.seed, memory))
+    return Signals(frequency, saliency, barriers, candidates, triplets, torch.cat(audits))
 
 
 # --------------------------------------------------------------------------------------- 3 complex (section 3.2, A.9)
@@ -246,12 +250,15 @@ def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, to
 def cliques(n: int, pairs: torch.Tensor) -> torch.Tensor:
     """All triangles (F, 3) of the graph on n vertices with edges (M, 2), rows ascending and lexicographic."""
     adjacent = torch.zeros(n, n, dtype=torch.bool)
-    adjacent[pairs[:, 0], pairs[:, 1]] = True  # only from lower to higher: each clique is found once
-    edge, third = (adjacent[pairs[:, 0]] & adjacent[pairs[:, 1]]).nonzero().unbind(1)
+    i, j = pairs.T
+    adjacent[i, j] = True  # only from lower to higher: each clique is found once
+    both = adjacent[i] & adjacent[j]
+    edge, third = both.nonzero().T
     return torch.cat((pairs[edge], third[:, None]), dim=1)
 
 
-def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
+def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: int, seed: int
+                        ) -> torch.Tensor:
     """Stage A of the curation (A.9): 3-cliques of the graph of edges with barrier <= median, (F, 3); of more than
     `limit` a uniform sample. It is drawn from their list by saliency (ours), so that the experts' numbering matters
     only where saliencies tie."""
@@ -259,10 +266,12 @@ def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: i
     triangles = cliques(n, edges(n)[barriers <= barriers.median()])
     if len(triangles) <= limit:
         return triangles
-    place = saliency.sort(stable=True).indices.argsort()[triangles].sort(1).values
-    by_saliency = (place @ torch.tensor([n * n, n, 1])).argsort()
-    drawn = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))[:limit]
-    return triangles[by_saliency[drawn].sort().values]
+    rank = saliency.sort(stable=True).indices.argsort()
+    first, second, third = rank[triangles].sort(1).values.T
+    by_saliency = ((first * n + second) * n + third).argsort()
+    drawn = torch.randperm(len(triangles), generator=torch.Generator().manual_seed(seed))
+    drawn = by_saliency[drawn[:limit]]
+    return triangles[drawn.sort().values]
 
 
 def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
@@ -277,9 +286,8 @@ def rank_of(gram: torch.Tensor) -> int:
 
 def betti_curve(barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor,
                 taus: torch.Tensor) -> torch.Tensor:
-    """beta_1 of K_tau at each threshold tau (stage B of A.9), int64 of the shape of `taus`. K_tau has
-    the edges with barrier (E,) <= tau, and the triangles (F, 3) with barrier (F,) <= tau whose three
-    edges are in."""
+    """beta_1 of K_tau at each threshold tau (stage B of A.9), int64 of the shape of `taus`. K_tau has the edges with
+    barrier (E,) <= tau, and the triangles (F, 3) with barrier (F,) <= tau whose three edges are in."""
     n = len(table_of_pairs(barriers))
     enters = torch.maximum(triplets, barriers[faces(n, triangles)].amax(1))  # tau of each triangle
     order = enters.argsort()
@@ -302,18 +310,19 @@ def betti_curve(barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch
 def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
     """Orientation (3.2) of each edge (i, j), i < j, a sign (E,): +1 if expert i comes first in the total order, -1 if j
     does. The paper fixes any order; by index, all signs are +1. It matters: barriers have no sign, so that another
-    order gives other Hodge parts and other critical edges. Ours: `saliency`, the least salient first, and `random:SEED`.
-    """
-    place = torch.arange(len(saliency))
+    order gives other Hodge parts and other critical edges. Ours: `saliency`, least salient first, and `random:SEED`."""
+    n = len(saliency)
+    place = torch.arange(n)
     if order == "saliency":
         place = saliency.sort(stable=True).indices.argsort()
     elif order != "index":
-        seed = int(order.removeprefix("random:"))
-        place = torch.randperm(len(saliency), generator=torch.Generator().manual_seed(seed)).argsort()
-    return place[edges(len(saliency))].diff().squeeze(1).sign().double()
+        generator = torch.Generator().manual_seed(int(order.removeprefix("random:")))
+        place = torch.randperm(n, generator=generator).argsort()
+    i, j = place[edges(n)].T
+    return (j - i).sign().double()
 
 
-# ---------------------------------------------------------------------------------- 4 decompose (section 3.3, theorem 1)
+# --------------------------------------------------------------------------------- 4 decompose (section 3.3, theorem 1)
 
 class HodgeParts(NamedTuple):
     """The three parts of an edge signal, (E,) each: mutually orthogonal, and they sum to the signal."""
@@ -342,8 +351,9 @@ def hodge_decompose(b: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> Hodg
     >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
     [1.0, -1.0, 1.0]
     """
-    gradient = d1.T @ (torch.linalg.pinv(d1 @ d1.T, hermitian=True) @ (d1 @ b))
-    curl = d2 @ (torch.linalg.pinv(d2.T @ d2, hermitian=True) @ (d2.T @ b))
+    phi = torch.linalg.pinv(d1 @ d1.T, hermitian=True) @ (d1 @ b)  # vertex potential (n,)
+    psi = torch.linalg.pinv(d2.T @ d2, hermitian=True) @ (d2.T @ b)  # triangle potential (F,)
+    gradient, curl = d1.T @ phi, d2 @ psi
     return HodgeParts(gradient, curl, b - gradient - curl)
 
 
@@ -362,7 +372,8 @@ class Complex(NamedTuple):
 def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
     """Build the complex K = (V, E, T), and decompose the barriers on it (algorithm 1, lines 1 to 4). E is complete
     (A.8). T are the candidates in K_tau*: tau* = argmax beta_1(K_tau), ties to the most edges (stage B of A.9)."""
-    n, b, candidates = len(signals.saliency), signals.barriers, signals.candidates
+    n = len(signals.saliency)
+    b, candidates = signals.barriers, signals.candidates
     taus = torch.linspace(0, 1.1 * b.max().item(), settings.thresholds, dtype=torch.float64)
     curve = betti_curve(b, candidates, signals.triplets, taus)
     tau = taus[curve == curve.max()].max()  # of equal beta_1 the last has the most edges
@@ -371,10 +382,11 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
     d1, d2 = boundary_matrices(n, candidates[inside])
     signs = edge_signs(settings.order, signals.saliency)
     parts = hodge_decompose(signs * b, d1, d2)
-    return Complex(candidates[inside], signals.triplets[inside], tau.item(), curve, d1, d2, signs, parts)
+    triangles, triplets = candidates[inside], signals.triplets[inside]
+    return Complex(triangles, triplets, tau.item(), curve, d1, d2, signs, parts)
 
 
-# ----------------------------------------------------------------------- 5 select, 6 redirect (section 4.1, algorithm 1)
+# ---------------------------------------------------------------------- 5 select, 6 redirect (section 4.1, algorithm 1)
 
 def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
     """Positions, ascending, of the top `percent` % of values (M,). Ours: their number is rounded up, ties go to the
@@ -416,8 +428,8 @@ class Selection(NamedTuple):
     triangles: torch.Tensor  # T* (M, 3)
 
 
-def select(signals: Signals, complex_: Complex, settings: Settings = Settings(), signal: torch.Tensor | None = None
-           ) -> Selection:
+def select(signals: Signals, complex_: Complex, settings: Settings = Settings(),
+           signal: torch.Tensor | None = None) -> Selection:
     """Cover the harmonic-critical edges E* and the triplet-critical triangles T* greedily (algorithm 1, lines 6 to 18).
     Edges are critical where |signal| (E,) is largest, by default that of the harmonic part."""
     n, floor = len(signals.saliency), GUARD * signals.barriers.norm().item()
@@ -429,25 +441,23 @@ def select(signals: Signals, complex_: Complex, settings: Settings = Settings(),
     return Selection(greedy_cover(signals.saliency, families, n), pairs, triangles)
 
 
-def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float) -> dict[int, int]:
+def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float
+             ) -> dict[int, int]:
     """Where a dropped expert e goes: argmin over survivors j of b_ej (1 + alpha |b_harm,ej| / |b|) (equation 13), ties
     to the lowest. For the record alone: the rows of dropped experts leave the router, and the gates renormalise over
     the survivors, whose rows and weights are bit-exact. |b| is over all E edges, so the factor is near 1."""
     norm = barriers.norm().clamp(min=GUARD)
     cost = table_of_pairs(barriers * (1 + alpha * harmonic.abs() / norm))
     kept = sorted(survivors)
-    targets = {}
-    for e in range(len(cost)):
-        if e not in kept:
-            targets[e] = kept[int(cost[e, kept].argmin())]
-    return targets
+    dropped = [e for e in range(len(cost)) if e not in kept]
+    return {e: kept[int(cost[e, kept].argmin())] for e in dropped}
 
 
 # -------------------------------------------------------------------------- 7 diagnose: the plan of a layer, its report
 
 class Diagnostics(NamedTuple):
     """What a layer's record says beside its plan. What has no section of the paper is ours."""
-    eta: dict[str, float]  # the paper's rho: shares of |b|^2 of the three Hodge parts (equation 8, A.12)
+    eta: dict[str, float]  # the paper's rho: shares of |b|^2 of the Hodge parts (equation 8, A.12)
     eta_constant: dict[str, float]  # the same of barriers that are all equal, which say nothing
     additive: dict[str, float]  # shares of energy and variance that b_ij = phi_i + phi_j explains
     betti_1: int  # of the complex (equation 17)
@@ -459,7 +469,7 @@ class Diagnostics(NamedTuple):
     critical_edges: torch.Tensor  # E* (M, 2)
     critical_triangles: torch.Tensor  # T* (M, 3)
     covered_at: dict[str, int]  # after how many picks all of E*, all of T* are covered
-    retained: dict[str, float]  # retained mass of the Hodge parts and the triplet barriers (equation 34)
+    retained: dict[str, float]  # mass of the Hodge parts and of the triplet barriers (equation 34)
     redirect_targets: int  # survivors that some dropped expert is redirected to
     redirect_largest: int  # experts that the busiest of them takes
     mean_barrier: float  # of the pairs, nats
@@ -477,61 +487,60 @@ class Plan(NamedTuple):
     diagnostics: Diagnostics | None
 
 
-Selector = Callable[[Signals, Complex, Settings], Selection]
-
-
-def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(), selector: Selector = select
-                      ) -> Plan:
+def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(),
+                      selector: Callable[..., Selection] = select) -> Plan:
     """Algorithm 1: decompose, select, redirect; and diagnose. Raises InputError if `keep` is not from 1 to n, and for
     fewer than two experts."""
     n = len(signals.saliency)
     require(1 <= keep <= n and n >= 2,
             f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
     complex_ = decompose(signals, settings)
+    harmonic = complex_.parts.harmonic
     selection = selector(signals, complex_, settings)
-    targets = redirect(selection.order[:keep], signals.barriers, complex_.parts.harmonic, settings.alpha)
-    plan = plan_of(selection.order, targets, keep, signals.frequency, signals.saliency)
-    return plan._replace(diagnostics=diagnose(signals, complex_, selection, plan, settings))
+    order = selection.order
+    targets = redirect(order[:keep], signals.barriers, harmonic, settings.alpha)
+    plan = plan_of(order, targets, keep, signals.frequency, signals.saliency)
+    diagnostics = diagnose(signals, complex_, selection, plan, settings)
+    return plan._replace(diagnostics=diagnostics)
 
 
-def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: torch.Tensor, saliency: torch.Tensor
-            ) -> Plan:
+def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: torch.Tensor,
+            saliency: torch.Tensor) -> Plan:
     """The plan that keeps the first `keep` experts of an order, with the targets of the others; no diagnostics."""
     survivors = sorted(order[:keep])
     share = frequency[survivors].sum() / frequency.sum().clamp(min=1)
     return Plan(survivors, order, targets, share.item(), frequency, saliency, None)
 
 
-def diagnose(signals: Signals, complex_: Complex, selection: Selection, plan: Plan, settings: Settings) -> Diagnostics:
+def diagnose(signals: Signals, complex_: Complex, selection: Selection, plan: Plan,
+             settings: Settings) -> Diagnostics:
     """The diagnostics of a plan."""
-    n, b, triplets = len(signals.saliency), signals.barriers, signals.triplets
+    n, b = len(signals.saliency), signals.barriers
     worst = b[faces(n, signals.candidates)].amax(1)  # of the edges of each candidate
-    discordant = triplets > (1 + settings.margin) * worst
-    targets = list(plan.redirect.values())
-    retained = {name: retained_mass(part, edges(n), plan.survivors) for name, part in complex_.parts._asdict().items()}
+    discordant = signals.triplets > (1 + settings.margin) * worst
+    constant = hodge_decompose(complex_.signs, complex_.d1, complex_.d2)
+    covered_at = {"edges": mathx.covered_at(selection.order, selection.edges),
+                  "triangles": mathx.covered_at(selection.order, selection.triangles)}
+    retained = {}
+    for name, part in complex_.parts._asdict().items():
+        retained[name] = retained_mass(part, edges(n), plan.survivors)
     retained["triplet"] = retained_mass(complex_.triplets, complex_.triangles, plan.survivors)
+    targets = list(plan.redirect.values())
+    loads = [targets.count(survivor) for survivor in set(targets)]
     audit = None
     if len(signals.audit):
-        audit = mathx.shortfall(*signals.audit.unbind(1))
+        sampled, exact = signals.audit.T
+        audit = mathx.shortfall(sampled, exact)
     return Diagnostics(
-        eta=complex_.parts.shares(),
-        eta_constant=hodge_decompose(complex_.signs, complex_.d1, complex_.d2).shares(),
+        eta=complex_.parts.shares(), eta_constant=constant.shares(),
         additive=mathx.additive_shares(b, complex_.d1),
-        betti_1=betti_1(complex_.d1, complex_.d2),
-        betti_curve=complex_.betti_curve,
-        tau=complex_.tau,
-        triangles=len(complex_.triangles),
-        candidates=len(triplets),
+        betti_1=betti_1(complex_.d1, complex_.d2), betti_curve=complex_.betti_curve,
+        tau=complex_.tau, triangles=len(complex_.triangles), candidates=len(signals.candidates),
         discordance=discordant.double().mean().nan_to_num().item(),
-        critical_edges=selection.edges,
-        critical_triangles=selection.triangles,
-        covered_at={"edges": mathx.covered_at(selection.order, selection.edges),
-                    "triangles": mathx.covered_at(selection.order, selection.triangles)},
-        retained=retained,
-        redirect_targets=len(set(targets)),
-        redirect_largest=max(map(targets.count, targets), default=0),
-        mean_barrier=b.mean().item(),
-        audit=audit)
+        critical_edges=selection.edges, critical_triangles=selection.triangles,
+        covered_at=covered_at, retained=retained,
+        redirect_targets=len(loads), redirect_largest=max(loads, default=0),
+        mean_barrier=b.mean().item(), audit=audit)
 
 
 def retained_mass(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]) -> float:
@@ -543,9 +552,10 @@ def retained_mass(signal: torch.Tensor, simplices: torch.Tensor, survivors: list
     """
     meets = torch.isin(simplices, torch.tensor(survivors)).any(1)
     mass = signal.abs()
-    if mass.sum() == 0:
+    total = mass.sum()
+    if total == 0:
         return 0.0
-    return (mass[meets].sum() / mass.sum()).item()
+    return (mass[meets].sum() / total).item()
 
 
 def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> Plan:
@@ -565,20 +575,25 @@ def sparse_layers(model: Model) -> list[int]:
 
 def check_keep(model: Model, keep: int) -> None:
     """Raise InputError for a dense model, and if not every layer can keep `keep` experts."""
-    n, k = min(model.layer_configs[i].num_experts for i in sparse_layers(model)), model.config.top_k
-    require(k <= keep <= n, f"keep {keep}: must be from {k} to {n}: the model has {n} experts in its smallest layer, "
-            f"and routes a token to {k}")
+    k = model.config.top_k
+    n = min(model.layer_configs[index].num_experts for index in sparse_layers(model))
+    require(k <= keep <= n, f"keep {keep}: must be from {k} to {n}: the model has {n} experts in its "
+            f"smallest layer, and routes a token to {k}")
 
 
 def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
     """All that a layer's signals depend on: content alone, so that copies of a checkpoint share a cache."""
     key = {name: str(getattr(settings, name)) for name in sorted(MEASURED)}
-    return key | {"format": "5", "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype),
-                  "text": f"{[*ids.shape]} {model_io.text_hash(ids)}"}
+    key["format"] = "5"  # of the cache
+    key["weights"] = model.checkpoint.fingerprint()
+    key["dtype"] = str(model.dtype)
+    key["text"] = f"{[*ids.shape]} {model_io.text_hash(ids)}"
+    return key
 
 
-def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int], cache: Path | None = None,
-                  memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[int, Signals]]:
+def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int],
+                  cache: Path | None = None, memory: int = MEMORY,
+                  tick: Tick = lambda share: None) -> Iterator[tuple[int, Signals]]:
     """Signals of layers (ascending indices), from the cache or from one forward pass over ids (B, L), which stops at
     the last one that needs it. What is measured goes into the cache at once."""
     key = {}
@@ -595,29 +610,35 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
                 head = model.unembedding()
             step = next(step for step in stream if step.index == index)
             layer = MoELayer(step.layer.experts, step.x, step.gates, step.y, step.norm, head)
-            signals = measure_layer(layer, settings, memory, lambda done: tick((number + done) / len(layers)))
+            signals = measure_layer(layer, settings, memory,
+                                    lambda done: tick((number + done) / len(layers)))
             tensors = signals._asdict()
-            del step, layer
+            del step, layer  # before the next layer is read
             if cache:
                 model_io.write_cached(Path(cache), name, key, tensors)
         yield index, Signals(**tensors)
 
 
-def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings = Settings(), cache: Path | None = None,
-               memory: int = MEMORY, tick: Tick = lambda share: None) -> Iterator[tuple[str, Plan]]:
+def plan_model(model: Model, ids: torch.Tensor, keep: int, settings: Settings = Settings(),
+               cache: Path | None = None, memory: int = MEMORY,
+               tick: Tick = lambda share: None) -> Iterator[tuple[str, Plan]]:
     """(name, plan) of each sparse layer, from calibration on ids (B, L): a dict of them is what `export` takes. Raises
     InputError as its parts do, when the first one is asked for."""
     check_keep(model, keep)
-    for index, signals in measure_model(model, ids, settings, sparse_layers(model), cache, memory, tick):
+    layers = sparse_layers(model)
+    for index, signals in measure_model(model, ids, settings, layers, cache, memory, tick):
         yield model.layer_names[index], plan_from_signals(signals, keep, settings)
 
 
 # ------------------------------------------------------------------------------------------ the record and the export
 
-def plan_entry(model: Model, plans: dict[str, Plan], keep: int, settings: Settings, ids: torch.Tensor | None,
-               files: Sequence[Path] = (), command: str = "hodgecover.py", **more: object) -> dict:
-    """The entry of a record's history that holds plans by layer name; `files` name the text, as in `record_entry`."""
-    choices = {"keep": keep, **more} | dataclasses.asdict(settings) | {"dtype": str(model.dtype).removeprefix("torch.")}
+def plan_entry(model: Model, plans: dict[str, Plan], keep: int, settings: Settings,
+               ids: torch.Tensor | None, files: Sequence[Path] = (), command: str = "hodgecover.py",
+               **more: object) -> dict:
+    """The entry of a record's history that holds plans by layer name; `files` name the text, as in
+    `model_io.record_entry`."""
+    choices = {"keep": keep, **more} | dataclasses.asdict(settings)
+    choices["dtype"] = str(model.dtype).removeprefix("torch.")
     layers = []
     for name, plan in plans.items():
         fields = plan._asdict()
@@ -630,12 +651,16 @@ def plan_entry(model: Model, plans: dict[str, Plan], keep: int, settings: Settin
 def export(model: Model, plans: dict[str, Plan], out: Path, entry: dict) -> None:
     """Write the checkpoint that keeps the survivors of all sparse layers' plans, by name, and its record, to `out`."""
     survivors = {name: plan.survivors for name, plan in plans.items()}
-    model_io.write_checkpoint(model.checkpoint, Path(out), survivors, {model_io.RECORD: model_io.record_bytes(model.checkpoint, entry)})
+    record = {model_io.RECORD: model_io.record_bytes(model.checkpoint, entry)}
+    model_io.write_checkpoint(model.checkpoint, Path(out), survivors, record)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-LAYER_HEAD = "layer  eta_harmonic (constant signal's)  picks until E*, T* are covered  kept       routed to survivors"
+LAYER_HEAD = ("layer  eta_harmonic (constant signal's)  picks until E*, T* are covered  kept       "
+              "routed to survivors")
+AUDIT_LINE = ("       barriers by sample: {error:+.2%} +- {standard_error:.2%} from exact ones, one by "
+              "{largest:.1%}, rank correlation {rank_correlation:.4f}")
 
 
 def show_plans(model: Model, plans: Iterator[tuple[str, Plan]], bar: Callable) -> dict[str, Plan]:
@@ -645,71 +670,51 @@ def show_plans(model: Model, plans: Iterator[tuple[str, Plan]], bar: Callable) -
         bar(None)
         if not shown:
             print(LAYER_HEAD)
-        report = plan.diagnostics
+        shown[name] = plan
+        report, index = plan.diagnostics, model.layer_names.index(name)
         eta = f"{report.eta['harmonic']:.3f} ({report.eta_constant['harmonic']:.3f})"
         covered = f"{report.covered_at['edges']}, {report.covered_at['triangles']}"
         kept = f"{len(plan.survivors)} of {len(plan.order)}"
-        index = model.layer_names.index(name)
         print(f"{index:5d}  {eta:<34}  {covered:<31}  {kept:<9}  {plan.routed_share:.1%}", flush=True)
         if report.audit:
-            print("       barriers by sample: {0:+.2%} +- {standard_error:.2%} from exact ones, one by {largest:.1%}, "
-                  "rank correlation {rank_correlation:.4f}".format(-report.audit["shortfall"], **report.audit),
-                  flush=True)
-        shown[name] = plan
+            error = -report.audit["shortfall"]
+            print(AUDIT_LINE.format(error=error, **report.audit), flush=True)
     return shown
-
-
-def progress_bar() -> Callable[[float | None], None]:
-    """A function that shows the share of the work done and the time left on stderr; None clears the line. On a terminal
-    the line is redrawn twice a second; elsewhere a line is printed twice a minute."""
-    start, end, every = "", "\n", 30.0
-    if sys.stderr.isatty():
-        start, end, every = "\r", "\x1b[K", 0.5
-    shown, first = time.monotonic(), None  # first: time and share at the first call; earlier work was in the cache
-
-    def bar(done: float | None) -> None:
-        nonlocal shown, first
-        now = time.monotonic()
-        if done is None:
-            print(start and start + end, end="", file=sys.stderr, flush=True)
-            return
-        if first is None:
-            first = now, done
-        if done > first[1] and now - shown >= every:
-            left = timedelta(seconds=round((now - first[0]) * (1 - done) / (done - first[1])))
-            print(f"{start}{done:4.0%} done, {left} left", end=end, file=sys.stderr, flush=True)
-            shown = now
-    return bar
 
 
 class Parser(argparse.ArgumentParser):
     """Raises InputError instead of printing its usage, so that every error takes the same path."""
     def error(self, message: str):
+        if "--readout" in message:  # of version 0.3
+            message = "barriers are at the layer; examples/audit.py --end-to-end has those at the model's end"
         raise InputError(f"{message} (--help lists the options)")
 
 
-def add_common_options(parser: argparse._ActionsContainer, tokens: int = model_io.TOKENS, use: str = "calibration",
-                       memory: bool = True) -> None:
+def add_common_options(parser: argparse._ActionsContainer, tokens: int = model_io.TOKENS,
+                       use: str = "calibration", memory: bool = True) -> None:
     """Options of every command: text for a `use`, if it reads any `tokens`; --memory, if any buffers; dtype, device."""
+    add = parser.add_argument
     if tokens:
-        parser.add_argument("--calib", metavar="FILE", type=Path, nargs="+", default=[], help=f"{use} text: UTF-8, or "
-                            ".jsonl with text or chat messages on each line; as much of each file [Python's own docs]")
-        parser.add_argument("--tokens", metavar="T", type=int, default=tokens, help=f"{use} tokens [%(default)s]")
-        parser.add_argument("--seq-len", metavar="L", type=int, help="of a sequence [the model's "
-                            "max_position_embeddings, at most T]")
+        add("--calib", metavar="FILE", type=Path, nargs="+", default=[],
+            help=f"{use} text: UTF-8, or .jsonl with text or chat messages on each line; as much of "
+            "each file [Python's own docs]")
+        add("--tokens", metavar="T", type=int, default=tokens, help=f"{use} tokens [%(default)s]")
+        add("--seq-len", metavar="L", type=int,
+            help="of a sequence [the model's max_position_embeddings, at most T]")
     if memory:
-        parser.add_argument("--memory", metavar="SIZE", type=byte_count, default=MEMORY, help="of the buffers [1GB]")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
-                        help="of the products; auto: bfloat16 if the processor multiplies it, else float32")
-    parser.add_argument("--device", default="cpu", help="any device of torch; only cpu is tested [cpu]")
+        add("--memory", metavar="SIZE", type=byte_count, default=MEMORY, help="of the buffers [1GB]")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto",
+        help="of the products; auto: bfloat16 if the processor multiplies it, else float32")
+    add("--device", default="cpu", help="any device of torch; only cpu is tested [cpu]")
 
 
 def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
     """An option for each of Settings, or for those of these names."""
     for field in dataclasses.fields(Settings):
-        if not names or field.name in names:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), metavar="X",
-                                default=field.default, help=f"{CHOICES[field.name][0]} [%(default)s]")
+        name, default = field.name, field.default
+        if not names or name in names:
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar="X",
+                                default=default, help=f"{CHOICES[name][0]} [%(default)s]")
 
 
 def byte_count(text: str) -> int:
@@ -719,45 +724,44 @@ def byte_count(text: str) -> int:
     if match:
         size = int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]])
     if size < 10**7:
-        raise argparse.ArgumentTypeError(f"{text}: must be a size of 10MB or more, such as 1GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text}: must be 10MB or more, such as 1GB or 500MB")
     return size
 
 
 def layer_range(text: str) -> range:
     """3, or 0-7."""
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
-    if not match or int(match[2] or match[1]) < int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text}: must be a layer or a range of layers such as 0-7")
-    return range(int(match[1]), int(match[2] or match[1]) + 1)
-
-
-def no_readout(text: str) -> None:
-    """An option of version 0.3: the paper's barrier is at the layer."""
-    raise argparse.ArgumentTypeError("barriers are at the layer; those at the end of the model, which are not the "
-                                     "paper's: examples/audit.py --end-to-end")
+    if match:
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first <= last:
+            return range(first, last + 1)
+    raise argparse.ArgumentTypeError(f"{text}: must be a layer or a range of layers such as 0-7")
 
 
 def command_line() -> Parser:
     """The parser of this command."""
     parser = Parser(prog="hodgecover.py", description="Compress a sparse MoE checkpoint without training.")
     parser.add_argument("--version", action="version", version=f"hodgecover {__version__}")
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of config, weights and tokenizer.json")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path,
+                        help="folder of config, weights and tokenizer.json")
     basic = parser.add_argument_group("what people need [defaults]")
     what = basic.add_mutually_exclusive_group(required=True)
     what.add_argument("--keep", metavar="K", type=int, help="experts to keep in every layer")
-    what.add_argument("--layers", metavar="A-B", type=layer_range, help="only measure these layers, into the cache")
-    basic.add_argument("--out", metavar="DIR", type=Path, help="output folder, or file of --plan-only [CKPT-keepK]")
+    what.add_argument("--layers", metavar="A-B", type=layer_range,
+                      help="only measure these layers, into the cache")
+    basic.add_argument("--out", metavar="DIR", type=Path,
+                       help="output folder, or file of --plan-only [CKPT-keepK]")
     basic.add_argument("--plan-only", action="store_true", help="write the plan alone, as a file")
     add_common_options(basic)
-    basic.add_argument("--cache", metavar="DIR", type=Path, help="folder of the layers' barriers [CKPT-barriers]")
-    parser.add_argument("--readout", type=no_readout, help=argparse.SUPPRESS)
-    add_settings(parser.add_argument_group("the method's choices, by section of the paper [defaults]"))
+    basic.add_argument("--cache", metavar="DIR", type=Path,
+                       help="folder of the layers' barriers [CKPT-barriers]")
+    add_settings(parser.add_argument_group("the method's choices, by the paper's sections [defaults]"))
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
-    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    settings = Settings(**{name: getattr(args, name) for name in CHOICES})
     model = Model(args.checkpoint, model_io.choose_dtype(args.dtype, args.device), args.device)
     cache = args.cache or model_io.beside(args.checkpoint, "-barriers")
     model_io.refuse_inside(model, cache, "cache")
@@ -768,10 +772,14 @@ def run(args: argparse.Namespace) -> None:
     suffix = ".json" if args.plan_only else ""
     out = args.out or model_io.beside(args.checkpoint, f"-keep{args.keep}{suffix}")
     model_io.check_out(model, out, cache, args.plan_only)
-    ids, bar = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed), progress_bar()
-    plans = show_plans(model, plan_model(model, ids, args.keep, settings, cache, args.memory, bar), bar)
+    ids = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed)
+    bar = model_io.progress_bar()
+    plans = plan_model(model, ids, args.keep, settings, cache, args.memory, bar)
+    plans = show_plans(model, plans, bar)
     entry = plan_entry(model, plans, args.keep, settings, ids, args.calib)
-    text = ", ".join(map(str, args.calib)) or "Python's documentation; --calib FILE: text of the model's own kind"
+    text = ", ".join(map(str, args.calib))
+    if not args.calib:
+        text = "Python's documentation; --calib FILE: text of the model's own kind"
     print(f"calibration: {ids.numel():,} tokens of {text}")
     if args.plan_only:
         model_io.write_whole(out, model_io.record_bytes(model.checkpoint, entry))
@@ -779,28 +787,32 @@ def run(args: argparse.Namespace) -> None:
         return
     export(model, plans, out, entry)
     before, after = model.checkpoint.nbytes(), model_io.Checkpoint(out).nbytes()
-    print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})\noutput: {out}\n"
-          f"compare: python examples/evaluate.py {args.checkpoint} {out} --text FILE")
+    print(f"weights: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%})")
+    print(f"output: {out}")
+    print(f"compare: python examples/evaluate.py {args.checkpoint} {out} --text FILE")
 
 
 def measure_only(model: Model, args: argparse.Namespace, settings: Settings, cache: Path) -> None:
     """Measure the layers of --layers into the cache. Raises InputError for layers that have no experts, and for options
     that would be ignored."""
     defaults = command_line()
-    for name in sorted({"out", "plan_only", *vars(settings)} - MEASURED):
+    for name in sorted({"out", "plan_only", *CHOICES} - MEASURED):
         require(getattr(args, name) == defaults.get_default(name),
                 f"{name}: does not go with --layers, which only measures barriers")
+    first, last = args.layers[0], args.layers[-1]
     sparse = sparse_layers(model)
     wanted = [index for index in sparse if index in args.layers]
-    require(wanted and args.layers[-1] < len(model.layer_names),
-            f"layers {args.layers[0]}-{args.layers[-1]}: the model has experts in layers {sparse}")
-    ids, bar = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed), progress_bar()
+    require(wanted and last < len(model.layer_names),
+            f"layers {first}-{last}: the model has experts in layers {sparse}")
+    ids = calibration_ids(model, args.calib, args.tokens, args.seq_len, settings.seed)
+    bar = model_io.progress_bar()
     for index, _ in measure_model(model, ids, settings, wanted, cache, args.memory, bar):
         bar(None)
         print(f"layer {index}: barriers in {cache}", flush=True)
 
 
-def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+def run_command(parser: Parser, work: Callable[[argparse.Namespace], None],
+                argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, or after one line on stderr 2, or 130 for an interrupt. Errors name a
     parameter first, and here its option."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -810,7 +822,8 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
         work(parser.parse_args(argv))
         return 0
     except InputError as err:
-        options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+        actions = [action for action in parser._actions if action.option_strings]
+        options = {action.dest: action.option_strings[-1] for action in actions}
         says = re.sub(r"^\w+", lambda parameter: options.get(parameter[0], parameter[0]), str(err))
     except (OSError, model_io.SafetensorError) as err:  # a disk that is full, a folder that vanished
         what, why = getattr(err, "filename", None), getattr(err, "strerror", None)
@@ -818,9 +831,11 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(err):
             raise
-        says = "out of memory; examples/estimate.py says what is needed; give less to buffers, as in --memory 200MB"
+        says = ("out of memory; examples/estimate.py says what is needed; give less to buffers, as in "
+                "--memory 200MB")
     except KeyboardInterrupt:
-        warn("the output is absent; the same command goes on from what was saved", f"{parser.prog}: interrupted")
+        says = "the output is absent; the same command goes on from what was saved"
+        warn(says, f"{parser.prog}: interrupted")
         return 130
     warn(says, f"{parser.prog}: error")
     return 2

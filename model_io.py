@@ -27,9 +27,11 @@ import re
 import shutil
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -1141,6 +1143,30 @@ def warn(message: str, kind: str = "warning") -> None:
     """Print a single line on stderr, whatever a stranger's file names have in it."""
     says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     print(f"{kind}: {says}", file=sys.stderr, flush=True)
+
+
+def progress_bar() -> Callable[[float | None], None]:
+    """A function that shows the share of the work done and the time left on stderr; None clears the line. On a terminal
+    the line is redrawn twice a second; elsewhere a line is printed twice a minute."""
+    start, end, every = "", "\n", 30.0
+    if sys.stderr.isatty():
+        start, end, every = "\r", "\x1b[K", 0.5
+    shown = time.monotonic()
+    first = None  # time and share at the first call: earlier work was in the cache
+
+    def bar(done: float | None) -> None:
+        nonlocal shown, first
+        now = time.monotonic()
+        if done is None:
+            print(start and start + end, end="", file=sys.stderr, flush=True)
+            return
+        if first is None:
+            first = now, done
+        if done > first[1] and now - shown >= every:
+            left = timedelta(seconds=round((now - first[0]) * (1 - done) / (done - first[1])))
+            print(f"{start}{done:4.0%} done, {left} left", end=end, file=sys.stderr, flush=True)
+            shown = now
+    return bar
 
 
 # ----------------------------------------------------------------------------------------------------- writing
