@@ -174,9 +174,9 @@ def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: t
     with_y = functional.pad(change, (1, 0), value=1.0)
 
     # |y_S|^2 - |y|^2, free of the rounding error of a difference: all inner products but |y|^2.
-    token = torch.arange(len(gram), device=gram.device)
-    left, right = index[..., :, None], index[..., None, :]
-    products = gram[token[:, None, None, None], left, right]  # (t, R, s + 1, s + 1)
+    token = torch.arange(len(gram), device=gram.device)[:, None, None]
+    row = token * gram.shape[1] + index  # of the Gram matrices of all tokens, one below the other
+    products = gram.take(row[..., None] * gram.shape[2] + index[..., None, :])  # (T, R, s + 1, s + 1)
     products[..., 0, 0] = 0
     products *= with_y[..., :, None]
     products *= with_y[..., None, :]
@@ -217,15 +217,13 @@ def changed_logits(rows: torch.Tensor, head: torch.Tensor, log_p: torch.Tensor, 
 
 
 def tokens_in_a_step(layer, most: int, sample: Sample | None, numbers: int) -> int:
-    """How many tokens a step takes, of which one is touched by `most` simplices: on a CPU one, whose changed logits stay
-    in the cache; elsewhere so many that these, or the rows of the head for a sample, are about so many numbers."""
-    if layer.x.is_cpu:
-        return 1
-    of_token = max(1, most) * BLOCK_WIDTH
+    """How many tokens a step takes, of which one is touched by `most` simplices, so that their changed logits, or the
+    rows of the head for a sample, are about so many numbers."""
+    of_token = most * BLOCK_WIDTH
     if sample is not None:
         width = sample.outcomes.shape[1]
         of_token = width * max(most, layer.x.shape[1])
-    return max(1, numbers // of_token)
+    return max(1, numbers // max(1, of_token))
 
 
 def block_numbers(x: torch.Tensor, memory: int) -> int:
@@ -249,11 +247,10 @@ def log_readout(layer, memory: int) -> torch.Tensor:
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The matrix product of left (t, R, d) and right (t, d, W) or (d, W), without the slow batch of one."""
-    if len(left) > 1:
+    """The matrix product of left (t, R, d) and right (t, d, W) or (d, W)."""
+    if right.dim() == 2 or not left.is_cpu:
         return left @ right
-    right = right.view(right.shape[-2:])
-    return (left[0] @ right)[None]
+    return torch.stack([one @ other for one, other in zip(left, right)])  # a CPU's batched products are slow
 
 
 def kl_of_blocks(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], careful: bool = False) -> torch.Tensor:
