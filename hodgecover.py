@@ -178,13 +178,16 @@ def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int 
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
     sample = mathx.sample_vocabulary(layer, settings.vocab_sample, settings.seed, memory)
 
+    tables = {}  # what the sweep of the pairs reads serves that of the triangles
+
     def barriers_of(simplices: torch.Tensor, tick: Tick) -> torch.Tensor:
         weights = merge_weights(simplices, frequency)
-        return mathx.sweep(layer, simplices, weights, sample, memory, tick)
+        return mathx.sweep(layer, simplices, weights, sample, memory, tick, tables)
     pairs = edges(len(frequency))
-    barriers = barriers_of(pairs, lambda done: tick(done / 2))
+    barriers = barriers_of(pairs, lambda done: tick(0.9 * done))
     candidates = candidate_triangles(barriers, saliency, settings.max_triangles, settings.seed)
-    triplets = barriers_of(candidates, lambda done: tick((1 + done) / 2))
+    triplets = barriers_of(candidates, lambda done: tick(0.9 + 0.1 * done))
+    del tables
 
     measured = torch.cat((saliency, barriers, triplets))
     require(measured.isfinite().all(), "a layer's saliencies or barriers are not finite: NaN or "

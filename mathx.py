@@ -19,7 +19,6 @@ from torch.nn import functional
 __version__ = "0.4.0"
 
 CACHE_BYTES = 1 << 21  # a block of changed logits that stays in a processor's cache
-BLOCK_WIDTH = 256  # outcomes of a block are a multiple of this: products of other widths are slow
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -33,36 +32,47 @@ class Sample(NamedTuple):
     log_weights: torch.Tensor  # (T, W), in place of log-probabilities
 
 
+class Tables(NamedTuple):
+    """What the changed logits of some tokens are made of. The rows are of y, then of the outputs E_1 .. E_n."""
+    log_p: torch.Tensor  # log-probabilities of the outcomes (T, W), float32 or wider
+    logits: torch.Tensor  # what the head reads of each row, times the weight of the final norm, (T, n + 1, W)
+    gram: torch.Tensor  # inner products of the rows, over d, (T, n + 1, n + 1)
+
+
 # ------------------------------------------------------------- the sweep: barriers of many simplices (equations 2, 30)
 
 def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | None = None,
-          memory: int = 10**9, tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
+          memory: int = 10**9, tick: Callable[[float], None] = lambda share: None,
+          kept: dict[int, Tables] | None = None) -> torch.Tensor:
     """Barriers of many simplices: `hodgecover.plain_barrier` of each, fast.
 
     A merge changes only the tokens that are routed to a member (`touching`). It adds to the stream a combination of its
     members' outputs. So the new logits are a combination of what the head reads of y and of each output, divided by an
-    RMS that their inner products give (`head_inputs`, `combinations`). No merged expert is formed.
+    RMS that their inner products give (`read_tables`, `combinations`). No merged expert is formed.
 
     members, weights (M, 2 or 3) are the simplices and `hodgecover.merge_weights` of them; sample is what
     `sample_vocabulary` drew, None for all of the vocabulary; memory is the bytes that the sweep may take beside the
-    layer; tick is told the share of the work that is done. Returns (M,) float64 on the CPU, nats.
+    layer; tick is told the share of the work that is done; kept, empty at first, keeps tables for the next sweep of the
+    same layer on the same sample, as many as half of the memory holds. Returns (M,) float64 on the CPU, nats.
     """
+    kept = {} if kept is None else kept
     layer = layer._replace(gates=layer.gates.cpu())  # waits for the device once
     touched = touching(members, layer.gates)
     total = torch.zeros(len(members), dtype=torch.float64)
     if not touched.any():
         return total
     tokens = len(layer.x)
-    size = tokens_at_once(layer, touched, sample, memory)
+    size = tokens_at_once(layer, sample, memory)
     for start in range(0, tokens, size):
         chunk = slice(start, start + size)
-        few, own = on_tokens(layer, chunk), sample and on_tokens(sample, chunk)
-        arguments = few, members, weights, touched[chunk], own, memory
-        kl = kl_of_merges(*arguments)
+        few = on_tokens(layer, chunk)
+        tables = kept.get(start) or read_tables(few, sample and on_tokens(sample, chunk), memory)
+        if memory_of([*kept.values(), tables]) <= memory // 2:
+            kept[start] = tables
+        kl = kl_of_merges(few, tables, members, weights, touched[chunk], memory)
         if not kl.isfinite().all():  # an exponential overflows
-            kl = kl_of_merges(*arguments, careful=True)
-        simplex = touched[chunk].nonzero()[:, 1]
-        total.index_add_(0, simplex, kl.double())
+            kl = kl_of_merges(few, tables, members, weights, touched[chunk], memory, careful=True)
+        total.index_add_(0, touched[chunk].nonzero()[:, 1], kl.double())
         tick(min(chunk.stop / tokens, 1))
     return total / tokens
 
@@ -83,26 +93,53 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     return touched
 
 
-def tokens_at_once(layer, touched: torch.Tensor, sample: Sample | None, memory: int) -> int:
-    """How many tokens a chunk of the sweep takes, so that what it holds fills three quarters of `memory`."""
-    count, d = len(layer.experts.gate) + 1, layer.x.shape[1]
+def memory_of(tables: list[Tables]) -> int:
+    """Bytes of some tables; those of log_p are the sample's."""
+    return sum(each.logits.nbytes + each.gram.nbytes for each in tables)
+
+
+def tokens_at_once(layer, sample: Sample | None, memory: int) -> int:
+    """How many tokens a chunk of the sweep takes, so that it fills a third of `memory`; one at least."""
+    rows, (vocab, d) = len(layer.experts.gate) + 1, layer.unembedding.shape
     narrow, wide = layer.x.itemsize, widened(layer.x.dtype).itemsize
-    of_token = narrow * count * (d + count)  # `head_inputs`
-    of_token += wide * count**2
-    of_token += 64 * wide * int(touched.sum(1).max())  # `combinations`
+    width = vocab if sample is None else sample.outcomes.shape[1]
+    most = rows * int((layer.gates > 0).sum(1).max())  # simplices that touch a token, about
+    of_token = narrow * rows * (d + width + rows)  # `read_tables`
+    of_token += wide * (rows**2 + 3 * width)
+    of_token += 64 * wide * most  # `combinations`
+    return max(1, memory // 3 // of_token)
+
+
+def read_tables(layer, sample: Sample | None, memory: int) -> Tables:
+    """Run all experts on the tokens of a layer, and the head on y and on each output. log_p is read out in float32 or
+    better, the rest in the layer's dtype."""
+    n, (tokens, d) = len(layer.experts.gate), layer.x.shape
+    rows = layer.x.new_empty(tokens, n + 1, d)
+    rows[:, 0] = layer.y
+    for e in range(n):
+        rows[:, 1 + e] = layer.experts(e, layer.x)
+    gram = (rows @ rows.mT).to(widened(rows.dtype)) / d
+    rows *= layer.norm.weight
     if sample is None:
-        of_token += 3 * wide * len(layer.unembedding)  # its distribution, in three copies
-    return max(1, memory * 3 // 4 // of_token)
+        return Tables(log_readout(layer, memory), rows @ layer.unembedding.T, gram)
+
+    width = sample.outcomes.shape[1]
+    logits = rows.new_empty(tokens, n + 1, width)
+    size = max(1, block_numbers(rows, memory) // (width * d))  # tokens whose rows of the head are a block
+    for start in range(0, tokens, size):
+        step = slice(start, start + size)
+        outcomes = sample.outcomes[step].flatten()
+        head = layer.unembedding.index_select(0, outcomes).view(-1, width, d)
+        logits[step] = product(rows[step], head.mT)
+    return Tables(sample.log_weights, logits, gram)
 
 
-def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor,
-                 sample: Sample | None, memory: int, careful: bool = False) -> torch.Tensor:
-    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, on the CPU. p is read
-    out in float32 or better, the rest in the layer's dtype. The host waits for the device once. KL is not finite where
-    exponentials overflow, unless `careful`."""
-    device, wide = layer.x.device, widened(layer.x.dtype)
-    log_p = log_readout(layer, memory) if sample is None else sample.log_weights
-    rows, gram = head_inputs(layer)  # (T, n + 1, d), (T, n + 1, n + 1)
+def kl_of_merges(layer, tables: Tables, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor,
+                 memory: int, careful: bool = False) -> torch.Tensor:
+    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, on the CPU. The host
+    waits for the device once. KL is not finite where exponentials overflow, unless `careful`."""
+    log_p, logits, gram = tables
+    device, wide = log_p.device, log_p.dtype
 
     # What each token's simplices change, as combinations of its rows: (T, R, s + 1).
     simplex, own = simplices_of_tokens(touched)
@@ -114,19 +151,15 @@ def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: t
 
     kl = share.new_zeros(own.shape)
     count = own.sum(1)
-    numbers = block_numbers(layer.x, memory)
-    size = tokens_in_a_step(layer, own.shape[1], sample, numbers)
-    for start in range(0, len(rows), size):
+    numbers = block_numbers(log_p, memory)
+    size = max(1, numbers // max(1, own.shape[1] * log_p.shape[1]))  # tokens of a step
+    for start in range(0, len(log_p), size):
         step = slice(start, start + size)
         most = int(count[step].max())
         if most == 0:
             continue
         used = step, slice(most)
-        head = layer.unembedding
-        if sample is not None:
-            outcomes = sample.outcomes[step]
-            head = head.index_select(0, outcomes.flatten()).view(*outcomes.shape, -1)
-        blocks = changed_logits(rows[step], head, log_p[step], index[used], share[used], numbers)
+        blocks = changed_logits(log_p[step], logits[step], index[used], share[used], numbers)
         kl[used] = kl_of_blocks(blocks, careful)
     return kl.cpu()[own]
 
@@ -142,23 +175,9 @@ def simplices_of_tokens(touched: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return simplex[place.clamp(max=len(simplex) - 1)], column < count[:, None]
 
 
-def head_inputs(layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """What changed logits are made of: y and the outputs E_1 .. E_n, times the weight of the final norm, (T, n + 1, d);
-    and their inner products before that, over d, (T, n + 1, n + 1) float32 or wider."""
-    n, (tokens, d) = len(layer.experts.gate), layer.x.shape
-    rows = layer.x.new_empty(tokens, n + 1, d)
-    rows[:, 0] = layer.y
-    for e in range(n):
-        rows[:, 1 + e] = layer.experts(e, layer.x)
-    gram = rows @ rows.mT
-    gram = gram.to(widened(rows.dtype)) / d
-    rows *= layer.norm.weight
-    return rows, gram
-
-
 def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: torch.Tensor,
                  weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The changes of what the head reads, as combinations of the rows of `head_inputs`. A merge S changes y by
+    """The changes of what the head reads, as combinations of the rows of `Tables`. A merge S changes y by
 
         y_S - y = sum_S c_e E_e(x),   c_e = (sum_S g) w_e - g_e
 
@@ -192,38 +211,23 @@ def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: t
     return index, share
 
 
-def changed_logits(rows: torch.Tensor, head: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor,
-                   share: torch.Tensor, numbers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def changed_logits(log_p: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, share: torch.Tensor,
+                   numbers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the log-probabilities (t, W) and the changes of the logits (t, R, W), less that of the most likely outcome,
-    of one block of the outcomes after the other, a block of about so many numbers.
-
-    rows (t, n + 1, d); head (V, d), or one of each token (t, V, d); log_p (t, V); index, share (t, R, s + 1).
-    """
+    of one block of the outcomes after the other, a block of about so many numbers. log_p (t, W) and logits
+    (t, n + 1, W) are of `Tables`, index and share (t, R, s + 1) of `combinations`."""
     t, many, _ = index.shape
-    token = torch.arange(t, device=rows.device)
-    likely = log_p.argmax(-1)
-    likely_head = head[likely] if head.dim() == 2 else head[token, likely]
-    base = product(rows, likely_head[..., None])  # (t, n + 1, 1)
-    place = index + rows.shape[1] * token[:, None, None]  # in the tables of all tokens, one below the other
-    place, share = place.flatten(0, 1), share.flatten(0, 1)
-    width = numbers // len(place) // BLOCK_WIDTH
-    width = max(1, width) * BLOCK_WIDTH
-    blocks = zip(log_p.split(width, -1), head.split(width, -2))
-    for log_p_block, head_block in blocks:
-        table = product(rows, head_block.mT) - base  # (t, n + 1, W)
-        table = table.to(share.dtype).flatten(0, 1)
+    rows = logits.shape[1]
+    likely = log_p.argmax(-1)[:, None, None].expand(t, rows, 1)
+    base = logits.gather(2, likely).to(share.dtype)
+    token = torch.arange(t, device=index.device)[:, None, None]
+    place = (token * rows + index).flatten(0, 1)  # in the rows of all tokens, one below the other
+    share = share.flatten(0, 1)
+    width = max(256, numbers // len(place))
+    for log_p_block, block in zip(log_p.split(width, -1), logits.split(width, -1)):
+        table = (block.to(share.dtype) - base).flatten(0, 1)  # (t (n + 1), W)
         delta = functional.embedding_bag(place, table, per_sample_weights=share, mode="sum")
         yield log_p_block, delta.view(t, many, -1)
-
-
-def tokens_in_a_step(layer, most: int, sample: Sample | None, numbers: int) -> int:
-    """How many tokens a step takes, of which one is touched by `most` simplices, so that their changed logits, or the
-    rows of the head for a sample, are about so many numbers."""
-    of_token = most * BLOCK_WIDTH
-    if sample is not None:
-        width = sample.outcomes.shape[1]
-        of_token = width * max(most, layer.x.shape[1])
-    return max(1, numbers // max(1, of_token))
 
 
 def block_numbers(x: torch.Tensor, memory: int) -> int:
