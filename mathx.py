@@ -33,7 +33,7 @@ class Sample(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the changed logits of some tokens are made of. The rows are of y, then of the outputs E_1 .. E_n."""
+    """What the changed logits of some tokens are made of. The rows are of y, then of the outputs f_1 .. f_n."""
     log_p: torch.Tensor  # log-probabilities of the outcomes (T, W), float32 or wider
     logits: torch.Tensor  # what the head reads of each row, times the weight of the final norm, (T, n + 1, W)
     gram: torch.Tensor  # inner products of the rows, over d, (T, n + 1, n + 1)
@@ -50,12 +50,10 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
     members' outputs. So the new logits are a combination of what the head reads of y and of each output, divided by an
     RMS that their inner products give (`read_tables`, `combinations`). No merged expert is formed.
 
-    members, weights (M, 2 or 3) are the simplices and `hodgecover.merge_weights` of them; sample is what
-    `sample_vocabulary` drew, None for all of the vocabulary; memory is the bytes that the sweep may take beside the
-    layer; tick is told the share of the work that is done; kept, empty at first, keeps tables for the next sweep of the
-    same layer on the same sample, as many as half of the memory holds. Returns (M,) float64 on the CPU, nats.
+    members, weights (M, 2 or 3): simplices and `hodgecover.merge_weights` of them; sample: `sample_vocabulary`'s, None
+    for all outcomes; memory: bytes that the sweep may take; tick is told the share of the work that is done; kept: a
+    dict that keeps tables for the next sweep, as many as half of memory holds. Returns (M,) float64 on the CPU, nats.
     """
-    kept = {} if kept is None else kept
     layer = layer._replace(gates=layer.gates.cpu())  # waits for the device once
     touched = touching(members, layer.gates)
     total = torch.zeros(len(members), dtype=torch.float64)
@@ -63,16 +61,23 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
         return total
     tokens = len(layer.x)
     size = tokens_at_once(layer, sample, memory)
+    kept = {} if kept is None else kept
+    room = memory // 2
     for start in range(0, tokens, size):
         chunk = slice(start, start + size)
         few = on_tokens(layer, chunk)
-        tables = kept.get(start) or read_tables(few, sample and on_tokens(sample, chunk), memory)
-        if memory_of([*kept.values(), tables]) <= memory // 2:
+        tables = kept.get(start)
+        if tables is None:
+            tables = read_tables(few, sample and on_tokens(sample, chunk), memory)
+        room -= tables.logits.nbytes + tables.gram.nbytes
+        if room >= 0:
             kept[start] = tables
-        kl = kl_of_merges(few, tables, members, weights, touched[chunk], memory)
+        arguments = few, tables, members, weights, touched[chunk], memory
+        kl = kl_of_merges(*arguments)
         if not kl.isfinite().all():  # an exponential overflows
-            kl = kl_of_merges(few, tables, members, weights, touched[chunk], memory, careful=True)
-        total.index_add_(0, touched[chunk].nonzero()[:, 1], kl.double())
+            kl = kl_of_merges(*arguments, careful=True)
+        simplex = touched[chunk].nonzero()[:, 1]
+        total.index_add_(0, simplex, kl.double())
         tick(min(chunk.stop / tokens, 1))
     return total / tokens
 
@@ -93,36 +98,33 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     return touched
 
 
-def memory_of(tables: list[Tables]) -> int:
-    """Bytes of some tables; those of log_p are the sample's."""
-    return sum(each.logits.nbytes + each.gram.nbytes for each in tables)
-
-
 def tokens_at_once(layer, sample: Sample | None, memory: int) -> int:
-    """How many tokens a chunk of the sweep takes, so that it fills a third of `memory`; one at least."""
-    rows, (vocab, d) = len(layer.experts.gate) + 1, layer.unembedding.shape
+    """How many tokens a chunk of the sweep takes, to fill a third of `memory`; one at least."""
+    rows = len(layer.experts.gate) + 1
+    width, d = layer.unembedding.shape
+    if sample is not None:
+        width = sample.outcomes.shape[1]
     narrow, wide = layer.x.itemsize, widened(layer.x.dtype).itemsize
-    width = vocab if sample is None else sample.outcomes.shape[1]
-    most = rows * int((layer.gates > 0).sum(1).max())  # simplices that touch a token, about
+    routed = int((layer.gates > 0).sum(1).max())
     of_token = narrow * rows * (d + width + rows)  # `read_tables`
     of_token += wide * (rows**2 + 3 * width)
-    of_token += 64 * wide * most  # `combinations`
+    of_token += 64 * wide * rows * routed  # `combinations`: some n k pairs touch a token
     return max(1, memory // 3 // of_token)
 
 
 def read_tables(layer, sample: Sample | None, memory: int) -> Tables:
-    """Run all experts on the tokens of a layer, and the head on y and on each output. log_p is read out in float32 or
-    better, the rest in the layer's dtype."""
+    """Run all experts, and the head on y and on each output. log_p is in float32 or better, the rest in the layer's
+    dtype before it is widened."""
     n, (tokens, d) = len(layer.experts.gate), layer.x.shape
     rows = layer.x.new_empty(tokens, n + 1, d)
     rows[:, 0] = layer.y
     for e in range(n):
         rows[:, 1 + e] = layer.experts(e, layer.x)
-    gram = (rows @ rows.mT).to(widened(rows.dtype)) / d
+    gram = rows @ rows.mT
+    gram = gram.to(widened(rows.dtype)) / d
     rows *= layer.norm.weight
     if sample is None:
         return Tables(log_readout(layer, memory), rows @ layer.unembedding.T, gram)
-
     width = sample.outcomes.shape[1]
     logits = rows.new_empty(tokens, n + 1, width)
     size = max(1, block_numbers(rows, memory) // (width * d))  # tokens whose rows of the head are a block
@@ -152,7 +154,8 @@ def kl_of_merges(layer, tables: Tables, members: torch.Tensor, weights: torch.Te
     kl = share.new_zeros(own.shape)
     count = own.sum(1)
     numbers = block_numbers(log_p, memory)
-    size = max(1, numbers // max(1, own.shape[1] * log_p.shape[1]))  # tokens of a step
+    of_token = max(1, own.shape[1] * log_p.shape[1])
+    size = max(1, numbers // of_token)
     for start in range(0, len(log_p), size):
         step = slice(start, start + size)
         most = int(count[step].max())
@@ -179,13 +182,12 @@ def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: t
                  weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The changes of what the head reads, as combinations of the rows of `Tables`. A merge S changes y by
 
-        y_S - y = sum_S c_e E_e(x),   c_e = (sum_S g) w_e - g_e
+        y_S - y = sum_S c_e f_e(x),   c_e = (sum_S g) w_e - g_e
 
-    and y / rms(y) by (scale - 1) y / rms(y) + scale sum_S c_e E_e(x) / rms(y), with scale = rms(y) / rms(y_S).
+    and y / rms(y) by (scale - 1) y / rms(y) + scale sum_S c_e f_e(x) / rms(y), with scale = rms(y) / rms(y_S).
 
-    gates (T, n), gram (T, n + 1, n + 1), members, weights (T, R, s) -> the rows of the token, of which 0 is y, and their
-    coefficients, (T, R, s + 1) each.
-    """
+    gates (T, n), gram (T, n + 1, n + 1), members, weights (T, R, s) -> rows, 0 for y, and their coefficients,
+    (T, R, s + 1) each."""
     gate = gates.gather(1, members.flatten(1)).view_as(members)
     mass = gate.sum(-1, keepdim=True)
     change = mass * weights - gate  # c_e
@@ -214,8 +216,7 @@ def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: t
 def changed_logits(log_p: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, share: torch.Tensor,
                    numbers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the log-probabilities (t, W) and the changes of the logits (t, R, W), less that of the most likely outcome,
-    of one block of the outcomes after the other, a block of about so many numbers. log_p (t, W) and logits
-    (t, n + 1, W) are of `Tables`, index and share (t, R, s + 1) of `combinations`."""
+    a block of about so many numbers at a time. log_p, logits: of `Tables`; index, share: of `combinations`."""
     t, many, _ = index.shape
     rows = logits.shape[1]
     likely = log_p.argmax(-1)[:, None, None].expand(t, rows, 1)
@@ -260,7 +261,6 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def kl_of_blocks(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], careful: bool = False) -> torch.Tensor:
     """KL(p || q) in nats, (t, R), if q has the logits of p plus delta (equation 2), from blocks of the vocabulary: the
     log-probabilities (t, W) and delta (t, R, W) of each, which is overwritten.
-
     KL = log1p(E_p[expm1(delta)]) - E_p[delta] for delta less any constant. With that of the most likely outcome its
     relative error is about eps / |delta|; a difference of log-softmaxes has eps / delta^2. It is not finite where
     exponentials overflow, unless `careful`: there it is log E_p[exp(delta)] - E_p[delta].
@@ -305,9 +305,9 @@ def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sa
     """Weighted samples, `count` outcomes each, of distributions log_p (T, V); offset (T,) is uniform in [0, 1).
 
     An outcome is in with probability min(1, p / tau), and then weighs max(p, tau); tau is such that `count` are in. So
-    likely outcomes are certain, and E_p[v] is estimated without bias. KL = log E_p[exp delta] - E_p[delta] falls short
-    on average (Jensen). The draw is systematic: lay the probabilities of being in end to end, and read off at offset,
-    1 + offset, 2 + offset, ...
+    likely outcomes are certain, and E_p[v] is estimated without bias; KL falls short on average (Jensen). The draw is
+    systematic: lay the probabilities of being in end to end, and read off at offset, 1 + offset, 2 + offset, ...
+
     >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
     >>> sample = sample_outcomes(p.log(), 3, torch.tensor([0.5]))
     >>> sample.outcomes, sample.log_weights.exp()
@@ -327,9 +327,9 @@ def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sa
 def threshold(p: torch.Tensor, count: int) -> torch.Tensor:
     """tau of samples of `count` outcomes of each distribution (T, V), (T, 1).
 
-    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it; tau is
-    the share of the first slot that is not certain. Of probabilities 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first
-    outcome is certain: 0.6 >= 1 / 3. The second is not: 0.1 < 0.4 / 2, which is tau.
+    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it; tau is the
+    share of the first slot that is not. Of 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first is certain: 0.6 >= 1 / 3. The
+    second is not: 0.1 < 0.4 / 2, which is tau.
     """
     largest, likely = p.topk(count)
     others = p.scatter(1, likely, 0.0).sum(1, keepdim=True)
