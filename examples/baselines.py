@@ -19,15 +19,25 @@ hope                drop the experts P of least p'Fp (arXiv 2609.18916): F_ij is
 
 Selectors on barriers share the cache of hodgecover.py, its redirect and its report:
 
-greedy-barrier      the K experts of largest sum of pair barriers
-triplet-penalty     HodgeCover's cover, with the edges of largest barrier as critical ones
-triplet-hypergraph  drop the least salient expert again and again, but never the last of a critical triangle
-hodge-no-triangle   HodgeCover's cover of harmonic-critical edges, without triangles
-additive-residual   HodgeCover's cover, with the edges where b_ij = phi_i + phi_j is most wrong as critical ones
+hodge-no-triangle   HodgeCover's ablation (B.7, E.1): lambda_t = 0, nothing else changes
+additive-residual   HodgeCover's cover (ours), with the edges where b_ij = phi_i + phi_j is most wrong as critical ones
 weighted-cover      HodgeCover's cover (ours), but of every edge by its barrier instead of a top few counted alike
 
-Merging methods form K groups in every layer. Each is its paper's selection in a few lines, in our words. RESULTS.md has
-what a comparison with published code showed:
+Merging methods form K groups in every layer. A group becomes one expert, the weighted mean of its members' parameters.
+
+HodgeCover's other ablations (B.7, E.1) share its cache, too: they take its barriers b_ij and its triangles T, at tau*.
+Edges join the components at their ends in ascending order of cost (union-find; ties in lexicographic order), until K
+components are left. Means are weighted by frequency. Ours: the most frequent member comes first.
+
+greedy-barrier      the cost is b_ij
+triplet-penalty     b_ij (1 + alpha_T p_ij): p_ij is the mean barrier of the triangles of T on the edge over that of all
+                    of T, 0 on an edge of none (ours); alpha_T is 1 (ours: the paper does not say)
+triplet-hypergraph  b_ij, but an edge is passed over if a triangle of T in the new component has a barrier above the
+                    median of T. Ours: a triple that is not in T passes; when the edges end before K components are
+                    left, they are gone through once more without the veto
+
+The others are their papers' selections in a few lines, in our words. RESULTS.md has what a comparison with published
+code showed:
 
 mc-smoe (arXiv 2310.01334)  The K most frequent experts are dominant. Each other expert joins the one whose router
                             logits over the calibration tokens are nearest in cosine. Means are weighted by frequency.
@@ -74,11 +84,12 @@ import common
 import hodgecover
 import mathx
 import model_io
-from hodgecover import Complex, Settings, Signals, Tick
+from hodgecover import Complex, Plan, Selection, Settings, Signals, Tick
 from model_io import Experts, InputError, Layer, Model
 
 Groups = list[list[int]]  # the first of each is the one whose router row stays
-Selection = tuple[list[int], torch.Tensor, torch.Tensor]  # all experts as picked, E* (M, 2), T* (M, 3)
+ALPHA_T = 1.0  # of triplet-penalty (B.7)
+TINY = torch.finfo(torch.float64).tiny  # keeps a quotient of zeros finite
 
 
 # ----------------------------------------------------------------------------------- selectors without barriers
@@ -96,14 +107,18 @@ class Routing(NamedTuple):
 
 def measure_routing(step: model_io.LayerPass, method: str | None = None) -> Routing:
     """Frequency and saliency of a layer, and what one of WITHOUT_BARRIERS looks at beside them; of None what all do."""
-    found = Routing((step.gates > 0).sum(0).cpu(), hodgecover.reap_saliency(step.layer.experts, step.x, step.gates))
+    frequency = (step.gates > 0).sum(0).cpu()
+    saliency = hodgecover.reap_saliency(step.layer.experts, step.x, step.gates)
+    routing = Routing(frequency, saliency)
     if method in (None, "aimer"):
-        found = found._replace(aimer=flatness(step.layer.experts))
+        routing = routing._replace(aimer=flatness(step.layer.experts))
     if method in (None, "man", "msan", "hope"):
-        norms = output_norms(step)
-        man, msan = (part.sum(0).cpu() / found.frequency.clamp(min=1) for part in (norms, norms.square()))
-        found = found._replace(joint=joint_norms(step.gates, norms), man=man, msan=msan)
-    return found
+        norms, tokens = output_norms(step), frequency.clamp(min=1)
+        man = norms.sum(0).cpu() / tokens
+        msan = norms.square().sum(0).cpu() / tokens
+        joint = joint_norms(step.gates, norms)
+        routing = routing._replace(joint=joint, man=man, msan=msan)
+    return routing
 
 
 def output_norms(step: model_io.LayerPass) -> torch.Tensor:
@@ -117,10 +132,13 @@ def output_norms(step: model_io.LayerPass) -> torch.Tensor:
 
 def flatness(experts: Experts) -> torch.Tensor:
     """Mean |w| / rms(w) over each expert's weights, (n,) float64: 1 if all are equally large, or 0."""
-    size = sum(part[0].numel() for part in experts)
-    first, second = (sum(torch.linalg.vector_norm(part, order, (1, 2), dtype=torch.float64)**order for part in experts)
-                     for order in (1, 2))
-    return ((first / size + hodgecover.TINY) / ((second / size).sqrt() + hodgecover.TINY)).cpu()
+    size = sum(matrices[0].numel() for matrices in experts)
+
+    def mean_power(order: int) -> torch.Tensor:
+        norms = [torch.linalg.vector_norm(matrices, order, (1, 2), dtype=torch.float64)
+                 for matrices in experts]
+        return torch.stack(norms).pow(order).sum(0) / size
+    return ((mean_power(1) + TINY) / (mean_power(2).sqrt() + TINY)).cpu()
 
 
 def joint_norms(gates: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -192,26 +210,27 @@ def nearest_rows(rows: torch.Tensor, survivors: list[int]) -> dict[int, int]:
 
 # ---------------------------------------------------------------------------------------- selectors on barriers
 
-def greedy_barrier(signals: Signals, found: Complex, settings: Settings) -> Selection:
-    """Rank the experts by the sum of their pair barriers."""
-    _, *critical = hodgecover.select(signals, found, settings)
-    return descending(found.d1.abs() @ signals.barriers), *critical
+def no_triangle(signals: Signals, complex_: Complex, settings: Settings) -> Selection:
+    """HodgeCover's selection without the triangles' term of Phi (B.7, E.1)."""
+    return hodgecover.select(signals, complex_, replace(settings, lambda_triangle=0.0))
 
 
-def triplet_hypergraph(signals: Signals, found: Complex, settings: Settings) -> Selection:
-    """Let the critical triangles veto the loss of their last vertex."""
-    _, pairs, triangles = hodgecover.select(signals, found, settings)
-    return veto_order(signals.saliency, triangles), pairs, triangles
+def residual_cover(signals: Signals, complex_: Complex, settings: Settings) -> Selection:
+    """HodgeCover's selection with the additive residual in place of the harmonic part (ours)."""
+    residual = mathx.additive_residual(signals.barriers, complex_.d1)
+    return hodgecover.select(signals, complex_, settings, residual)
 
 
-def weighted_cover(signals: Signals, found: Complex, settings: Settings) -> Selection:
+def weighted_cover(signals: Signals, complex_: Complex, settings: Settings) -> Selection:
     """Cover every edge by its share of the sum of all barriers, and the triangles (ours)."""
-    _, pairs, triangles = hodgecover.select(signals, found, settings)
-    b, n = signals.barriers, len(signals.saliency)
-    share = settings.lambda_edge * b / b.sum().clamp(min=hodgecover.TINY)
-    of_each = b.new_full((len(triangles),), settings.lambda_triangle / max(len(triangles), 1))
-    families = [(hodgecover.edges(n), share), (triangles, of_each)]
-    return greedy_weights(signals.saliency, families), pairs, triangles
+    selection = hodgecover.select(signals, complex_, settings)
+    b, triangles = signals.barriers, selection.triangles
+    of_edges = settings.lambda_edge * b / b.sum().clamp(min=TINY)
+    weight = settings.lambda_triangle / max(len(triangles), 1)
+    of_triangles = torch.full((len(triangles),), weight, dtype=b.dtype)
+    pairs = hodgecover.edges(len(signals.saliency))
+    families = [(pairs, of_edges), (triangles, of_triangles)]
+    return selection._replace(order=greedy_weights(signals.saliency, families))
 
 
 def greedy_weights(saliency: torch.Tensor, families: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
@@ -234,21 +253,88 @@ def greedy_weights(saliency: torch.Tensor, families: list[tuple[torch.Tensor, to
     return picks
 
 
-def veto_order(saliency: torch.Tensor, simplices: torch.Tensor) -> list[int]:
-    """All vertices, the first to keep first, by dropping one at a time: the least salient whose loss leaves every
-    simplex (M, 3) a vertex, or the least salient of all if there is none.
+# ---------------------------------------------------------------------------- ablations that merge (B.7, E.1)
 
-    >>> veto_order(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([[0, 1, 2]]))  # 3 goes rather than the last of 012
-    [2, 3, 1, 0]
+def greedy_barrier(signals: Signals, keep: int, settings: Settings = Settings()
+                   ) -> tuple[Groups, torch.Tensor]:
+    """Join experts by their barriers alone."""
+    groups = union_find_groups(signals.barriers, keep)
+    return most_frequent_first(groups, signals.frequency), signals.frequency
+
+
+def triplet_penalty(signals: Signals, keep: int, settings: Settings = Settings()
+                    ) -> tuple[Groups, torch.Tensor]:
+    """Join experts by their barriers, those on triangles of large barrier later."""
+    complex_ = hodgecover.decompose(signals, settings)
+    penalty = triangle_means(len(signals.frequency), complex_.triangles, complex_.triplets)
+    groups = union_find_groups(signals.barriers * (1 + ALPHA_T * penalty), keep)
+    return most_frequent_first(groups, signals.frequency), signals.frequency
+
+
+def triangle_means(n: int, triangles: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
+    """p, the mean barrier of the triangles (F, 3) on each edge of n experts over the mean of all
+    (F,), (E,) float64; 0 on an edge of none (ours).
+
+    >>> triangle_means(4, torch.tensor([[0, 1, 2], [0, 1, 3]]), torch.tensor([1.0, 3.0])).tolist()
+    [1.0, 0.5, 1.5, 0.5, 1.5, 0.0]
     """
-    kept = saliency.sort(stable=True).indices.tolist()
-    dropped = []
-    while kept:
-        inside = torch.isin(simplices, torch.tensor(kept))
-        last = simplices[inside & (inside.sum(1, keepdim=True) == 1)].tolist()
-        dropped.append(next((v for v in kept if v not in last), kept[0]))
-        kept.remove(dropped[-1])
-    return dropped[::-1]
+    edge = hodgecover.faces(n, triangles).flatten()  # (3 F,)
+    count = edge.bincount(minlength=n * (n - 1) // 2)
+    total = torch.zeros(len(count), dtype=torch.float64)
+    total.index_add_(0, edge, triplets.double().repeat_interleave(3))
+    mean = triplets.double().sum() / max(1, len(triplets))
+    return total / count.clamp(min=1) / mean.clamp(min=TINY)
+
+
+def triplet_hypergraph(signals: Signals, keep: int, settings: Settings = Settings()
+                       ) -> tuple[Groups, torch.Tensor]:
+    """Join experts by their barriers, but none into a triangle whose barrier is above the median."""
+    complex_ = hodgecover.decompose(signals, settings)
+    above = complex_.triplets > complex_.triplets.median()
+    vetoed = complex_.triangles[above]
+
+    def allowed(component: list[int]) -> bool:
+        inside = torch.isin(vetoed, torch.tensor(component)).all(1)
+        return not inside.any()
+    groups = union_find_groups(signals.barriers, keep, allowed)
+    return most_frequent_first(groups, signals.frequency), signals.frequency
+
+
+def union_find_groups(cost: torch.Tensor, keep: int,
+                      allowed: Callable[[list[int]], bool] = lambda component: True) -> Groups:
+    """The `keep` components that are left when edges join experts in ascending order of cost (E,).
+
+    Ties go in lexicographic order. An edge is passed over if its new component, experts in ascending
+    order, is not `allowed`; a larger one must not be allowed either. If the edges end before `keep`
+    components are left, they are gone through once more without the veto (ours).
+
+    >>> union_find_groups(torch.tensor([1.0, 3.0, 9.0, 2.0, 9.0, 4.0]), 2)  # of 01, 02, 03, 12, 13, 23
+    [[0, 1, 2], [3]]
+    >>> union_find_groups(torch.tensor([1.0, 3.0, 9.0, 2.0, 9.0, 4.0]), 2, lambda component: len(component) < 3)
+    [[0, 1], [2, 3]]
+    """
+    n = len(hodgecover.table_of_pairs(cost))
+    pairs = hodgecover.edges(n)[cost.sort(stable=True).indices].tolist()
+    components = [[e] for e in range(n)]  # of each expert; the members of one share a list
+    count = n
+    for may_join in (allowed, lambda component: True):
+        for i, j in pairs:
+            if count == keep:
+                break
+            if components[i] is components[j]:
+                continue
+            joined = sorted(components[i] + components[j])
+            if may_join(joined):
+                count -= 1
+                for e in joined:
+                    components[e] = joined
+    return [component for e, component in enumerate(components) if component[0] == e]
+
+
+def most_frequent_first(groups: Groups, frequency: torch.Tensor) -> Groups:
+    """Groups whose members are in descending frequency (n,), ties in ascending order."""
+    tokens = frequency.tolist()
+    return [sorted(group, key=lambda e: (-tokens[e], e)) for group in groups]
 
 
 # ----------------------------------------------------------------------------------------------- merging methods
@@ -303,7 +389,7 @@ def mc_smoe(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
 def hc_smoe(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
     """Cluster mean outputs; the most frequent of each cluster comes first."""
     groups = cluster(torch.cdist(facts.outputs, facts.outputs), keep)
-    return [sorted(group, key=lambda e: -facts.frequency[e].item()) for group in groups], facts.frequency
+    return most_frequent_first(groups, facts.frequency), facts.frequency
 
 
 def ream(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
@@ -317,7 +403,7 @@ def ream_likeness(logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """How alike experts are in their router logits (T, n) and mean outputs (n, d), (n, n) from 0 to 1."""
     profile = F.normalize(logits.T, dim=1)
     distance = torch.cdist(profile, profile)
-    return (1 - distance / distance.max().clamp(min=hodgecover.TINY) + (1 + cosine(outputs)) / 2) / 2
+    return (1 - distance / distance.max().clamp(min=TINY) + (1 + cosine(outputs)) / 2) / 2
 
 
 def slimqwen(facts: Facts, keep: int) -> tuple[Groups, torch.Tensor]:
@@ -393,24 +479,23 @@ def take_nearest(score: torch.Tensor, likeness: torch.Tensor, keep: int, most: i
 
 # ----------------------------------------------------------------------------------------------- the table of methods
 
-BY_SCORE = {  # (what was measured, seed) -> score (n,)
-    "random": lambda found, seed: torch.randperm(len(found.frequency), generator=torch.Generator().manual_seed(seed)),
-    "frequency": lambda found, seed: found.frequency,
-    "reap": lambda found, seed: found.saliency,
-    "man": lambda found, seed: found.man,
-    "msan": lambda found, seed: found.msan,
-    "aimer": lambda found, seed: -found.aimer}
-ON_BARRIERS = {  # what `hodgecover.plan_from_signals` takes
-    "greedy-barrier": greedy_barrier,
-    "triplet-penalty": lambda signals, found, settings: hodgecover.select(signals, found, settings, signals.barriers),
-    "triplet-hypergraph": triplet_hypergraph,
-    "hodge-no-triangle": lambda signals, found, settings: hodgecover.select(
-        signals, found, replace(settings, lambda_triangle=0.0)),
-    "additive-residual": lambda signals, found, settings: hodgecover.select(
-        signals, found, settings, mathx.additive_residual(signals.barriers, found.d1)),
+BY_SCORE = ("random", "frequency", "reap", "man", "msan", "aimer")  # `score_of` ranks the experts
+ON_BARRIERS = {  # selectors: what `hodgecover.plan_from_signals` takes
+    "hodge-no-triangle": no_triangle,
+    "additive-residual": residual_cover,
     "weighted-cover": weighted_cover}
-# (facts, K) -> the K groups of a layer's experts, and the weight of each expert in its group's mean (n,)
-MERGING = {"mc-smoe": mc_smoe, "hc-smoe": hc_smoe, "ream": ream, "slimqwen": slimqwen, "stun": stun}
+# -> the K groups of a layer's experts, and the weight of each expert in its group's mean (n,)
+MERGING_ON_BARRIERS = {  # (Signals, K, Settings)
+    "greedy-barrier": greedy_barrier,
+    "triplet-penalty": triplet_penalty,
+    "triplet-hypergraph": triplet_hypergraph}
+MERGING_ON_FACTS = {  # (Facts, K)
+    "mc-smoe": mc_smoe,
+    "hc-smoe": hc_smoe,
+    "ream": ream,
+    "slimqwen": slimqwen,
+    "stun": stun}
+MERGING = MERGING_ON_BARRIERS | MERGING_ON_FACTS
 SEQUENTIAL = ("ream",)  # of these: a layer is measured on what the merged layers before it give
 WITHOUT_BARRIERS = (*BY_SCORE, "hope")
 RECORDED = ("random", "frequency", "reap")  # of these: they look at what every plan records, no more
@@ -419,7 +504,7 @@ METHODS = (*SELECTORS, *MERGING)
 
 
 def choose(signals: Signals | Routing, rows: torch.Tensor, method: str, keep: int,
-           settings: Settings = Settings(), layer: int = 0) -> dict:
+           settings: Settings = Settings(), layer: int = 0) -> Plan:
     """The plan of one layer by one of SELECTORS, from what was measured on it.
 
     signals : `Signals` for a method on barriers; for the others a `Routing`, for RECORDED `Signals`, too
@@ -431,8 +516,21 @@ def choose(signals: Signals | Routing, rows: torch.Tensor, method: str, keep: in
     if method == "hope":
         order = hope_order(signals, keep)
     else:
-        order = descending(BY_SCORE[method](signals, settings.seed + layer))
-    return hodgecover.plan_of(order, nearest_rows(rows, order[:keep]), keep, signals.frequency, signals.saliency)
+        order = descending(score_of(signals, method, settings.seed + layer))
+    targets = nearest_rows(rows, order[:keep])
+    return hodgecover.plan_of(order, targets, keep, signals.frequency, signals.saliency)
+
+
+def score_of(routing: Signals | Routing, method: str, seed: int) -> torch.Tensor:
+    """The score (n,) of the experts by one of BY_SCORE, the largest of those to keep."""
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(routing.frequency), generator=generator)
+    if method == "aimer":
+        return -routing.aimer
+    if method == "reap":
+        return routing.saliency
+    return getattr(routing, method)
 
 
 # ------------------------------------------------------------------------------------------------- the whole model
@@ -446,7 +544,9 @@ class Merge(NamedTuple):
 
     def survivors(self, all_slots: bool = False) -> list[int]:
         """The experts whose slots and router rows stay."""
-        return list(range(len(self.weights))) if all_slots else sorted(group[0] for group in self.groups)
+        if all_slots:
+            return list(range(len(self.weights)))
+        return sorted(group[0] for group in self.groups)
 
     def routed_share(self, all_slots: bool = False) -> float:
         """Share of the tokens' choices that fall on an expert whose router row stays."""
@@ -464,7 +564,7 @@ def routed_passes(model: Model, ids: torch.Tensor, tick: Tick = lambda share: No
 
 def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settings: Settings = Settings(),
                  cache: Path | None = None, memory: int = hodgecover.MEMORY, tick: Tick = lambda share: None
-                 ) -> Iterator[tuple[str, dict]]:
+                 ) -> Iterator[tuple[str, Plan]]:
     """Yield (name, plan) of each sparse layer by one of SELECTORS, from calibration on ids (B, L).
 
     `cache` and `memory` are for methods on barriers. Raises InputError as `hodgecover.plan_model` does.
@@ -482,35 +582,55 @@ def select_model(model: Model, ids: torch.Tensor, method: str, keep: int, settin
 
 
 def merge_model(model: Model, ids: torch.Tensor, method: str, keep: int, tick: Tick = lambda share: None,
-                all_slots: bool = False) -> Iterator[tuple[str, Merge]]:
+                all_slots: bool = False, settings: Settings = Settings(), cache: Path | None = None,
+                memory: int = hodgecover.MEMORY) -> Iterator[tuple[str, Merge]]:
     """Yield (name, merge) of each sparse layer by one of MERGING, from calibration on ids (B, L). `all_slots` is how
-    they are exported, which those that are SEQUENTIAL depend on.
+    they are exported, which those that are SEQUENTIAL depend on; `settings`, `cache` and `memory` are for those on
+    barriers.
 
-    Raises InputError for facts that are not finite, and if not every layer can keep `keep` experts.
+    Raises InputError for what is measured and not finite, and if not every layer can keep `keep` experts.
     """
     hodgecover.check_keep(model, keep)
+    if method in MERGING_ON_BARRIERS:
+        layers = hodgecover.sparse_layers(model)
+        for index, signals in hodgecover.measure_model(model, ids, settings, layers, cache, memory, tick):
+            groups, weights = MERGING[method](signals, keep, settings)
+            yield model.layer_names[index], Merge(groups, weights, signals.frequency)
+        return
     for step in routed_passes(model, ids, tick):
         facts = layer_facts(step)
-        merge = Merge(*MERGING[method](facts, keep), facts.frequency)
+        groups, weights = MERGING[method](facts, keep)
+        merge = Merge(groups, weights, facts.frequency)
         if method in SEQUENTIAL:
-            step.y.copy_(model.run(step.index, merged_layer(step.layer, merge, all_slots), step.h, step.norm).y)
+            merged = merged_layer(step.layer, merge, all_slots)
+            step.y.copy_(model.run(step.index, merged, step.h, step.norm).y)
         yield step.name, merge
 
 
 def merged_layer(layer: Layer, merge: Merge, all_slots: bool = False) -> Layer:
     """A layer with the experts of a merge in place of its own, as the export writes it."""
     slots = merge.survivors(all_slots)
-    group_of = {e: group for group in merge.groups for e in group}
-    experts = [torch.stack([group_mean(group_of[e], merge.weights, part.__getitem__).to(part.dtype) for e in slots])
-               for part in layer.experts]
-    return Layer(Experts(*experts), layer.router[slots], layer.weights)
+    group_of = groups_by_member(merge.groups)
+
+    def merged(matrices: torch.Tensor) -> torch.Tensor:  # (n, any, any) -> (slots, any, any)
+        means = [group_mean(group_of[e], merge.weights, matrices.__getitem__) for e in slots]
+        return torch.stack(means).to(matrices.dtype)
+    experts = Experts(*map(merged, layer.experts))
+    return Layer(experts, layer.router[slots], layer.weights)
+
+
+def groups_by_member(groups: Groups) -> dict[int, list[int]]:
+    """The group of each expert."""
+    return {e: group for group in groups for e in group}
 
 
 def group_mean(members: list[int], weights: torch.Tensor, load: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """The mean of what `load` gives for each member, by weights (n,), float64; the plain mean if they have none."""
     share = weights[members].double()
-    share = share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / len(share))
-    return sum(part * load(e).double() for part, e in zip(share.tolist(), members) if part)
+    if share.sum() == 0:
+        share = torch.ones_like(share)
+    share = share / share.sum()
+    return sum(weight * load(e).double() for weight, e in zip(share.tolist(), members) if weight)
 
 
 def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, weights: torch.Tensor
@@ -519,20 +639,26 @@ def merge_edits(checkpoint: model_io.Checkpoint, layer: str, groups: Groups, wei
 
     Returns edits for `common.write_edited`.
     """
-    group_of = {e: group for group in groups for e in group}
+    group_of = groups_by_member(groups)
 
-    def mean(own: torch.Tensor, row: int, load: Callable[[int], torch.Tensor], expert: int | None = None
+    def mean(stored: torch.Tensor, row: int, load: Callable[[int], torch.Tensor], expert: int | None = None
              ) -> torch.Tensor:
-        return group_mean(group_of[row if expert is None else expert], weights, load).to(own.dtype)
+        members = group_of[row if expert is None else expert]
+        return group_mean(members, weights, load).to(stored.dtype)
 
     def single(e: int, name: str) -> torch.Tensor:
         return checkpoint.load(name.format(e))
     fused = [f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    edits = {}
     if fused[0] in checkpoint.tensors:
-        return {name: partial(mean, load=partial(checkpoint.load, name)) for name in fused}
-    parts = [f"{layer}.mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")]
-    return {name.format(e): partial(mean, load=partial(single, name=name), expert=e)
-            for name in parts for e in group_of}
+        for name in fused:
+            edits[name] = partial(mean, load=partial(checkpoint.load, name))
+        return edits
+    for matrix in ("gate", "up", "down"):
+        name = f"{layer}.mlp.experts.{{}}.{matrix}_proj.weight"
+        for e in group_of:
+            edits[name.format(e)] = partial(mean, load=partial(single, name=name), expert=e)
+    return edits
 
 
 def export_merges(model: Model, merges: dict[str, Merge], out: Path, files: dict[str, bytes], all_slots: bool = False
@@ -558,49 +684,68 @@ def command_line() -> hodgecover.Parser:
     return parser
 
 
-# option -> methods that do not use it
-UNUSED = {"all_slots": (*SELECTORS, "stun")} | dict.fromkeys(
-    ("cache", "vocab_sample", "max_triangles", "order", "memory"), (*WITHOUT_BARRIERS, *MERGING))
+OFF_BARRIERS = (*WITHOUT_BARRIERS, *MERGING_ON_FACTS)
+UNUSED = {  # option -> methods that do not use it
+    "all_slots": (*SELECTORS, "stun"),
+    "cache": OFF_BARRIERS,
+    "vocab_sample": OFF_BARRIERS,
+    "max_triangles": OFF_BARRIERS,
+    "memory": OFF_BARRIERS,
+    "order": (*OFF_BARRIERS, *MERGING_ON_BARRIERS)}
 
 
 def select(model: Model, ids: torch.Tensor, args: argparse.Namespace, settings: Settings, cache: Path | None) -> None:
     """Plan by a selector, show the layers, write the output."""
-    bar = hodgecover.progress_bar()
-    found = select_model(model, ids, args.method, args.keep, settings, cache, args.memory, bar)
+    bar = model_io.progress_bar()
+    chosen = select_model(model, ids, args.method, args.keep, settings, cache, args.memory, bar)
     if args.method in ON_BARRIERS:
-        plans = hodgecover.show_plans(model, found, bar)
+        plans = hodgecover.show_plans(model, chosen, bar)
     else:
         plans = {}
-        for name, plan in found:
-            show_share(model, name, plan["routed_share"], bar)
+        for name, plan in chosen:
+            show_share(model, name, plan.routed_share, bar)
             plans[name] = plan
     entry = hodgecover.plan_entry(model, plans, args.keep, settings, ids, args.calib, "baselines.py",
                                   method=args.method)
     hodgecover.export(model, plans, args.out, entry)
 
 
-def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace) -> None:
+def merge(model: Model, ids: torch.Tensor, args: argparse.Namespace, settings: Settings, cache: Path | None) -> None:
     """Merge, show the layers, write the output."""
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     merges = {}
-    for name, found in merge_model(model, ids, args.method, args.keep, bar, args.all_slots):
-        largest = max(map(len, found.groups))
-        show_share(model, name, found.routed_share(args.all_slots), bar, f"; largest group: {largest} experts")
-        merges[name] = found
-    settings = {"keep": args.keep, "method": args.method, "all_slots": args.all_slots, "seed": args.seed,
-                "dtype": common.dtype_name(model)}
-    layers = [{"layer": model.layer_names.index(name), "name": name, "groups": found.groups,
-               "routed_share": found.routed_share(args.all_slots)} for name, found in merges.items()]
-    entry = hodgecover.record_entry("baselines.py", settings, ids, args.calib, source=model) | {"layers": layers}
-    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)}
+    measured = merge_model(model, ids, args.method, args.keep, bar, args.all_slots, settings, cache, args.memory)
+    for name, merged in measured:
+        largest = max(map(len, merged.groups))
+        share = merged.routed_share(args.all_slots)
+        show_share(model, name, share, bar, f"; largest group: {largest} experts")
+        merges[name] = merged
+    entry = merge_entry(model, merges, ids, args, settings)
+    files = {model_io.RECORD: model_io.record_bytes(model.checkpoint, entry)}
     export_merges(model, merges, args.out, files, args.all_slots)
+
+
+def merge_entry(model: Model, merges: dict[str, Merge], ids: torch.Tensor, args: argparse.Namespace,
+                settings: Settings) -> dict:
+    """The entry of a record's history that holds merges by layer name."""
+    choices = {"keep": args.keep, "method": args.method, "all_slots": args.all_slots, "seed": args.seed,
+               "dtype": common.dtype_name(model)}
+    if args.method in MERGING_ON_BARRIERS:
+        for name in ("max_triangles", "thresholds", "vocab_sample"):
+            choices[name] = getattr(settings, name)
+    layers = []
+    for name, merged in merges.items():
+        layers.append({"layer": model.layer_names.index(name), "name": name, "groups": merged.groups,
+                       "routed_share": merged.routed_share(args.all_slots)})
+    return model_io.record_entry("baselines.py", choices, ids, args.calib, source=model) | {"layers": layers}
 
 
 def show_share(model: Model, name: str, share: float, bar: Callable[[float | None], None], more: str = "") -> None:
     """Print one layer's line."""
     bar(None)
-    print(f"layer {model.layer_names.index(name)}: {share:.1%} of the tokens' choices fall on experts that stay in the "
-          f"router{more}", flush=True)
+    index = model.layer_names.index(name)
+    print(f"layer {index}: {share:.1%} of the tokens' choices fall on experts that stay in the router{more}",
+          flush=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -610,13 +755,13 @@ def run(args: argparse.Namespace) -> None:
     settings = common.settings_of(args)
     model = common.open_model(args.checkpoint, args)
     hodgecover.check_keep(model, args.keep)
-    cache = common.barrier_cache(model, args) if args.method in ON_BARRIERS else None
-    hodgecover.check_out(model, args.out, cache)
+    cache = None
+    if args.method not in OFF_BARRIERS:
+        cache = common.barrier_cache(model, args)
+    model_io.check_out(model, args.out, cache)
     ids = common.calibration_ids(model, args)
-    if args.method in MERGING:
-        merge(model, ids, args)
-    else:
-        select(model, ids, args, settings, cache)
+    work = merge if args.method in MERGING else select
+    work(model, ids, args, settings, cache)
     common.show_output(model, args.out)
 
 

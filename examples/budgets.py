@@ -1,22 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Search which experts stay by what the whole model then predicts: how many in each layer, or which ones.
+"""Say how many experts stay in each layer, by HodgeCover's allocators (B.3) or others; or search which ones stay.
 
-    python examples/budgets.py CKPT evo --keep 32 --out DIR              a number for each layer, 32 on average
-    python examples/budgets.py CKPT barriers --keep 32 --plan P --out DIR   the same, by HodgeCover's barriers
-    python examples/budgets.py CKPT coverage --keep 32 --out DIR         the same, by saliency
-    python examples/budgets.py CKPT rco --keep 32 --out DIR              32 in every layer
-    python examples/budgets.py CKPT rco --keep 32 --ragged --out DIR     32 on average
+    python examples/budgets.py CKPT uniform --rate 0.33 --out DIR            0.33 of all go, as many of each layer
+    python examples/budgets.py CKPT harmonic --rate 0.33 --plan P --out DIR  0.33 of all go, by HodgeCover's rho_harm
+    python examples/budgets.py CKPT evo --keep 32 --out DIR                  a number for each layer, 32 on average
+    python examples/budgets.py CKPT barriers --keep 32 --plan P --out DIR    the same, by HodgeCover's barriers
+    python examples/budgets.py CKPT coverage --keep 32 --out DIR             the same, by saliency
+    python examples/budgets.py CKPT rco --keep 32 --out DIR                  32 in every layer
+    python examples/budgets.py CKPT rco --keep 32 --ragged --out DIR         32 on average
 
 The output has the number of experts of each layer in the `per_layer_config` of its config.json. All commands but rco
 read it; transformers 4.57 and 5.24 read it by the code beside the weights, with trust_remote_code=True. --plan-only
 writes the plan alone.
+
+uniform (equation 32). No search: R = floor(rate sum n_l) experts go, floor(R / L) of each of L layers, and one more of
+each of the first R mod L. They go from the end of an order, REAP's or a --plan's. The paper keeps one expert of a layer
+at least.
+
+harmonic (B.3, in no table of the paper). No search: layer l loses floor(R sigma_l / sum sigma), sigma_l = max(1 -
+rho_harm(l), 1e-12), and the first layers one more each until R are gone. A --plan of hodgecover.py has rho_harm and the
+order. Ours, for both: what a layer that keeps its top-k cannot lose is taken from the others in turn, from the first.
 
 evo (EvoESAP, arXiv 2603.06003). The experts of a layer go in a fixed order, the least REAP saliency first, or from the
 end of a --plan's `order`; a candidate says how many. It is worth ESAP = mean_t sum_v min(p, q) = 1 - TV, p the source's
 next-token distribution and q its own. 32 candidates, of eleven shapes and at random; in each generation the best 4 stay
 and the others become mutants of them, in which up to 3 times up to 4 experts move from one layer to another.
 
-barriers (ours; the paper's allocator is not at hand). No search: each layer keeps experts in proportion to the square
+barriers (ours). No search: each layer keeps experts in proportion to the square
 root of its mean barrier, in nats, which a --plan of hodgecover.py has; the plan's order says which. That would be the
 best budget if a layer's loss were its barrier over the number of experts that stay.
 
@@ -29,8 +39,9 @@ to a low loss against the source while the expected number of pruned experts sta
 layer it is a selector like those of baselines.py, and export_plan.py repeats its plan; with --ragged there is one
 budget for all.
 
-Every layer keeps the model's top-k at least: so does the published code of EvoESAP; in the other searches it is ours. A
-multi-token head, whose loss is not the model's, keeps K experts by the fixed order (ours).
+Every layer keeps the model's top-k at least: so does the published code of EvoESAP; for all others it is ours. A
+multi-token head, whose loss is not the model's, keeps K experts by the fixed order, for a --rate the whole part of what
+a layer keeps on average (ours).
 
 A killed search continues from what lies in OUT-budgets until the output is whole. Layers are read one at a time: by evo
 once for as many candidates as --memory holds streams of; by rco twice a sample of noise, or once for all if the weights
@@ -41,10 +52,12 @@ fit --memory.
 import argparse
 import hashlib
 import itertools
+import math
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import baselines
@@ -54,7 +67,8 @@ import hodgecover
 import model_io
 import rco
 import torch
-from model_io import InputError, Model
+from hodgecover import Plan
+from model_io import InputError, Model, require
 
 TOKENS = 16384  # default sample
 POPULATION, ELITE, MAX_MOVES, MAX_DELTA, ATTEMPTS = 32, 4, 3, 4, 32  # of evo
@@ -65,7 +79,77 @@ CACHE_VERSION = "2"
 Budget = tuple[int, ...]  # experts that go, of each sparse decoder layer
 
 
-# ---------------------------------------------------------------------------------------------------------- barriers
+# ------------------------------------------------------------------------------- uniform, harmonic (B.3, equation 32)
+
+
+def experts_to_go(rate: float, counts: Sequence[int]) -> int:
+    """R, the whole part of a rate of all experts; the rate is the decimal fraction that it is written as.
+
+    >>> experts_to_go(0.29, [50, 50])  # the product of the binary fractions is below 29
+    29
+    """
+    return math.floor(Fraction(str(rate)) * sum(counts))
+
+
+def uniform_budget(counts: Sequence[int], least: int, total: int) -> Budget:
+    """How many of the experts of each layer go, `total` in all: as many of each layer, and one more of
+    each of the first (equation 32). A layer keeps `least`, and loses no more than it can.
+
+    >>> uniform_budget([8, 8, 8], 1, 11), uniform_budget([8, 4, 8], 3, 8)
+    ((4, 4, 3), (4, 1, 3))
+    """
+    share = total // len(counts)
+    return with_remainder([share] * len(counts), [n - least for n in counts], total)
+
+
+def harmonic_budget(shares: Sequence[float], counts: Sequence[int], least: int, total: int) -> Budget:
+    """How many of the experts of each layer go, `total` in all: in proportion to what of a layer's
+    barriers is not harmonic, by rho_harm of each, rounded down, and one more of each of the first
+    (B.3). A layer keeps `least`.
+
+    >>> harmonic_budget([0.25, 0.5, 0.75], [8, 8, 8], 1, 10)  # 5, 3.33 and 1.67
+    (6, 3, 1)
+    """
+    sigma = [Fraction(max(1 - rho, hodgecover.GUARD)) for rho in shares]
+    wanted = [math.floor(total * each / sum(sigma)) for each in sigma]
+    return with_remainder(wanted, [n - least for n in counts], total)
+
+
+def with_remainder(shares: Sequence[int], capacity: Sequence[int], total: int) -> Budget:
+    """Whole shares, no more than a layer's `capacity`, and what they are short of the total: one more
+    to each layer that can take it, in turn, from the first (ours but for the first turn).
+
+    >>> with_remainder([2, 2, 2], [9, 1, 9], 8)
+    (4, 1, 3)
+    """
+    taken = list(map(min, shares, capacity))
+    for layer in itertools.cycle(range(len(taken))):
+        if sum(taken) >= min(total, sum(capacity)):
+            return tuple(taken)
+        if taken[layer] < capacity[layer]:
+            taken[layer] += 1
+
+
+def harmonic_shares(path: Path, names: Iterable[str]) -> list[float]:
+    """rho_harm of layers by a plan that `export_plan.read_orders` takes. Raises InputError if it has none."""
+    return reported(path, names, ("eta", "harmonic"), 1 + 1e-6, "harmonic shares")
+
+
+def reported(path: Path, names: Iterable[str], keys: Sequence[str], most: float, what: str) -> list[float]:
+    """A number from 0 to `most` in the diagnostics of each layer of a plan, found by keys in keys.
+    Raises InputError, which says `what` is missing, if a layer has none."""
+    entry = model_io.read_history(path)[-1]
+    values = {layer["name"]: layer.get("diagnostics") for layer in entry["layers"]}
+    for key in keys:
+        values = {name: value.get(key) if isinstance(value, dict) else None for name, value in values.items()}
+    numbers = [values[name] for name in names]
+    for number in numbers:
+        require(type(number) in (int, float) and 0 <= number <= most,
+                f"{path}: has no {what}; give a plan of hodgecover.py")
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------- barriers, coverage
 
 
 def in_proportion(weights: Sequence[float], low: int, high: Sequence[int], total: int) -> Budget:
@@ -106,11 +190,7 @@ def coverage_budget(saliencies: Sequence[Sequence[float]], top_k: int, keep: int
 def mean_barriers(path: Path, names: Iterable[str]) -> list[float]:
     """The mean barrier of layers, in nats, by a plan that `export_plan.read_orders` takes. Raises InputError if it has
     none."""
-    found = {layer["name"]: layer.get("diagnostics") for layer in hodgecover.read_history(path)[-1]["layers"]}
-    means = [found[name].get("mean_barrier") if isinstance(found[name], dict) else None for name in names]
-    if not all(type(each) in (int, float) and 0 <= each <= 1e9 for each in means):
-        raise InputError(f"{path}: has no mean barriers; give a plan of hodgecover.py")
-    return means
+    return reported(path, names, ("mean_barrier",), 1e9, "mean barriers")
 
 
 # --------------------------------------------------------------------------------------------------------------- evo
@@ -246,23 +326,27 @@ def esap_of(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], memor
 # -------------------------------------------------------------------------------------------------------- the plans
 
 
-def planned(model: Model, base: dict[str, dict], orders: dict[str, list[int]], budget: Budget, keep: int
-            ) -> dict[str, dict]:
+def planned(model: Model, base: dict[str, Plan], orders: dict[str, list[int]], budget: Budget, keep: int
+            ) -> dict[str, Plan]:
     """The plans by layer name in which a budget cuts the ends of orders; of layers without one, `keep` experts stay in
     the order of their plan in `base`, which has what was measured of all layers."""
-    counts = {name: len(order) - gone for (name, order), gone in zip(orders.items(), budget)}
+    gone = dict(zip(orders, budget))
     plans = {}
     for name, plan in base.items():
-        order, count = orders.get(name, plan["order"]), counts.get(name, keep)
+        order, count = plan.order, keep
+        if name in orders:
+            order = orders[name]
+            count = len(order) - gone[name]
         rows = model.checkpoint.load(f"{name}.mlp.gate.weight")
-        plans[name] = hodgecover.plan_of(order, baselines.nearest_rows(rows, order[:count]), count,
-                                         torch.tensor(plan["frequency"]), torch.tensor(plan["saliency"]))
+        targets = baselines.nearest_rows(rows, order[:count])
+        plans[name] = hodgecover.plan_of(order, targets, count, plan.frequency, plan.saliency)
     return plans
 
 
-def decoder_orders(model: Model, base: dict[str, dict]) -> dict[str, list[int]]:
+def decoder_orders(model: Model, base: dict[str, Plan]) -> dict[str, list[int]]:
     """The orders of plans by layer name, of the decoder layers alone."""
-    return {name: base[name]["order"] for name in model.layer_names[:model.config.num_layers] if name in base}
+    decoder = model.layer_names[:model.config.num_layers]
+    return {name: base[name].order for name in decoder if name in base}
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -271,11 +355,12 @@ def decoder_orders(model: Model, base: dict[str, dict]) -> dict[str, list[int]]:
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.command_line(__file__, __doc__, text=TOKENS)
-    parser.add_argument("search", choices=("evo", "barriers", "coverage", "rco"), help="as above")
-    parser.add_argument("--keep", metavar="K", type=int, required=True, help="experts to keep: by rco in every "
-                        "layer, else and by --ragged on average")
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, coverage: a plan whose order the experts "
-                        "go in [REAP's]; barriers: hodgecover.py's, which it needs")
+    parser.add_argument("search", choices=tuple(UNUSED), help="as above")
+    parser.add_argument("--keep", metavar="K", type=int, help="experts to keep: by rco in every layer, else and by "
+                        "--ragged on average")
+    parser.add_argument("--rate", metavar="R", type=float, help="uniform, harmonic: share of all experts that goes")
+    parser.add_argument("--plan", metavar="PLAN", type=Path, help="evo, coverage, uniform: a plan whose order the "
+                        "experts go in [REAP's]; barriers, harmonic: hodgecover.py's, which they need")
     parser.add_argument("--generations", metavar="G", type=int, default=GENERATIONS, help="of evo [%(default)s]")
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help="of rco's optimiser [%(default)s]")
     parser.add_argument("--ragged", action="store_true", help="rco: one budget for all layers")
@@ -283,18 +368,31 @@ def command_line() -> hodgecover.Parser:
     return parser
 
 
-UNUSED = {"evo": ("steps", "ragged"), "rco": ("plan", "generations"),
-          "barriers": ("steps", "ragged", "generations", "calib", "tokens", "seq_len", "seed", "memory"),
-          "coverage": ("steps", "ragged", "generations", "memory")}
+SEARCHED = ("steps", "ragged", "generations", "memory")  # options of the searches alone
+TEXT = ("calib", "tokens", "seq_len", "seed")
+UNUSED = {  # options that a search does not use
+    "evo": ("rate", "steps", "ragged"),
+    "rco": ("rate", "plan", "generations"),
+    "barriers": ("rate", *SEARCHED, *TEXT),
+    "coverage": ("rate", *SEARCHED),
+    "uniform": ("keep", *SEARCHED),
+    "harmonic": ("keep", *SEARCHED, *TEXT)}
+OF_PLAN = {"barriers": "barriers", "harmonic": "harmonic shares"}  # what these read from a plan
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError for an option out of range, and for one that the search does not use."""
-    common.refuse_given(command_line(), args, UNUSED[args.search], args.search)
-    if args.search == "coverage" and args.plan:
-        common.refuse_given(command_line(), args, ("calib", "tokens", "seq_len", "seed"), "coverage of a --plan")
-    if args.search == "barriers" and not args.plan:
-        raise InputError("plan: missing; barriers are read from a plan of hodgecover.py")
+    """Raise InputError for an option out of range, for one that is missing, and for one that the search does not
+    use."""
+    search = args.search
+    common.refuse_given(command_line(), args, UNUSED[search], search)
+    if search in ("coverage", "uniform") and args.plan:
+        common.refuse_given(command_line(), args, TEXT, f"{search} of a --plan")
+    for name in ("keep", "rate"):
+        require(name in UNUSED[search] or getattr(args, name) is not None, f"{name}: missing; {search} needs it")
+    if search in OF_PLAN:
+        require(args.plan, f"plan: missing; {OF_PLAN[search]} are read from a plan of hodgecover.py")
+    if args.rate is not None:
+        hodgecover.check_range("rate", args.rate, 0, 1)
     hodgecover.check_range("generations", args.generations, 1, 10**6)
     hodgecover.check_range("steps", args.steps, 1, 10**6)
 
@@ -304,8 +402,19 @@ def check_budget(model: Model, keep: int) -> None:
     hodgecover.sparse_layers(model)
     sizes, k = expert_counts(model), model.config.top_k
     most = (sum(sizes) - 1) // len(sizes)
-    if not k <= keep <= most:
-        raise InputError(f"keep {keep}: must be from {k}, the experts of a token, to {most}, for an expert to go")
+    require(k <= keep <= most, f"keep {keep}: must be from {k}, the experts of a token, to {most}, for an expert to go")
+
+
+def check_rate(model: Model, rate: float) -> int:
+    """Return how many experts a rate takes. Raises InputError for a dense model, and if no expert would go, or too few
+    would stay for the top-k."""
+    hodgecover.sparse_layers(model)
+    counts, k = expert_counts(model), model.config.top_k
+    total, most = experts_to_go(rate, counts), sum(counts) - k * len(counts)
+    require(1 <= total <= most,
+            f"rate {rate}: {total} of {sum(counts)} experts would go; must be from 1 to {most}, for each layer to keep "
+            f"{k}, the experts of a token")
+    return total
 
 
 def expert_counts(model: Model) -> list[int]:
@@ -340,8 +449,8 @@ def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
             bar: Callable[[float | None], None]) -> tuple[dict[str, list[int]], Budget]:
     """Search experts; print the loss now and then. Returns the new orders, and how many go. Raises InputError if the
     layers have different numbers of experts."""
-    if len({*expert_counts(model)}) > 1:
-        raise InputError(f"{model.checkpoint.path}: its layers have different numbers of experts; rco takes one number")
+    require(len({*expert_counts(model)}) == 1,
+            f"{model.checkpoint.path}: its layers have different numbers of experts; rco takes one number")
     alpha, limits = rco.start(model.config, len(orders), args.keep, args.ragged)
     key = search_key(model, ids, "rco", args.keep, args.ragged, args.steps, args.seed)
     loss_of = rco.masked_loss(model, ids, [model.layer_names.index(name) for name in orders], args.memory)
@@ -354,50 +463,79 @@ def run_rco(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
     return rco.rank(alpha, list(orders), limits)
 
 
-def write(model: Model, plans: dict[str, dict], ids: torch.Tensor | None, args: argparse.Namespace) -> None:
+def write(model: Model, plans: dict[str, Plan], ids: torch.Tensor | None, args: argparse.Namespace, keep: int) -> None:
     """Write the checkpoint of plans by layer name, or the plans alone. Without ids (B, L) the record leaves what text
     there was to that of --plan."""
-    used = {name: getattr(args, name) for name in ("generations", "steps", "ragged") if name not in UNUSED[args.search]}
+    choices = {"search": args.search}
+    for name in ("rate", "generations", "steps", "ragged"):
+        if name not in UNUSED[args.search]:
+            choices[name] = getattr(args, name)
     if args.plan:
-        used["plan_sha256"] = hashlib.sha256(args.plan.read_bytes()).hexdigest()
-    entry = hodgecover.plan_entry(model, plans, args.keep, common.settings_of(args), ids, args.calib,
-                                  Path(__file__).name, search=args.search, **used)
+        choices["plan_sha256"] = hashlib.sha256(args.plan.read_bytes()).hexdigest()
+    entry = hodgecover.plan_entry(model, plans, keep, common.settings_of(args), ids, args.calib, Path(__file__).name,
+                                  **choices)
     if args.plan_only:
-        model_io.write_whole(args.out, hodgecover.record_bytes(model.checkpoint, entry))
-        return print(f"plan: {args.out}; examples/export_plan.py writes its checkpoint")
+        model_io.write_whole(args.out, model_io.record_bytes(model.checkpoint, entry))
+        print(f"plan: {args.out}; examples/export_plan.py writes its checkpoint")
+        return
     common.export(model, plans, args.out, entry)
     common.show_output(model, args.out)
     if (args.out / f"{model_io.MODELING}.py").exists():
         print("transformers loads it with trust_remote_code=True")
 
 
+def share_out(model: Model, base: dict[str, Plan], orders: dict[str, list[int]], args: argparse.Namespace) -> Budget:
+    """The budget of a way without a search."""
+    counts, k = expert_counts(model), model.config.top_k
+    if args.search == "uniform":
+        return uniform_budget(counts, k, check_rate(model, args.rate))
+    if args.search == "harmonic":
+        shares = harmonic_shares(args.plan, orders)
+        return harmonic_budget(shares, counts, k, check_rate(model, args.rate))
+    if args.search == "barriers":
+        means = mean_barriers(args.plan, orders)
+        return barrier_budget(means, counts, k, args.keep)
+    saliencies = [base[name].saliency[order].tolist() for name, order in orders.items()]
+    return coverage_budget(saliencies, k, args.keep)
+
+
+def kept_on_average(model: Model, args: argparse.Namespace) -> int:
+    """K: --keep, or the whole part of what a decoder layer keeps of --rate on average. Raises InputError if the model
+    cannot keep so many."""
+    if args.rate is None:
+        check_budget(model, args.keep)
+        return args.keep
+    counts = expert_counts(model)
+    return (sum(counts) - check_rate(model, args.rate)) // len(counts)
+
+
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
     model = common.open_model(args.checkpoint, args)
-    check_budget(model, args.keep)
+    keep = kept_on_average(model, args)
     cache = common.folder_beside(args.out, "budgets", model)
-    hodgecover.check_out(model, args.out, cache, args.plan_only)
-    base = export_plan.read_orders(model, args.plan) if args.plan else None
-    reads = args.search in ("evo", "rco") or not args.plan
-    ids = common.calibration_ids(model, args) if reads else None
-    bar = hodgecover.progress_bar()
+    model_io.check_out(model, args.out, cache, args.plan_only)
+    base, ids = None, None
+    if args.plan:
+        base = export_plan.read_orders(model, args.plan)
+    if args.search in ("evo", "rco") or not args.plan:
+        ids = common.calibration_ids(model, args)
+    bar = model_io.progress_bar()
     with common.made(cache):
-        base = base or dict(baselines.select_model(model, ids, "reap", args.keep))
+        if not base:  # its orders serve any number
+            base = dict(baselines.select_model(model, ids, "reap", model.config.top_k))
         orders = decoder_orders(model, base)
         if args.search == "evo":
             budget = run_evo(model, ids, orders, args, cache, bar)
-        elif args.search == "barriers":
-            means, counts = mean_barriers(args.plan, orders), expert_counts(model)
-            budget = barrier_budget(means, counts, model.config.top_k, args.keep)
-        elif args.search == "coverage":
-            ranked = [[base[name]["saliency"][e] for e in order] for name, order in orders.items()]
-            budget = coverage_budget(ranked, model.config.top_k, args.keep)
-        else:
+        elif args.search == "rco":
             orders, budget = run_rco(model, ids, orders, args, cache, bar)
-    plans = planned(model, base, orders, budget, args.keep)
-    print(f"experts kept in each layer: {' '.join(str(len(plan['survivors'])) for plan in plans.values())}", flush=True)
-    write(model, plans, ids, args)
+        else:
+            budget = share_out(model, base, orders, args)
+    plans = planned(model, base, orders, budget, keep)
+    counts = [str(len(plan.survivors)) for plan in plans.values()]
+    print(f"experts kept in each layer: {' '.join(counts)}", flush=True)
+    write(model, plans, ids, args, keep)
     common.clear(cache, ["budgets-*.safetensors"])
 
 

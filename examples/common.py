@@ -26,8 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import hodgecover  # noqa: E402
 import model_io  # noqa: E402
-from hodgecover import RECORD, TOKENS, Parser, Settings  # noqa: E402
-from model_io import (DTYPES, FP8, SCALE, STORED, Checkpoint, Experts, InputError, Layer, LayerPass,  # noqa: E402
+from hodgecover import Parser, Settings  # noqa: E402
+from model_io import (RECORD, TOKENS, DTYPES, FP8, SCALE, STORED, Checkpoint, Experts, InputError, Layer, LayerPass,  # noqa: E402
                       Model, Piece, surviving_tensors)
 
 Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
@@ -75,7 +75,7 @@ def refuse_given(parser: Parser, args: argparse.Namespace, names: Iterable[str],
 
 def open_model(path: Path, args: argparse.Namespace) -> Model:
     """The checkpoint at `path`, with the command line's dtype and device."""
-    return Model(path, hodgecover.choose_dtype(args.dtype, args.device), args.device)
+    return Model(path, model_io.choose_dtype(args.dtype, args.device), args.device)
 
 
 def dtype_name(model: Model) -> str:
@@ -117,7 +117,7 @@ TEXTS = {"documentation": model_io.python_documentation, "code": python_code}  #
 def barrier_cache(model: Model, args: argparse.Namespace) -> Path:
     """The folder of the barriers: --cache, or CKPT-barriers beside CKPT. Raises InputError if it lies in CKPT."""
     cache = args.cache or model_io.beside(model.checkpoint.path, "-barriers")
-    hodgecover.refuse_inside(model, cache, "cache")
+    model_io.refuse_inside(model, cache, "cache")
     return cache
 
 
@@ -154,7 +154,7 @@ def warn_of_width(width: int) -> None:
     """Warn if the experts' width is none that transformers' grouped products take in 16 bits: say what runs it."""
     if width % ALIGNED:
         or_float32 = "" if width % (ALIGNED // 2) else ", or in float32"
-        hodgecover.warn(f'width {width}: no multiple of {ALIGNED}; transformers runs it with experts_implementation='
+        model_io.warn(f'width {width}: no multiple of {ALIGNED}; transformers runs it with experts_implementation='
                         f'"eager" or "batched_mm"{or_float32}; llama.cpp leaves the down projections in F16 (Q8_0 wants'
                         ' multiples of 32, K-quants of 256)')
 
@@ -240,7 +240,7 @@ def folder_beside(out: Path, command: str, *inputs: Model) -> Path:
     if folder == out or folder.exists() and not folder.is_dir():
         raise InputError(f"out {out}: {folder} is no folder that what is done can lie in; remove it or name another")
     for model in inputs:
-        hodgecover.refuse_inside(model, folder, f"out {out}:")
+        model_io.refuse_inside(model, folder, f"out {out}:")
     return folder
 
 
@@ -251,10 +251,10 @@ def open_pair(args: argparse.Namespace, command: str) -> tuple[Model, Model, Pat
     source, model = open_model(args.source, args), open_model(args.checkpoint, args)
     check_source(model, source)
     cache = getattr(args, "cache", None) or folder_beside(args.out, command, source, model)
-    hodgecover.check_out(model, args.out, cache)
-    hodgecover.refuse_inside(source, args.out, "out")
+    model_io.check_out(model, args.out, cache)
+    model_io.refuse_inside(source, args.out, "out")
     for each in (source, model):
-        hodgecover.refuse_inside(each, cache, "cache")
+        model_io.refuse_inside(each, cache, "cache")
     return source, model, cache
 
 
@@ -366,11 +366,11 @@ def auto_map(raw: dict) -> dict[str, str]:
     return dict.fromkeys(autos, f"{model_io.MODELING}.{TRANSFORMERS[raw['model_type']]}")
 
 
-def export(model: Model, plans: dict[str, dict], out: Path, entry: dict) -> None:
+def export(model: Model, plans: dict[str, hodgecover.Plan], out: Path, entry: dict) -> None:
     """Write the checkpoint of plans by layer name and its record, as `hodgecover.export` does; the layers may keep
     different numbers of experts."""
-    survivors = {name: plan["survivors"] for name, plan in plans.items()}
-    files = {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)}
+    survivors = {name: plan.survivors for name, plan in plans.items()}
+    files = {model_io.RECORD: model_io.record_bytes(model.checkpoint, entry)}
     write_edited(model.checkpoint, out, survivors, files, stays_fp8=True)
 
 
@@ -462,16 +462,16 @@ def copied(model: Model, out: Path, entry: dict) -> Iterator[Model]:
     """Context manager: a copy of a checkpoint, without FP8, to be changed in place, that becomes the folder `out` on
     success and vanishes on failure. Its record is the checkpoint's with `entry`, as it is in the end.
 
-    Raises InputError as `hodgecover.check_out` does.
+    Raises InputError as `model_io.check_out` does.
     """
-    hodgecover.check_out(model, out)
+    model_io.check_out(model, out)
     with model_io.new_folder(out) as folder:
         write_edited(model.checkpoint, folder, {}, {}, {})
         try:
             yield Model(folder, model.dtype, str(model.device))
         except InputError as err:  # the fault is the checkpoint's
             raise InputError(str(err).replace(str(folder), str(model.checkpoint.path))) from None
-        (folder / RECORD).write_bytes(hodgecover.record_bytes(model.checkpoint, entry))
+        (folder / RECORD).write_bytes(model_io.record_bytes(model.checkpoint, entry))
 
 
 def scratch(folder: Path) -> Callable[..., torch.Tensor]:
@@ -514,7 +514,7 @@ def available_memory(device: torch.device) -> int:
 
 def work_key(settings: dict, ids: torch.Tensor, *models: Model) -> dict[str, str]:
     """All that the parts of a run that are kept depend on, by name: settings, text ids (B, L), checkpoints, dtype."""
-    return {"settings": json.dumps(settings), "text": f"{[*ids.shape]} {hodgecover.text_hash(ids)}",
+    return {"settings": json.dumps(settings), "text": f"{[*ids.shape]} {model_io.text_hash(ids)}",
             "weights": " ".join(model.checkpoint.fingerprint() for model in models), "dtype": str(models[-1].dtype)}
 
 

@@ -19,19 +19,21 @@ from pathlib import Path
 
 import common
 import hodgecover
+import model_io
+import torch
 from model_io import InputError, Model
 
 PLANNERS = ("hodgecover.py", "baselines.py", "budgets.py")
 PLAN = ("survivors", "order", "redirect", "routed_share", "frequency", "saliency", "diagnostics")
 
 
-def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, dict]]:
+def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, hodgecover.Plan]]:
     """The plan in a record: its history entry, and the plans by layer name.
 
     Raises InputError if it is not a plan for this checkpoint: another fingerprint, or survivors that the export cannot
     take.
     """
-    history = hodgecover.read_history(path)
+    history = model_io.read_history(path)
     try:
         entry = history[-1]
         check_origin(model, entry)
@@ -40,7 +42,9 @@ def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, dict]]:
         for plan in plans.values():
             plan["redirect"] = {int(dropped): target for dropped, target in plan["redirect"].items()}
         check_survivors(model, plans)
-        counts = {len(plan["survivors"]) for plan in plans.values()}
+        plans = {name: hodgecover.Plan(**plan | {key: torch.tensor(plan[key]) for key in ("frequency", "saliency")})
+                 for name, plan in plans.items()}
+        counts = {len(plan.survivors) for plan in plans.values()}
         keep = {"keep": count for count in counts if len(counts) == 1}  # of an edited plan it may be another
         return entry | {"settings": entry["settings"] | keep}, plans
     except InputError as err:
@@ -49,14 +53,14 @@ def read_plan(model: Model, path: Path) -> tuple[dict, dict[str, dict]]:
         raise InputError(f"{path}: not a plan that hodgecover.py wrote ({type(err).__name__}: {err})") from None
 
 
-def read_orders(model: Model, path: Path) -> dict[str, dict]:
+def read_orders(model: Model, path: Path) -> dict[str, hodgecover.Plan]:
     """The plans by layer name, as `read_plan`, of which `order` ranks all experts and begins with the survivors. Raises
     InputError if it does not."""
     plans = read_plan(model, path)[1]
     for name, plan in plans.items():
-        order, everyone = plan["order"], [*range(experts_of(model, name))]
+        order, everyone = plan.order, [*range(experts_of(model, name))]
         if not isinstance(order, list) or any(type(e) is not int for e in order) or sorted(order) != everyone \
-                or sorted(order[:len(plan["survivors"])]) != plan["survivors"]:
+                or sorted(order[:len(plan.survivors)]) != plan.survivors:
             raise InputError(f"{path}: order of {name} must have each of its experts once, the survivors first")
     return plans
 
@@ -102,7 +106,7 @@ def command_line() -> hodgecover.Parser:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     model = Model(args.checkpoint)
-    hodgecover.check_out(model, args.out)
+    model_io.check_out(model, args.out)
     entry, plans = read_plan(model, args.plan)
     common.export(model, plans, args.out, entry)
     common.show_output(model, args.out)

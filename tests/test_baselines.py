@@ -3,6 +3,7 @@
 import doctest
 import itertools
 import json
+from dataclasses import replace
 
 import baselines
 import hodgecover
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import KINDS, QUICK, assert_refused, contents, named, record, refuse, run
 from fake_device import Accelerator
-from hodgecover import Settings
+from hodgecover import Settings, Signals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_io import InputError, Model
@@ -54,25 +55,22 @@ def order_of(measured, method: str, **choices) -> list[int]:
     if method not in (*baselines.ON_BARRIERS, *baselines.RECORDED):
         signals = baselines.measure_routing(next(model.stream(ids)))
     chosen = Settings(**{"max_triangles": 20, "edge_percent": 15, "triangle_percent": 15} | choices)
-    return baselines.choose(signals, rows_of(model, 0), method, 4, chosen)["order"]
+    return baselines.choose(signals, rows_of(model, 0), method, 4, chosen).order
 
 
 def test_scores_rank_the_experts(measured):
     signals = measured[2]
-    pairs = list(zip(hodgecover.edges(8).tolist(), signals.barriers.tolist()))
     assert order_of(measured, "reap") == top(signals.saliency.tolist())
     assert order_of(measured, "frequency") == top(signals.frequency.tolist())
-    assert order_of(measured, "greedy-barrier") == top([sum(b for pair, b in pairs if e in pair) for e in range(8)])
 
 
 def test_equal_scores_go_to_the_lowest_expert(measured):
     signals = measured[2]
-    equal = signals._replace(barriers=torch.ones_like(signals.barriers), frequency=torch.ones(8, dtype=torch.int64))
-    for method in ("greedy-barrier", "frequency"):
-        assert baselines.choose(equal, torch.eye(8), method, 4, WIDE)["order"] == list(range(8))
+    equal = signals._replace(frequency=torch.ones(8, dtype=torch.int64))
+    assert baselines.choose(equal, torch.eye(8), "frequency", 4, WIDE).order == list(range(8))
     for method in ("man", "msan", "aimer"):
         routing = baselines.Routing(signals.frequency, signals.saliency)._replace(**{method: torch.ones(8)})
-        assert baselines.choose(routing, torch.eye(8), method, 4)["order"] == list(range(8))
+        assert baselines.choose(routing, torch.eye(8), method, 4).order == list(range(8))
 
 
 def test_norms_token_by_token(measured):
@@ -87,7 +85,7 @@ def test_norms_token_by_token(measured):
     assert found.man.tolist() == pytest.approx([sum(own) / max(1, len(own)) for own in norms])
     assert found.msan.tolist() == pytest.approx([sum(norm**2 for norm in own) / max(1, len(own)) for own in norms])
     for method, score in (("man", found.man), ("msan", found.msan)):
-        assert baselines.choose(found, rows_of(model, 0), method, 4)["order"] == top(score.tolist())
+        assert baselines.choose(found, rows_of(model, 0), method, 4).order == top(score.tolist())
 
 
 def test_aimer_by_hand():
@@ -98,40 +96,62 @@ def test_aimer_by_hand():
     scores = baselines.flatness(experts)
     assert scores.tolist() == pytest.approx([1, 6**-0.5, 1, 7 / 5 * 6**-0.5])
     routing = baselines.Routing(torch.ones(4), torch.ones(4), aimer=scores)
-    assert baselines.choose(routing, torch.eye(4), "aimer", 2)["order"] == [1, 3, 0, 2]
+    assert baselines.choose(routing, torch.eye(4), "aimer", 2).order == [1, 3, 0, 2]
 
 
 def test_random_differs_by_seed_and_by_layer(measured):
     model, ids, signals = measured
-    orders = [baselines.choose(signals, rows_of(model, 0), "random", 4, Settings(seed=seed), layer)["order"]
-              for seed, layer in ((0, 0), (0, 1), (1, 0), (5, 0))]
+    orders = [baselines.choose(signals, rows_of(model, 0), "random", 4, Settings(seed=seed), layer).order
+              for seed, layer in ((42, 0), (42, 1), (43, 0), (5, 0))]
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert orders[1] == orders[2] and len({*map(tuple, orders)}) == 3  # of seed + layer
-    assert [plan["order"] for _, plan in baselines.select_model(model, ids, "random", 4)] == orders[:2]
+    assert [plan.order for _, plan in baselines.select_model(model, ids, "random", 4)] == orders[:2]
 
 
 def test_covers_differ_in_their_critical_edges(measured):
     """Against a cover of the edges that each method names, found here by sorting."""
     model, _, signals = measured
-    found = hodgecover.decompose(signals, WIDE)
-    edges, b = hodgecover.edges(8), signals.barriers
+    complex_ = hodgecover.decompose(signals, WIDE)
+    edges = hodgecover.edges(8)
     count = 5  # 15% of 28, rounded up
-    signal = {"triplet-penalty": b, "hodge-no-triangle": found.parts.harmonic,
-              "additive-residual": mathx.additive_residual(b, found.d1)}
-    triangles = found.triangles[sorted(top(found.triplets.tolist())[:-(-len(found.triplets) * 15 // 100)])]
-    for method, of in signal.items():
+    signal = {"hodge-no-triangle": complex_.parts.harmonic,
+              "additive-residual": mathx.additive_residual(signals.barriers, complex_.d1)}
+    triangles = critical_triangles(complex_)
+    for method, values in signal.items():
         plan = baselines.choose(signals, rows_of(model, 0), method, 4, WIDE)
-        critical = edges[sorted(top(of.abs().tolist())[:count])]
-        families = [(critical, 1.0)] + ([] if method == "hodge-no-triangle" else [(triangles, 1.0)])
-        assert plan["order"] == hodgecover.greedy_cover(signals.saliency, families, 8)
-        assert plan["diagnostics"]["critical_edges"] == critical.tolist()
-        assert plan["diagnostics"]["critical_triangles"] == triangles.tolist()
-    assert order_of(measured, "triplet-hypergraph") == baselines.veto_order(signals.saliency, triangles)
+        critical = edges[sorted(top(values.abs().tolist())[:count])]
+        families = [(critical, 1.0)]
+        if method == "additive-residual":
+            families.append((triangles, WIDE.lambda_triangle))
+        assert plan.order == hodgecover.greedy_cover(signals.saliency, families, 8)
+        assert plan.diagnostics.critical_edges.tolist() == critical.tolist()
+        assert plan.diagnostics.critical_triangles.tolist() == triangles.tolist()
+
+
+def critical_triangles(complex_: hodgecover.Complex) -> torch.Tensor:
+    """The top 15% of the triangles, found by sorting."""
+    ranked = top(complex_.triplets.tolist())
+    return complex_.triangles[sorted(ranked[:-(-len(ranked) * 15 // 100)])]
+
+
+def test_hodge_no_triangle_differs_from_hodgecover_by_lambda_alone(measured):
+    """With all that its report says; and here lambda makes a difference, to the order alone."""
+    model, _, signals = measured
+    chosen = replace(WIDE, lambda_edge=0.0, lambda_triangle=5.0)
+    plan = baselines.choose(signals, rows_of(model, 0), "hodge-no-triangle", 4, chosen)
+    paper = hodgecover.plan_from_signals(signals, 4, chosen)
+    without = hodgecover.plan_from_signals(signals, 4, replace(chosen, lambda_triangle=0.0))
+    assert str(plan) == str(without)
+    assert plan.order != paper.order
+    for name in ("critical_edges", "critical_triangles", "betti_curve"):
+        assert torch.equal(getattr(plan.diagnostics, name), getattr(paper.diagnostics, name))
+    assert plan.diagnostics.eta == paper.diagnostics.eta and plan.diagnostics.tau == paper.diagnostics.tau
 
 
 def test_selectors_are_no_synonyms(measured):
     orders = {method: tuple(order_of(measured, method)) for method in baselines.SELECTORS}
     assert len({*orders.values()}) >= 5, orders
+    assert orders["hodge-no-triangle"] != orders["additive-residual"]
 
 
 @pytest.mark.parametrize("method", baselines.ON_BARRIERS)
@@ -140,37 +160,22 @@ def test_on_barriers_the_redirect_is_the_paper_s(measured, method):
     model, _, signals = measured
     plan = baselines.choose(signals, rows_of(model, 0), method, 4, Settings(max_triangles=20, alpha=0.0))
     b = {tuple(pair): value for pair, value in zip(hodgecover.edges(8).tolist(), signals.barriers.tolist())}
-    kept, redirect = plan["survivors"], plan["redirect"]
+    kept, redirect = plan.survivors, plan.redirect
     assert redirect == {i: min(kept, key=lambda j: b[min(i, j), max(i, j)]) for i in range(8) if i not in kept}
-    assert kept == sorted(plan["order"][:4])
-    assert plan["diagnostics"]["redirect_targets"] == len({*redirect.values()})
+    assert kept == sorted(plan.order[:4])
+    assert plan.diagnostics.redirect_targets == len({*redirect.values()})
     harmonic = baselines.choose(signals, rows_of(model, 0), method, 4, Settings(max_triangles=20, alpha=1e6))
-    assert harmonic["order"] == plan["order"]
+    assert harmonic.order == plan.order
 
 
 def test_the_residual_s_critical_edges_know_no_order(measured):
     model, _, signals = measured
     for method, count in (("additive-residual", 1), ("hodge-no-triangle", 4)):
-        found = {str(baselines.choose(signals, rows_of(model, 0), method, 4, Settings(
-            order=order, max_triangles=20, edge_percent=15))["diagnostics"]["critical_edges"])
-            for order in ("saliency", "index", "random:1", "random:2")}
-        assert len(found) == count, method
-
-
-@settings(max_examples=30)
-@given(cover_problems())
-def test_veto_drops_the_least_salient_that_may_go(problem):
-    """Word by word: a triangle is lost whole only if every remaining vertex would lose one."""
-    saliency, (_, (triangles, _)) = problem
-    simplices = triangles.tolist()
-    order = baselines.veto_order(saliency, triangles)
-    kept, dropped = set(range(len(saliency))), set()
-    for v in order[::-1]:
-        free = [u for u in kept if not any(u in simplex and set(simplex) - {u} <= dropped for simplex in simplices)]
-        assert v == min(free or kept, key=lambda u: (saliency[u].item(), u))
-        kept.remove(v)
-        dropped.add(v)
-    assert sorted(order) == list(range(len(saliency)))
+        sets = set()
+        for order in ("saliency", "index", "random:1", "random:2"):
+            plan = baselines.choose(signals, rows_of(model, 0), method, 4, replace(WIDE, order=order))
+            sets.add(str(plan.diagnostics.critical_edges.tolist()))
+        assert len(sets) == count, method
 
 
 def cost_of(joint: torch.Tensor, dropped) -> float:
@@ -242,10 +247,10 @@ def test_hope_keeps_what_its_search_leaves(measured):
     for keep in (3, 4, 8):
         plan = baselines.choose(facts, rows_of(measured[0], 0), "hope", keep, WIDE)
         dropped = baselines.least_joint(facts.joint, 8 - keep)
-        assert plan["survivors"] == [e for e in range(8) if e not in dropped]
+        assert plan.survivors == [e for e in range(8) if e not in dropped]
         saliency = facts.saliency.tolist()
-        assert plan["order"][:keep] == sorted(plan["survivors"], key=lambda e: -saliency[e])
-        assert sorted(plan["order"]) == list(range(8)) and sorted(plan["redirect"]) == dropped
+        assert plan.order[:keep] == sorted(plan.survivors, key=lambda e: -saliency[e])
+        assert sorted(plan.order) == list(range(8)) and sorted(plan.redirect) == dropped
 
 
 @settings(max_examples=30)
@@ -270,9 +275,10 @@ def test_weighted_greedy_takes_the_largest_gain(problem, seed):
 
 def test_weighted_cover_weighs_each_edge_by_its_barrier(measured):
     """Of HodgeCover's Phi the edges' term alone is another: sum of b over covered edges / sum of b."""
-    signals, found = measured[2], hodgecover.decompose(measured[2], WIDE)
+    signals = measured[2]
+    complex_ = hodgecover.decompose(signals, WIDE)
     edges, b, saliency = hodgecover.edges(8).tolist(), signals.barriers.tolist(), signals.saliency.tolist()
-    triangles = found.triangles[sorted(top(found.triplets.tolist())[:-(-len(found.triplets) * 15 // 100)])].tolist()
+    triangles = critical_triangles(complex_).tolist()
     for lambda_edge, lambda_triangle in ((1.0, 1.0), (3.0, 0.0), (0.0, 2.0), (0.0, 0.1), (0.0, 0.2), (0.3, 0.1)):
         chosen = Settings(max_triangles=20, edge_percent=15, triangle_percent=15, lambda_edge=lambda_edge,
                           lambda_triangle=lambda_triangle)
@@ -281,7 +287,7 @@ def test_weighted_cover_weighs_each_edge_by_its_barrier(measured):
             edge_term = sum(weight for pair, weight in zip(edges, b) if {*pair} & {*some}) / sum(b)
             triangle_term = sum(bool({*triangle} & {*some}) for triangle in triangles) / len(triangles)
             return sum(saliency[v] for v in some) + lambda_edge * edge_term + lambda_triangle * triangle_term
-        picks, _, _ = baselines.weighted_cover(signals, found, chosen)
+        picks, _, _ = baselines.weighted_cover(signals, complex_, chosen)
         for size, pick in enumerate(picks):
             gains = [phi([*picks[:size], v]) for v in range(8) if v not in picks[:size]]
             assert phi(picks[:size + 1]) >= max(gains) - 1e-12
@@ -292,6 +298,109 @@ def test_nearest_rows_are_by_cosine():
     assert baselines.nearest_rows(rows, [1, 0]) == {2: 0, 3: 1}
     assert baselines.nearest_rows(torch.tensor([[1.0, 0.0], [0.0, 9.0], [1.0, 0.5]]), [0, 1]) == {2: 0}
     assert baselines.nearest_rows(torch.ones(3, 2), [2, 0]) == {1: 0}  # a tie
+
+
+# ------------------------------------------------------------------------------------------- ablations that merge
+
+def signals_by_hand(n: int, barriers: dict[str, float], triplets: dict[str, float],
+                    frequency: list[int] | None = None) -> Signals:
+    """Signals of n experts: barriers of pairs such as "01", 9 of all others, and of triples."""
+    pairs = ["".join(pair) for pair in itertools.combinations("012345"[:n], 2)]
+    b = torch.tensor([barriers.get(pair, 9.0) for pair in pairs], dtype=torch.float64)
+    candidates = torch.tensor([[*map(int, triple)] for triple in triplets], dtype=torch.int64).reshape(-1, 3)
+    values = torch.tensor([*triplets.values()], dtype=torch.float64)
+    return Signals(torch.tensor(frequency or [1] * n), torch.ones(n, dtype=torch.float64), b, candidates, values)
+
+
+BY_HAND = {"01": 1, "12": 2, "34": 3, "35": 4, "25": 4.75}
+
+
+def test_the_ablations_by_hand():
+    """Costs: 1, 2, 3, then 3 experts short of 6 are joined. The mean of the triplets is 2, p is 1.5 on the edges of 012
+    and 0.5 on those of 345: the edges cost 2.5, 5, 4.5, 6 and 4.75. The veto is on 012, so that 12 is passed over."""
+    signals = signals_by_hand(6, BY_HAND, {"012": 3, "345": 1})
+    assert len(hodgecover.decompose(signals).triangles) == 2
+    groups = {method: baselines.MERGING[method](signals, 3)[0] for method in baselines.MERGING_ON_BARRIERS}
+    assert groups == {"greedy-barrier": [[0, 1, 2], [3, 4], [5]],
+                      "triplet-penalty": [[0, 1], [2, 5], [3, 4]],
+                      "triplet-hypergraph": [[0, 1], [2], [3, 4, 5]]}
+
+
+def test_the_ablations_take_only_the_triangles_in_t():
+    """012 is a candidate, but enters K after tau*: it neither weighs nor forbids. p is 1 on the edges of 345, which
+    cost 6 and 8."""
+    signals = signals_by_hand(6, BY_HAND, {"012": 30, "345": 1})
+    assert hodgecover.decompose(signals).triangles.tolist() == [[3, 4, 5]]
+    assert baselines.MERGING["triplet-penalty"](signals, 3)[0] == [[0, 1, 2, 5], [3], [4]]
+    assert baselines.MERGING["triplet-hypergraph"](signals, 3)[0] == [[0, 1, 2], [3, 4], [5]]
+
+
+def test_without_triangles_all_is_by_barriers():
+    signals = signals_by_hand(6, BY_HAND, {})
+    for method in baselines.MERGING_ON_BARRIERS:
+        assert baselines.MERGING[method](signals, 3)[0] == [[0, 1, 2], [3, 4], [5]]
+
+
+def test_a_veto_that_leaves_too_many_components_ends():
+    """0, 1 and 2, 3 join; 4 may join neither, nor they each other, since 012, 014 and 234 are above the median, 1. Then
+    the cheapest edge joins, 02, which the veto passed over at first; 24 would have been the next."""
+    barriers = {"01": 1, "02": 1.5, "23": 2, "24": 3}
+    triplets = {"012": 7, "014": 6, "024": 1, "034": 1, "124": 1, "234": 5}
+    signals = signals_by_hand(5, barriers, triplets)
+    assert len(hodgecover.decompose(signals).triangles) == 6
+    assert baselines.MERGING["triplet-hypergraph"](signals, 3)[0] == [[0, 1], [2, 3], [4]]
+    assert baselines.MERGING["triplet-hypergraph"](signals, 2)[0] == [[0, 1, 2, 3], [4]]
+    barriers["02"] = 9
+    signals = signals_by_hand(5, barriers, triplets)
+    assert baselines.MERGING["triplet-hypergraph"](signals, 2)[0] == [[0, 1], [2, 3, 4]]
+
+
+@settings(max_examples=60)
+@given(st.integers(3, 7), st.data())
+def test_groups_of_edges_by_brute_force(n, data):
+    """At each step the cheapest edge between two components whose union has no vetoed triple, the lexicographically
+    first of equal ones; if there is none, the cheapest of all."""
+    pairs = list(itertools.combinations(range(n), 2))
+    cost = dict(zip(pairs, data.draw(st.lists(st.integers(0, 5), min_size=len(pairs), max_size=len(pairs)))))
+    vetoed = data.draw(st.sets(st.sampled_from([*itertools.combinations(range(n), 3)]), max_size=9))
+    keep = data.draw(st.integers(1, n))
+
+    def allowed(component) -> bool:
+        return not any({*triple} <= {*component} for triple in vetoed)
+    groups = [{e} for e in range(n)]
+    while len(groups) > keep:
+        joins = [(cost[i, j], i, j, some | others) for some, others in itertools.combinations(groups, 2)
+                 for i, j in pairs if (i in some and j in others) or (j in some and i in others)]
+        *_, union = min([join for join in joins if allowed(join[3])] or joins, key=lambda join: join[:3])
+        groups = [group for group in groups if not group <= union] + [union]
+    found = baselines.union_find_groups(torch.tensor([*cost.values()]).double(), keep, allowed)
+    assert found == sorted(map(sorted, groups))
+
+
+def test_the_most_frequent_of_a_component_comes_first():
+    """Its router row stays; of equal ones that of the lowest number."""
+    signals = signals_by_hand(6, BY_HAND, {}, frequency=[3, 5, 5, 0, 0, 1])
+    groups, weights = baselines.MERGING["greedy-barrier"](signals, 3)
+    assert groups == [[1, 2, 0], [3, 4], [5]]
+    assert torch.equal(weights, signals.frequency)
+
+
+@pytest.mark.parametrize("method", baselines.MERGING_ON_BARRIERS)
+def test_an_ablation_stores_the_mean_parameters_of_its_components(small, tmp_path, method):
+    """By frequency, over all members at once, as an independent sum over the experts gives them."""
+    assert compress(small, tmp_path / "out", method) == 0
+    model, output = Model(small), Model(tmp_path / "out")
+    ids = model_io.calibration_ids(model, [tmp_path / "text.txt"], 64, 32)
+    for step, layer in zip(model.stream(ids), record(tmp_path / "out")["layers"]):
+        rates = (step.gates > 0).double().mean(0)
+        member = torch.zeros(4, 8, dtype=torch.float64)
+        for slot, group in enumerate(sorted(layer["groups"])):  # by the first member, whose slot it is
+            member[slot, group] = rates[group]
+        assert (member.sum(1) > 0).all() and max(map(len, layer["groups"])) > 1
+        share = member / member.sum(1, keepdim=True)
+        for stored, experts in zip(output.layer(step.index).experts, model.layer(step.index).experts):
+            mean = torch.einsum("gn,nab->gab", share, experts.double())
+            torch.testing.assert_close(stored.double(), mean, rtol=4e-3, atol=1e-7)  # stored in bfloat16
 
 
 # -------------------------------------------------------------------------------------------------------- merging
@@ -501,7 +610,7 @@ def compress(small, out, method, *options) -> int:
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_every_method_by_the_same_command(small, tmp_path, monkeypatch, capsys, method):
     """Those that need no barriers measure none. The survivors' weights are the source's, unless they are merged."""
-    if method not in baselines.ON_BARRIERS:
+    if method in baselines.OFF_BARRIERS:
         monkeypatch.setattr(mathx, "sweep", refuse)
     assert compress(small, tmp_path / "out", method) == 0
     entry = record(tmp_path / "out")
@@ -509,7 +618,7 @@ def test_every_method_by_the_same_command(small, tmp_path, monkeypatch, capsys, 
     model, output = Model(small), Model(tmp_path / "out")
     assert entry["source"]["fingerprint"] == model.checkpoint.fingerprint() and output.config.num_experts == 4
     said = capsys.readouterr().out
-    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32, 0)
+    ids = model_io.calibration_ids(model, [tmp_path / "text.txt"], 64, 32)
     read = output if method in baselines.SEQUENTIAL else model  # whose stream each layer's router reads
     passes = {step.name: model_io.route(step.x, model.layer(step.index), model.config) for step in read.stream(ids)}
     for index, layer in enumerate(entry["layers"]):
@@ -521,7 +630,7 @@ def test_every_method_by_the_same_command(small, tmp_path, monkeypatch, capsys, 
         assert torch.equal(output.layer(index).router, model.layer(index).router[stays])
         if method in baselines.MERGING:
             assert sorted(sum(layer["groups"], [])) == list(range(8)) and len(layer["groups"]) == 4
-        if method not in ("mc-smoe", "hc-smoe", "ream", "slimqwen"):
+        if method in (*baselines.SELECTORS, "stun"):
             for after, before in zip(output.layer(index).experts, model.layer(index).experts):
                 assert torch.equal(after, before[stays])
         if method in baselines.SELECTORS:
@@ -539,7 +648,7 @@ def test_methods_on_barriers_share_one_cache_with_hodgecover(small, tmp_path, mo
     assert run(hodgecover, small, "--keep", 4, "--lambda-triangle", 0, "--out", tmp_path / "own", *text) == 0
     own = capsys.readouterr().out
     monkeypatch.setattr(mathx, "sweep", refuse)
-    for method in baselines.ON_BARRIERS:
+    for method in (*baselines.ON_BARRIERS, *baselines.MERGING_ON_BARRIERS):
         assert compress(small, tmp_path / method, method) == 0
     assert record(tmp_path / "hodge-no-triangle")["layers"] == record(tmp_path / "own")["layers"]
     capsys.readouterr()
@@ -547,18 +656,25 @@ def test_methods_on_barriers_share_one_cache_with_hodgecover(small, tmp_path, mo
     assert capsys.readouterr().out.splitlines()[:3] == own.splitlines()[:3]  # the same report
 
 
-def test_barriers_go_to_the_named_cache_with_the_named_settings(small, tmp_path, capsys):
-    options = ["--cache", tmp_path / "kept", "--vocab-sample", 40, "--max-triangles", 3, "--order", "index"]
-    assert compress(small, tmp_path / "out", "triplet-penalty", *options) == 0
+def test_barriers_go_to_the_named_cache_with_the_named_settings(small, tmp_path, monkeypatch, capsys):
+    options = ["--cache", tmp_path / "kept", "--vocab-sample", 40, "--max-triangles", 3]
+    assert compress(small, tmp_path / "merged", "triplet-penalty", *options) == 0
     assert len([*(tmp_path / "kept").iterdir()]) == 2 and not (tmp_path / "small-barriers").exists()
+    said = record(tmp_path / "merged")["settings"]
+    assert [said[name] for name in ("vocab_sample", "max_triangles", "thresholds")] == [40, 3, 80]
+    options += ["--order", "saliency"]
+    with monkeypatch.context() as patch:  # both read the one cache
+        patch.setattr(mathx, "sweep", refuse)
+        assert compress(small, tmp_path / "out", "additive-residual", *options) == 0
     said = record(tmp_path / "out")
-    assert [said["settings"][name] for name in ("vocab_sample", "max_triangles", "order")] == [40, 3, "index"]
+    assert [said["settings"][name] for name in ("vocab_sample", "max_triangles", "order")] == [40, 3, "saliency"]
     assert said["layers"][0]["diagnostics"]["candidates"] == 3
     assert "barriers by sample: " in capsys.readouterr().out
 
 
-def test_all_slots_keep_the_router_and_the_size(small, tmp_path, capsys):
-    assert compress(small, tmp_path / "out", "hc-smoe", "--all-slots") == 0
+@pytest.mark.parametrize("method", ["hc-smoe", "greedy-barrier"])
+def test_all_slots_keep_the_router_and_the_size(small, tmp_path, capsys, method):
+    assert compress(small, tmp_path / "out", method, "--all-slots") == 0
     model, output = Model(small), Model(tmp_path / "out")
     assert output.config.num_experts == 8 and "100.0% of the tokens' choices" in capsys.readouterr().out
     entry = record(tmp_path / "out")
@@ -570,7 +686,7 @@ def test_all_slots_keep_the_router_and_the_size(small, tmp_path, capsys):
                 assert all(torch.equal(part[group[0]], part[e]) for e in group)
 
 
-@pytest.mark.parametrize("method", ["reap", "ream", "additive-residual"])
+@pytest.mark.parametrize("method", ["reap", "ream", "additive-residual", "triplet-hypergraph"])
 def test_the_same_command_gives_the_same_bytes(small, tmp_path, method):
     before = contents(small)
     for name in ("one", "two"):
@@ -578,7 +694,7 @@ def test_the_same_command_gives_the_same_bytes(small, tmp_path, method):
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and contents(small) == before
 
 
-@pytest.mark.parametrize("method", ["random", "ream"])
+@pytest.mark.parametrize("method", ["random", "ream", "triplet-penalty"])
 def test_every_family(family, tmp_path, method):
     assert run(baselines, family, "--keep", 4, "--method", method, "--calib", tmp_path / "text.txt", *QUICK, "--out",
                tmp_path / "out") == 0
@@ -586,7 +702,7 @@ def test_every_family(family, tmp_path, method):
     assert Model(tmp_path / "out").logits(ids).isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["hope", "man", "aimer", "ream", "stun", "weighted-cover"])
+@pytest.mark.parametrize("method", ["hope", "man", "aimer", "ream", "stun", "weighted-cover", "triplet-hypergraph"])
 def test_on_another_device(small, tmp_path, method):
     assert compress(small, tmp_path / "cpu", method, "--tokens", 32) == 0
     with Accelerator():
@@ -613,10 +729,13 @@ def test_a_history_goes_on(small, tmp_path):
     ("hope", ["--cache", "x"], "--cache: --method hope does not use it"),
     ("stun", ["--max-triangles", 5], "--max-triangles: --method stun does not use it"),
     ("random", ["--memory", "200MB"], "--memory: --method random does not use it"),
-    ("frequency", ["--order", "index"], "--order: --method frequency does not use it"),
+    ("frequency", ["--order", "saliency"], "--order: --method frequency does not use it"),
     ("stun", ["--all-slots"], "--all-slots: --method stun does not use it"),
-    ("triplet-penalty", ["--all-slots"], "--all-slots: --method triplet-penalty does not use it"),
-    ("triplet-penalty", ["--order", "random:x"], "--order random:x: must be"),
+    ("hodge-no-triangle", ["--all-slots"], "--all-slots: --method hodge-no-triangle does not use it"),
+    ("triplet-penalty", ["--order", "saliency"], "--order: --method triplet-penalty does not use it"),
+    ("additive-residual", ["--order", "random:x"], "--order random:x: must be"),
+    ("greedy-barrier", ["--max-triangles", -1], "--max-triangles -1: must be"),
+    ("greedy-barrier", ["--keep", 2], "--keep 2: must be from 3 to 8"),
     ("best", [], "--method: invalid choice: 'best'"),
     ("reap", ["--keep", 2], "--keep 2: must be from 3 to 8"),
     ("hc-smoe", ["--keep", 9], "--keep 9: must be from 3 to 8"),
@@ -646,9 +765,10 @@ def test_an_expert_that_is_not_finite_is_refused_even_if_no_token_reaches_it(mea
 
 def test_a_library_call_checks_keep(measured):
     model, ids, _ = measured
-    for start in (baselines.select_model, baselines.merge_model):
+    for start, method in ((baselines.select_model, "reap"), (baselines.merge_model, "ream"),
+                          (baselines.merge_model, "greedy-barrier")):
         with pytest.raises(InputError, match="keep 9"):
-            next(start(model, ids, "reap", 9))
+            next(start(model, ids, method, 9))
 
 
 def test_the_docstrings_examples_hold():

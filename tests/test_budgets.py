@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from fractions import Fraction
 from pathlib import Path
 
 import baselines
@@ -42,7 +43,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def reap_plans(model: Model, ids: torch.Tensor, keep: int) -> dict[str, dict]:
+def reap_plans(model: Model, ids: torch.Tensor, keep: int) -> dict[str, hodgecover.Plan]:
     return dict(baselines.select_model(model, ids, "reap", keep))
 
 
@@ -67,6 +68,152 @@ def test_esap_is_a_mean_over_tokens():
     wanted = [torch.minimum((a @ head.T).softmax(-1), (b @ head.T).softmax(-1)).sum().item()
               for a, b in zip(source.flatten(0, 1), other.flatten(0, 1))]
     assert found == pytest.approx([1, sum(wanted) / 6])
+
+
+# ------------------------------------------------------------------------------- uniform, harmonic (B.3, equation 32)
+
+
+def test_equation_32_by_hand():
+    """The paper's 33% of OLMoE: 337 of 1,024 experts, 21 of each of 16 layers and one more of the first. The rate is
+    decimal: 0.29 of 100 is 29, though the float is below."""
+    assert budgets.experts_to_go(0.33, [64] * 16) == 337
+    assert budgets.uniform_budget([64] * 16, 1, 337) == (22, *[21] * 15)
+    assert budgets.experts_to_go(0.29, [50, 50]) == 29
+    assert budgets.experts_to_go(0.5, [8, 8]) == 8 and budgets.uniform_budget([8, 8], 1, 8) == (4, 4)
+    assert budgets.uniform_budget([8, 16, 12], 1, 11) == (4, 4, 3)  # the same of layers of any size
+    assert budgets.uniform_budget([8, 8, 8], 1, 2) == (1, 1, 0)
+
+
+def test_what_a_layer_cannot_lose_the_others_do():
+    """Of 12 experts 4 of each would go. The second keeps 3 of its 5, and the 2 that are left go to the first and the
+    third, then to the fourth of a larger budget."""
+    assert budgets.uniform_budget([9, 5, 9], 3, 12) == (5, 2, 5)
+    assert budgets.uniform_budget([9, 5, 9, 9], 3, 19) == (6, 2, 6, 5)
+    assert budgets.uniform_budget([4, 4, 9], 1, 14) == (3, 3, 8)  # all that can go
+
+
+COUNTS = st.lists(st.integers(3, 9), min_size=1, max_size=5)
+
+
+@given(COUNTS, st.integers(1, 3), st.data())
+def test_uniform_and_harmonic_by_brute_force(counts, least, data):
+    """Word by word, with exact fractions: the whole parts; one more to each layer in turn, from the first."""
+    capacity = [n - least for n in counts]
+    total = data.draw(st.integers(0, sum(capacity)))
+    shares = data.draw(st.lists(st.floats(0, 1), min_size=len(counts), max_size=len(counts)))
+    sigma = [max(1 - Fraction(rho), Fraction(1, 10**12)) for rho in shares]
+
+    def by_hand(weights) -> tuple[int, ...]:
+        gone = [min(int(total * weight / sum(weights)), most) for weight, most in zip(weights, capacity)]
+        while sum(gone) < total:
+            for layer, most in enumerate(capacity):
+                if gone[layer] < most and sum(gone) < total:
+                    gone[layer] += 1
+        return tuple(gone)
+    assert budgets.uniform_budget(counts, least, total) == by_hand([Fraction(1)] * len(counts))
+    found = budgets.harmonic_budget(shares, counts, least, total)
+    assert sum(found) == total and all(0 <= gone <= most for gone, most in zip(found, capacity))
+    exact = [total * weight / sum(sigma) for weight in sigma]
+    if all(abs(each - round(each)) > 1e-6 for each in exact):  # 1 - rho is rounded
+        assert found == by_hand(sigma)
+
+
+def test_harmonic_takes_more_of_a_layer_of_less_harmonic_mass():
+    """Of 10: 0.75, 0.5 and 0.25 of 1.5 are 5, 3.33 and 1.67. A layer that is all harmonic loses what is left."""
+    assert budgets.harmonic_budget([0.25, 0.5, 0.75], [8, 8, 8], 1, 10) == (6, 3, 1)
+    assert budgets.harmonic_budget([0.5, 0.5], [8, 8], 1, 7) == (4, 3)
+    assert budgets.harmonic_budget([0.0, 1.0], [8, 8], 1, 5) == (5, 0)
+    assert budgets.harmonic_budget([0.0, 1.0], [8, 8], 1, 9) == (7, 2)
+    assert budgets.harmonic_budget([1.0, 1.0], [8, 8], 1, 5) == (3, 2)
+
+
+def counts_in_config(path: Path) -> dict[int, set]:
+    """The numbers of experts that config.json has for single layers."""
+    raw = json.loads((path / "config.json").read_text())
+    own = (raw.get("text_config") or raw).get("per_layer_config", {})
+    return {int(layer): {*of.values()} for layer, of in own.items()}
+
+
+def test_a_uniform_budget(small, tmp_path, capsys):
+    """5 of 16 experts go, 3 of the first layer, in REAP's order. The configuration says so; of 6 it has one number."""
+    text = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(budgets, small, "uniform", "--rate", 0.33, *text, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "experts kept in each layer: 5 6\n" in said and "trust_remote_code=True" in said
+    entry = record(tmp_path / "out")
+    assert [entry["settings"][name] for name in ("search", "rate", "keep")] == ["uniform", 0.33, 5]
+    assert counts_in_config(tmp_path / "out") == {0: {5}, 1: {6}}
+    assert [config.num_experts for config in Model(tmp_path / "out").layer_configs] == [5, 6]
+    assert run(baselines, small, "--keep", 5, "--method", "reap", *text, "--out", tmp_path / "reap") == 0
+    for layer, reap, count in zip(entry["layers"], record(tmp_path / "reap")["layers"], (5, 6)):
+        assert layer["order"] == reap["order"] and layer["survivors"] == sorted(reap["order"][:count])
+    assert run(budgets, small, "uniform", "--rate", 0.375, *text, "--out", tmp_path / "even") == 0
+    assert "trust_remote_code" not in capsys.readouterr().out.split("output")[-1]
+    assert not counts_in_config(tmp_path / "even") and not (tmp_path / "even" / "modeling_per_layer.py").exists()
+    assert (tmp_path / "even" / "model.safetensors").read_bytes() == \
+        (tmp_path / "reap" / "model.safetensors").read_bytes()
+
+    assert run(baselines, small, "--keep", 5, "--method", "frequency", *text, "--out", tmp_path / "few") == 0
+    plan = ["--plan", tmp_path / "few" / "hodgecover.json"]
+    assert run(budgets, small, "uniform", "--rate", 0.33, *plan, "--out", tmp_path / "by-plan") == 0
+    orders = [layer["order"] for layer in record(tmp_path / "few")["layers"]]
+    for layer, order, count in zip(record(tmp_path / "by-plan")["layers"], orders, (5, 6)):
+        assert layer["order"] == order and layer["survivors"] == sorted(order[:count])
+    capsys.readouterr()
+    status = run(budgets, small, "uniform", "--rate", 0.33, *plan, "--tokens", 64, "--out", tmp_path / "no")
+    assert_refused(capsys, status, "--tokens: uniform of a --plan does not use it")
+
+
+@pytest.mark.parametrize("name", ["qwen2-dense-between", "qwen3_5-vision-mtp"])
+def test_a_rate_is_of_the_decoder_s_sparse_layers(name, tmp_path):
+    """A dense layer has none, and a multi-token head keeps the whole part of the others' mean."""
+    (tmp_path / "text.txt").write_text(PROSE)
+    source = with_tokenizer(named(name), tmp_path / "source")
+    text = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(budgets, source, "uniform", "--rate", 0.2, *text, "--out", tmp_path / "out") == 0
+    layers = record(tmp_path / "out")["layers"]
+    decoder = [layer for layer in layers if not layer["name"].startswith("mtp.")]
+    gone = [8 - len(layer["survivors"]) for layer in decoder]
+    total = 16 * len(decoder) // 10  # 0.2 of 8 each
+    assert gone == [total // len(decoder) + (each < total % len(decoder)) for each in range(len(decoder))]
+    for layer in layers:
+        if layer not in decoder:
+            assert len(layer["survivors"]) == (8 * len(decoder) - total) // len(decoder)
+    Model(tmp_path / "out")
+
+
+def test_a_harmonic_budget(small, tmp_path, capsys):
+    """Of a plan of hodgecover.py: its order, and its rho_harm, here made far apart; a plan without is refused."""
+    text, plan = ["--calib", tmp_path / "text.txt", *QUICK], tmp_path / "plan.json"
+    assert run(hodgecover, small, "--keep", 5, "--plan-only", *text, "--out", plan) == 0
+    made = json.loads(plan.read_text())
+    layers = made["history"][-1]["layers"]
+    shares = [layer["diagnostics"]["eta"]["harmonic"] for layer in layers]
+    for given, gone in ((shares, budgets.harmonic_budget(shares, [8, 8], 3, 6)), ([0.9, 0.2], (1, 5)),
+                        ([0.2, 0.9], (5, 1))):
+        for layer, share in zip(layers, given):
+            layer["diagnostics"]["eta"]["harmonic"] = share
+        plan.write_text(json.dumps(made))
+        out = tmp_path / f"out{given[0]}"
+        assert run(budgets, small, "harmonic", "--rate", 0.375, "--plan", plan, "--out", out) == 0
+        for layer, ranked, count in zip(record(out)["layers"], layers, gone):
+            assert layer["order"] == ranked["order"] and layer["survivors"] == sorted(layer["order"][:8 - count])
+        if gone[0] != gone[1]:
+            assert counts_in_config(out) == {0: {8 - gone[0]}, 1: {8 - gone[1]}}
+    said = record(out)["settings"]
+    assert said["plan_sha256"] == hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert said["rate"] == 0.375 and not {"tokens", "text"} & said.keys()
+
+    assert run(baselines, small, "--keep", 4, "--method", "reap", *text, "--out", tmp_path / "few") == 0
+    damaged = tmp_path / "damaged.json"
+    for value in ("abc", None, {}, {"eta": 0.3}, *({"eta": {"harmonic": each}} for each in (True, -3, 1.1, "1", None))):
+        layers[1]["diagnostics"] = value
+        damaged.write_text(json.dumps(made))
+        for path in (damaged, tmp_path / "few" / "hodgecover.json"):
+            capsys.readouterr()
+            status = run(budgets, small, "harmonic", "--rate", 0.375, "--plan", path, "--out", tmp_path / "a")
+            assert_refused(capsys, status, f"{path}: has no harmonic shares; give a plan of hodgecover.py")
+            assert not (tmp_path / "a").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- budgets
@@ -136,7 +283,7 @@ def test_the_search_finds_the_best_of_all_small_budgets(seed):
     assert values == sorted(values) and len(asked) == len({*asked})
 
 
-def exported(model: Model, plans: dict[str, dict], out: Path) -> Model:
+def exported(model: Model, plans: dict[str, hodgecover.Plan], out: Path) -> Model:
     """The checkpoint of plans by layer name."""
     common.export(model, plans, out, {})
     return Model(out, model.dtype)
@@ -154,7 +301,7 @@ def test_the_search_finds_the_best_of_all_in_a_model(tmp_path):
     assert value == max(values.values()) == values[best] and len({*values.values()}) == len(values) == 10
     base = reap_plans(model, ids, 4)
     plans = budgets.planned(model, base, orders, best, 4)
-    assert [len(plan["survivors"]) for plan in plans.values()] == [8 - gone for gone in best]
+    assert [len(plan.survivors) for plan in plans.values()] == [8 - gone for gone in best]
     logits = [each.logits(ids).softmax(-1) for each in (model, exported(model, plans, tmp_path / "out"))]
     assert value == pytest.approx(torch.minimum(*logits).sum(-1).mean().item(), rel=1e-5)
 
@@ -486,7 +633,7 @@ def ragged(tmp_path, request) -> tuple[Path, Path]:
     model = Model(source)
     plans = reap_plans(model, some_ids(), 4)
     for name, count in zip((name for name in plans if not name.startswith("mtp.")), (5, 4, 3, 6)):
-        plans[name]["survivors"] = sorted(plans[name]["order"][:count])
+        plans[name] = plans[name]._replace(survivors=sorted(plans[name].order[:count]))
     entry = hodgecover.plan_entry(model, plans, 4, hodgecover.Settings(), None)
     common.export(model, plans, tmp_path / "ragged", entry)
     return source, tmp_path / "ragged"
@@ -680,7 +827,24 @@ def test_on_another_device(search, small, tmp_path, quick):
     (["evo", "--keep", 2], "--keep 2: must be from 3, the"), (["rco", "--keep", 9], "--keep 9: must be from 3, the"),
     (["rco", "--keep", 8], "--keep 8: must be from 3, the experts of a token, to 7"),
     (["both", "--keep", 4], "invalid choice"),
-    (["evo"], "required: --keep"), (["evo", "--keep", 4, "--steps", 9], "--steps: evo does not use it"),
+    (["evo"], "--keep: missing; evo needs it"), (["rco"], "--keep: missing; rco needs it"),
+    (["uniform"], "--rate: missing; uniform needs it"),
+    (["harmonic", "--plan", "x"], "--rate: missing; harmonic needs it"),
+    (["harmonic", "--rate", 0.2], "--plan: missing; harmonic shares are read from a plan"),
+    (["uniform", "--rate", 0.2, "--keep", 4], "--keep: uniform does not use it"),
+    (["harmonic", "--rate", 0.2, "--keep", 4, "--plan", "x"], "--keep: harmonic does not use it"),
+    *(([search, "--keep", 4, "--rate", 0.2], f"--rate: {search} does not use it")
+      for search in ("evo", "rco", "barriers", "coverage")),
+    (["uniform", "--rate", 0.2, "--memory", "20MB"], "--memory: uniform does not use it"),
+    (["harmonic", "--rate", 0.2, "--plan", "x", "--seed", 1], "--seed: harmonic does not use it"),
+    (["uniform", "--rate", "nan"], "--rate nan: must be from 0 to 1"),
+    (["uniform", "--rate", 1.5], "--rate 1.5: must be from 0 to 1"),
+    (["uniform", "--rate", -0.2], "--rate -0.2: must be from 0 to 1"),
+    (["uniform", "--rate", "few"], "--rate: invalid float value"),
+    (["uniform", "--rate", 0.05], "--rate 0.05: 0 of 16 experts would go; must be from 1 to 10"),
+    (["uniform", "--rate", 0.7], "--rate 0.7: 11 of 16 experts would go; must be from 1 to 10"),
+    (["uniform", "--rate", 0.2, "--plan", "nowhere"], "nowhere: cannot be read"),
+    (["evo", "--keep", 4, "--steps", 9], "--steps: evo does not use it"),
     (["evo", "--keep", 4, "--ragged"], "--ragged: evo does not use it"),
     (["rco", "--keep", 4, "--generations", 9], "--generations: rco does not use it"),
     (["rco", "--keep", 4, "--plan", "x"], "--plan: rco does not use it"),
