@@ -4,17 +4,18 @@
 
     python hodgecover.py examples/tiny-olmoe --keep 32
 
-The file is the paper, top to bottom: 1 calibrate, 2 barriers, 3 complex, 4 decompose, 5 select, 6 redirect, 7 diagnose;
-then a whole model, the record and the command line. Experts keep the checkpoint's own numbers. `mathx.py` has the fast
-form of the barriers and the audit, `model_io.py` the checkpoints.
+The file is the paper, top to bottom: 1 what is measured, 2 barriers, 3 complex, 4 decompose, 5 select, 6 redirect, 7
+diagnose; then a whole model, the record and the command line. Sections and equations are the paper's; "ours" marks what
+it leaves open or what we do otherwise. `mathx.py` has the fast form of the barriers and the audit, `model_io.py` the
+checkpoints and the calibration text.
 
-    n  experts of a layer         k  experts per token (top-k)      K  survivors
-    T  calibration tokens         d  hidden size, f  an expert's    V  vocabulary size
-    E  n (n - 1) / 2 edges        F  triangles                      M  simplices of one size
+    n experts of a layer, in the checkpoint's own numbers, from 0; k survivors; f_e(x) the output of expert e
+    K = (V, E, T) the complex; E*, T* the critical simplices. A token is routed to `top_k` experts
+    In shapes alone: T tokens, d hidden size, f an expert's, V vocabulary, E edges, F triangles, M simplices
 
-E_e(x) is the output of expert e; E*, T* are sets (4.1). Sections and equations are the paper's; "ours" marks what it
-leaves open. Other parts of the paper lie in examples/: the hybrid with Wanda (4.2, B.4) in wanda.py, the allocators
-(B.3) in budgets.py, the ablations (B.7) in baselines.py, the systems' figures (E.5) in evaluate.py.
+Elsewhere: the loss that all this is for (equation 1) is measured by examples/evaluate.py; the hybrid with Wanda (4.2,
+B.4) is wanda.py, the allocators (B.3) are in budgets.py, the ablations (E.1, B.7) in baselines.py. Equations 14 to 18
+and 22 to 29, the proofs' own, have tests in tests/test_paper.py.
 """
 from __future__ import annotations
 
@@ -44,13 +45,13 @@ else:
 __version__ = "0.4.0"
 
 MEMORY = 10**9  # bytes of buffers of the sweep, beside the layer's weights and the head
-GUARD = 1e-12  # epsilon of A.10, epsilon_0 of algorithm 1
+GUARD = 1e-12  # epsilon of A.10; epsilon_0 of B.1, equal but unrelated
 Tick = Callable[[float], None]  # told the share of the work that is done
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every choice of the method, an option each; CHOICES says what each is. Raises InputError for a value of another
+    """Every number of the method, an option each; CHOICES says what each is. Raises InputError for a value of another
     type or out of range."""
     max_triangles: int = 500
     thresholds: int = 80
@@ -65,40 +66,39 @@ class Settings:
     vocab_sample: int = 512
 
     def __post_init__(self) -> None:
-        order = self.order
-        require(isinstance(order, str) and re.fullmatch(ORDERS, order),
-                f"order {order}: must be index, saliency or random:SEED")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "order":
-                continue
-            if isinstance(field.default, int):
-                require(isinstance(value, int), f"{field.name} {value}: must be a whole number")
-            check_range(field.name, value, *CHOICES[field.name][1:])
+        require(isinstance(self.order, str) and re.fullmatch(ORDERS, self.order),
+                f"order {self.order}: must be index, saliency or random:SEED")
+        for name, (_, low, high) in CHOICES.items():
+            value, default = getattr(self, name), getattr(Settings, name)
+            if name != "order":
+                check_range(name, value, low, high)
+                require(isinstance(value, type(default)) or isinstance(default, float),
+                        f"{name} {value}: must be a whole number")
+        require(self.vocab_sample != 1, "vocab_sample 1: must be 0 or 2 and more; of one outcome KL is 0")
 
 
 ORDERS = r"index|saliency|random:\d{1,18}"
 CHOICES = {  # setting: help, smallest and largest value
     "max_triangles": ("candidate triangles at most (A.9)", 0, math.inf),
     "thresholds": ("thresholds of the filtration, from 0 to 1.1 max b (A.9)", 2, math.inf),
-    "order": ("what gives edges their signs (3.2): index; ours: saliency, random:SEED", 0, 0),
-    "margin": ("share by which a discordant triplet exceeds its worst edge (3.4)", 0, math.inf),
+    "order": ("total order, which orients the edges (3.2); ours: index, saliency, random:SEED", 0, 0),
+    "margin": ("by what share a discordant triplet exceeds its worst edge (3.4)", 0, math.inf),
     "edge_percent": ("p: percent of the edges in E*, the harmonic-critical ones (C.1)", 0, 100),
     "triangle_percent": ("q_T: percent of T in T*, the triplet-critical ones (C.1)", 0, 100),
     "lambda_edge": ("weight of the cover of E* (equation 10, C.1)", 0, math.inf),
     "lambda_triangle": ("weight of the cover of T* (equation 10, C.1)", 0, math.inf),
     "alpha": ("harmonic penalty of the redirect (equation 13, C.1)", 0, math.inf),
-    "seed": ("seed of the samples of text (A.11), triangles (A.9), outcomes", 0, 2**63 - 1),
+    "seed": ("seed of the samples of text (A.11), triangles (A.9), next tokens", 0, 2**63 - 1),
     "vocab_sample": ("ours: next tokens sampled for a KL, audited; 0: all", 0, math.inf),
 }
 MEASURED = {"max_triangles", "seed", "vocab_sample"}  # what the barriers depend on
 
 
-# ------------------------------------------------------------------------------------------------ 1 calibrate (A.11)
+# ------------------------------------------------------------- 1 what is measured (4.1, A.10; the text: A.11, model_io)
 
 class MoELayer(NamedTuple):
     """One layer on the calibration tokens: all that its barriers depend on. All but the experts have one dtype."""
-    experts: Experts  # gate (n, f, d), up (n, f, d), down (n, d, f); experts(e, x) is E_e(x)
+    experts: Experts  # gate (n, f, d), up (n, f, d), down (n, d, f); experts(e, x) is f_e(x)
     x: torch.Tensor  # input of the MoE block (T, d)
     gates: torch.Tensor  # gate weights as the model applies them (T, n), > 0 on the top-k, else 0
     y: torch.Tensor  # residual stream after the layer (T, d)
@@ -107,7 +107,7 @@ class MoELayer(NamedTuple):
 
 
 def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """REAP output saliency (4.1; arXiv 2510.13999): the mean over the tokens routed to e of g_e |E_e(x)|, normalised to
+    """REAP output saliency (4.1; arXiv 2510.13999): the mean over the tokens routed to e of g_e |f_e(x)|, normalised to
     [0, 1] by the layer's maximum (ours). x (T, d), gates (T, n) -> (n,) float64."""
     saliency = torch.zeros(gates.shape[1], dtype=torch.float64)
     for e in range(len(saliency)):
@@ -120,11 +120,12 @@ def reap_saliency(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> tor
     return saliency
 
 
-# ---------------------------------------------------------------------------- 2 barriers (section 3.1, equations 2, 30)
+# --------------------------------------------------------------------------- 2 barriers (section 3.1, equations 2, 30)
 
 def merge_weights(simplices: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
     """Weights of the experts in a merge: each one's share of the simplex's routing rate, equal shares if that is below
-    1e-12 (equation 30). simplices (M, 2 or 3), rates (n,) in any unit -> (M, 2 or 3) float64, rows that sum to 1."""
+    1e-12 (equation 30). simplices (M, 2 or 3), rates (n,), shares or counts of tokens -> (M, 2 or 3) float64, rows that
+    sum to 1."""
     rate = rates.double()[simplices]
     total = rate.sum(1, keepdim=True)
     return torch.where(total < GUARD, 1 / rate.shape[1], rate / total.clamp(min=GUARD))
@@ -132,35 +133,37 @@ def merge_weights(simplices: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
 
 def plain_barrier(layer: MoELayer, simplex: list[int]) -> torch.Tensor:
     """The barrier of a simplex S, a scalar in nats (equation 2): replace its experts by their frequency-weighted mean,
-    run the layer, compare the next-token distributions. To read, and to test `mathx.sweep` by.
+    run the layer, compare the next-token distributions. The definition, slow; `mathx.sweep` is tested against it.
 
         b_S = mean_t KL( p_t || p_S,t ),   p = softmax(W_U norm(y))
-        E_S(x) = sum_S w_e E_e(x)                                          (equation 30)
-        y_S = y + (sum_S g_e) E_S(x) - sum_S g_e E_e(x)
+        f_S(x) = sum_S w_e f_e(x)                                          (equation 30)
+        y_S = y + (sum_S g_e) f_S(x) - sum_S g_e f_e(x)
 
-    Ours: to read the layer's distribution by the logit lens, and that the merged expert has its members' gate weights.
+    Ours: the layer's distribution is read by the logit lens, no later layer runs; the merged expert has the sum of its
+    members' gate weights. An expert that no token is routed to costs nothing to merge with any other.
     """
+    wide = mathx.widened(layer.x.dtype)  # bfloat16 would round a small change of y away
     rates = (layer.gates > 0).double().mean(0).cpu()  # r_e (A.10)
-    weights = merge_weights(torch.tensor([simplex]), rates)[0].to(layer.x)
-    gates = layer.gates[:, simplex]  # (T, 2 or 3)
-    merged = torch.zeros_like(layer.y)  # E_S(x)
-    before = torch.zeros_like(layer.y)  # sum_S g_e E_e(x)
+    weights = merge_weights(torch.tensor([simplex]), rates)[0].to(layer.x.device, wide)
+    gates = layer.gates[:, simplex].to(wide)  # (T, 2 or 3)
+    merged = torch.zeros_like(layer.y, dtype=wide)  # f_S(x)
+    before = torch.zeros_like(layer.y, dtype=wide)  # sum_S g_e f_e(x)
     for e, weight, gate in zip(simplex, weights, gates.T):
-        output = layer.experts(e, layer.x)
+        output = layer.experts(e, layer.x).to(wide)
         merged += weight * output
         before += gate[:, None] * output
-    y_merged = layer.y + gates.sum(1, keepdim=True) * merged - before
+    y = layer.y.to(wide)
+    y_merged = y + gates.sum(1, keepdim=True) * merged - before
 
     def log_distribution(y: torch.Tensor) -> torch.Tensor:
-        logits = layer.norm(y) @ layer.unembedding.T
+        logits = layer.norm(y) @ layer.unembedding.to(wide).T
         return logits.double().log_softmax(-1)
-    log_p, log_q = log_distribution(layer.y), log_distribution(y_merged)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return kl.mean()
+    log_p, log_q = log_distribution(y), log_distribution(y_merged)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 class Signals(NamedTuple):
-    """What is measured on a layer, and all that its plan needs besides K and the settings that are not in MEASURED."""
+    """What is measured on a layer: with k and the settings outside MEASURED, all that its plan needs."""
     frequency: torch.Tensor  # tokens routed to each expert (n,)
     saliency: torch.Tensor  # REAP saliency (n,)
     barriers: torch.Tensor  # of the pairs `edges(n)` (E,), nats
@@ -172,28 +175,30 @@ class Signals(NamedTuple):
 @torch.no_grad()
 def measure_layer(layer: MoELayer, settings: Settings = Settings(), memory: int = MEMORY,
                   tick: Tick = lambda share: None) -> Signals:
-    """Saliency, the barriers of all pairs, and those of the candidate triangles. `memory` is the bytes of the sweep's
-    buffers. Raises InputError for a result that is not finite."""
+    """Saliency, and the barriers (equation 2) of all pairs and of the candidate triangles. Ours: each KL is over
+    `vocab_sample` sampled next tokens; 0 computes it over the whole vocabulary, as the paper does. `memory` is bytes of
+    the sweep's buffers. Raises InputError for a result that is not finite."""
     frequency = (layer.gates > 0).sum(0).cpu()
     saliency = reap_saliency(layer.experts, layer.x, layer.gates)
     sample = mathx.sample_vocabulary(layer, settings.vocab_sample, settings.seed, memory)
+    tables = {}  # what the sweep of the pairs reads serves that of the triangles
 
     def barriers_of(simplices: torch.Tensor, tick: Tick) -> torch.Tensor:
         weights = merge_weights(simplices, frequency)
-        return mathx.sweep(layer, simplices, weights, sample, memory, tick)
+        return mathx.sweep(layer, simplices, weights, sample, memory, tick, tables)
     pairs = edges(len(frequency))
-    barriers = barriers_of(pairs, lambda done: tick(done / 2))
+    barriers = barriers_of(pairs, lambda done: tick(0.9 * done))
     candidates = candidate_triangles(barriers, saliency, settings.max_triangles, settings.seed)
-    triplets = barriers_of(candidates, lambda done: tick((1 + done) / 2))
+    triplets = barriers_of(candidates, lambda done: tick(0.9 + 0.1 * done))
+    del tables
 
     measured = torch.cat((saliency, barriers, triplets))
     require(measured.isfinite().all(), "a layer's saliencies or barriers are not finite: NaN or "
             f"infinity in the weights of an expert, or an overflow of {layer.x.dtype}")
-    audits = [Signals._field_defaults["audit"]]
-    if sample:
-        for simplices in (pairs, candidates):
-            weights = merge_weights(simplices, frequency)
-            audits.append(mathx.audit_sample(layer, simplices, weights, sample, settings.seed, memory))
+    audits = [torch.empty(0, 2, dtype=torch.float64)]
+    for simplices in (pairs, candidates) if sample else ():
+        weights = merge_weights(simplices, frequency)
+        audits.append(mathx.audit_sample(layer, simplices, weights, sample, settings.seed, memory))
     return Signals(frequency, saliency, barriers, candidates, triplets, torch.cat(audits))
 
 
@@ -214,7 +219,8 @@ def table_of_pairs(values: torch.Tensor) -> torch.Tensor:
 
 
 def faces(n: int, triangles: torch.Tensor) -> torch.Tensor:
-    """Positions of the faces (i, j), (h, j), (h, i) of each triangle (h, i, j) among `edges(n)`: (F, 3) -> (F, 3).
+    """Positions among `edges(n)` of the faces (i, j), (h, j), (h, i) of each triangle (h, i, j), which the paper calls
+    (i, j, k): (F, 3) -> (F, 3).
 
     >>> faces(4, torch.tensor([[0, 1, 2], [1, 2, 3]])).tolist()  # of 01, 02, 03, 12, 13, 23
     [[3, 1, 0], [5, 4, 3]]
@@ -237,18 +243,15 @@ def boundary_matrices(n: int, triangles: torch.Tensor) -> tuple[torch.Tensor, to
     i, j = edges(n).T
     edge, triangle = torch.arange(len(i)), torch.arange(len(triangles))
     d1 = torch.zeros(n, len(i), dtype=torch.float64)
-    d1[j, edge] = 1.0
-    d1[i, edge] = -1.0
+    d1[j, edge], d1[i, edge] = 1.0, -1.0
     ij, hj, hi = faces(n, triangles).T
     d2 = torch.zeros(len(i), len(triangles), dtype=torch.float64)
-    d2[ij, triangle] = 1.0
-    d2[hj, triangle] = -1.0
-    d2[hi, triangle] = 1.0
+    d2[ij, triangle], d2[hj, triangle], d2[hi, triangle] = 1.0, -1.0, 1.0
     return d1, d2
 
 
 def cliques(n: int, pairs: torch.Tensor) -> torch.Tensor:
-    """All triangles (F, 3) of the graph on n vertices with edges (M, 2), rows ascending and lexicographic."""
+    """All triangles (F, 3) of the graph on n vertices with edges (M, 2), both ascending and lexicographic."""
     adjacent = torch.zeros(n, n, dtype=torch.bool)
     i, j = pairs.T
     adjacent[i, j] = True  # only from lower to higher: each clique is found once
@@ -260,10 +263,10 @@ def cliques(n: int, pairs: torch.Tensor) -> torch.Tensor:
 def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: int, seed: int
                         ) -> torch.Tensor:
     """Stage A of the curation (A.9): 3-cliques of the graph of edges with barrier <= median, (F, 3); of more than
-    `limit` a uniform sample. It is drawn from their list by saliency (ours), so that the experts' numbering matters
-    only where saliencies tie."""
+    `limit` a uniform sample. Ours: it is drawn from the list sorted by the experts' saliencies, so that renumbering the
+    experts changes it only where saliencies tie."""
     n = len(saliency)
-    triangles = cliques(n, edges(n)[barriers <= barriers.median()])
+    triangles = cliques(n, edges(n)[barriers <= barriers.median()])  # the lower of two middle values
     if len(triangles) <= limit:
         return triangles
     rank = saliency.sort(stable=True).indices.argsort()
@@ -275,7 +278,7 @@ def candidate_triangles(barriers: torch.Tensor, saliency: torch.Tensor, limit: i
 
 
 def betti_1(d1: torch.Tensor, d2: torch.Tensor) -> int:
-    """First Betti number, E - rank d1 - rank d2 = E - n + components - rank d2 (equation 17)."""
+    """First Betti number, E - rank d1 - rank d2 = E - n + components - rank d2 (equations 16, 17)."""
     return d1.shape[1] - rank_of(d1 @ d1.T) - rank_of(d2.T @ d2)
 
 
@@ -284,23 +287,29 @@ def rank_of(gram: torch.Tensor) -> int:
     return int(torch.linalg.matrix_rank(gram, hermitian=True))
 
 
+def entry_thresholds(barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
+    """The smallest tau at which K_tau has each triangle (F, 3) and its three edges (stage B of A.9), (F,)."""
+    n = len(table_of_pairs(barriers))
+    return torch.maximum(triplets, barriers[faces(n, triangles)].amax(1))
+
+
 def betti_curve(barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor,
                 taus: torch.Tensor) -> torch.Tensor:
     """beta_1 of K_tau at each threshold tau (stage B of A.9), int64 of the shape of `taus`. K_tau has the edges with
     barrier (E,) <= tau, and the triangles (F, 3) with barrier (F,) <= tau whose three edges are in."""
     n = len(table_of_pairs(barriers))
-    enters = torch.maximum(triplets, barriers[faces(n, triangles)].amax(1))  # tau of each triangle
-    order = enters.argsort()
-    used, row = faces(n, triangles[order]).unique(return_inverse=True)
-    d2 = torch.zeros(len(used), len(triangles), dtype=torch.float64)  # without the rows that are 0
-    d2[row.T, torch.arange(len(triangles))] = d2.new_tensor([[1], [-1], [1]])
+    enters = entry_thresholds(barriers, triangles, triplets)
+    entering = triangles[enters.argsort()]
+    used, row = faces(n, entering).unique(return_inverse=True)  # rows of d2 that are not 0: others add nothing
+    d2 = torch.zeros(len(used), len(triangles), dtype=torch.float64)
+    d2[row.T, torch.arange(len(triangles))] = d2.new_tensor([[1], [-1], [1]])  # as in boundary_matrices
     gram = d2.T @ d2
-    curve, ranks = [], {0: 0}
+    curve, ranks = [], {0: 0}  # the complexes are nested: rank d2 depends on the number of triangles alone
     for tau in taus:
         inside = barriers <= tau
         adjacent = table_of_pairs(inside.double())
         laplacian = adjacent.sum(0).diag() - adjacent  # d1 d1'
-        count = int((enters <= tau).sum())  # triangles enter in this order
+        count = int((enters <= tau).sum())
         if count not in ranks:
             ranks[count] = rank_of(gram[:count, :count])
         curve.append(int(inside.sum()) - rank_of(laplacian) - ranks[count])
@@ -309,8 +318,8 @@ def betti_curve(barriers: torch.Tensor, triangles: torch.Tensor, triplets: torch
 
 def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
     """Orientation (3.2) of each edge (i, j), i < j, a sign (E,): +1 if expert i comes first in the total order, -1 if j
-    does. The paper fixes any order; by index, all signs are +1. It matters: barriers have no sign, so that another
-    order gives other Hodge parts and other critical edges. Ours: `saliency`, least salient first, and `random:SEED`."""
+    does. The paper takes any total order. Ours: `index`, where all signs are +1; `saliency`, least salient first;
+    `random:SEED`. It matters: barriers have no sign, so another order gives other Hodge parts and critical edges."""
     n = len(saliency)
     place = torch.arange(n)
     if order == "saliency":
@@ -318,8 +327,8 @@ def edge_signs(order: str, saliency: torch.Tensor) -> torch.Tensor:
     elif order != "index":
         generator = torch.Generator().manual_seed(int(order.removeprefix("random:")))
         place = torch.randperm(n, generator=generator).argsort()
-    i, j = place[edges(n)].T
-    return (j - i).sign().double()
+    first, second = place[edges(n)].T
+    return (second - first).sign().double()
 
 
 # --------------------------------------------------------------------------------- 4 decompose (section 3.3, theorem 1)
@@ -331,9 +340,9 @@ class HodgeParts(NamedTuple):
     harmonic: torch.Tensor
 
     def shares(self) -> dict[str, float]:
-        """rho, the shares of the signal's energy |b|^2 (equation 8, A.12); all 0 if b = 0."""
+        """rho, the shares of the signal's energy |b|^2 (equation 8, A.12); ours: all 0 if b = 0."""
         energies = torch.stack(self).square().sum(1)
-        energy = sum(self).square().sum()  # the parts sum to b
+        energy = sum(self).square().sum()  # |b|^2
         if energy == 0:
             energies, energy = torch.zeros(3), 1.0
         return dict(zip(self._fields, (energies / energy).tolist()))
@@ -344,8 +353,8 @@ def hodge_decompose(b: torch.Tensor, d1: torch.Tensor, d2: torch.Tensor) -> Hodg
 
         gradient = d1' (d1 d1')^+ d1 b,   curl = d2 (d2' d2)^+ d2' b,   harmonic = b - gradient - curl
 
-    The harmonic part is in the kernel of the Laplacian L1 = d1' d1 + d2 d2' (equation 5): what no vertex potential plus
-    triangle boundary explains (proposition 1).
+    The harmonic part is in the kernel of the Laplacian L1 = d1' d1 + d2 d2' (equation 5), which is never formed. No
+    vertex potential plus triangle boundary explains it (proposition 1, equation 7).
 
     >>> d1, d2 = boundary_matrices(3, torch.empty(0, 3, dtype=torch.int64))  # an unfilled 3-cycle
     >>> hodge_decompose(torch.tensor([1.0, -1.0, 1.0]).double(), d1, d2).harmonic.tolist()
@@ -372,13 +381,11 @@ class Complex(NamedTuple):
 def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
     """Build the complex K = (V, E, T), and decompose the barriers on it (algorithm 1, lines 1 to 4). E is complete
     (A.8). T are the candidates in K_tau*: tau* = argmax beta_1(K_tau), ties to the most edges (stage B of A.9)."""
-    n = len(signals.saliency)
-    b, candidates = signals.barriers, signals.candidates
+    n, b, candidates = len(signals.saliency), signals.barriers, signals.candidates
     taus = torch.linspace(0, 1.1 * b.max().item(), settings.thresholds, dtype=torch.float64)
     curve = betti_curve(b, candidates, signals.triplets, taus)
     tau = taus[curve == curve.max()].max()  # of equal beta_1 the last has the most edges
-    enters = torch.maximum(signals.triplets, b[faces(n, candidates)].amax(1))
-    inside = enters <= tau
+    inside = entry_thresholds(b, candidates, signals.triplets) <= tau
     d1, d2 = boundary_matrices(n, candidates[inside])
     signs = edge_signs(settings.order, signals.saliency)
     parts = hodge_decompose(signs * b, d1, d2)
@@ -390,8 +397,7 @@ def decompose(signals: Signals, settings: Settings = Settings()) -> Complex:
 
 def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.Tensor:
     """Positions, ascending, of the top `percent` % of values (M,). Ours: their number is rounded up, ties go to the
-    first, and values <= `floor` are left out, since rounding errors must not elect the edges of a signal that has no
-    harmonic part."""
+    first. Values <= `floor` are left out: a harmonic part that vanishes has no critical edges (B.1)."""
     count = math.ceil(len(values) * percent / 100 - 1e-9)
     top = values.sort(descending=True, stable=True).indices[:count]
     return top[values[top] > floor].sort().values
@@ -399,18 +405,19 @@ def critical(values: torch.Tensor, percent: float, floor: float = 0.0) -> torch.
 
 def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]], keep: int,
                  protected: Sequence[int] = ()) -> list[int]:
-    """Greedy cover (algorithm 1, lines 10 to 17): from the protected experts, none in the paper's runs, add the vertex
-    of largest marginal gain Phi(S + v) - Phi(S) (equation 11), ties to the lowest, until there are `keep`.
+    """Greedy cover (algorithm 1, lines 8 to 17): to the protected experts, none in the paper's runs, add the vertex of
+    largest marginal gain Phi(S + v) - Phi(S) (equation 11) until there are `keep`. Ours: ties go to the lowest.
 
     Phi(S) = sum_S saliency + sum over the families of weight |simplices that meet S| / |simplices| (equation 10), 0 for
     an empty family; saliency (n,), simplices (M, 2 or 3). Without protected experts it reaches at least
-    1 - (1 - 1/K)^K of the largest Phi(S) with |S| = K (equations 12, 31), and the picks for a smaller K are a prefix.
+    1 - (1 - 1/k)^k of the largest Phi(S) with |S| = k (proposition 2, equations 12, 31), and the picks for a smaller k
+    are a prefix.
 
     >>> cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
     >>> greedy_cover(torch.zeros(4), [(cycle, 1.0)], 2)  # each is on 2 edges, but {0, 1} covers 3 of 4
     [0, 2]
     """
-    picks = list(protected)
+    picks = list(dict.fromkeys(protected))
     while len(picks) < keep:
         gain = saliency.double().clone()
         for simplices, weight in families:
@@ -422,7 +429,7 @@ def greedy_cover(saliency: torch.Tensor, families: list[tuple[torch.Tensor, floa
 
 
 class Selection(NamedTuple):
-    """All experts as picked, of which the first K survive, and the critical simplices that the picks cover."""
+    """All experts as picked, of which the first k survive, and the critical simplices that the picks cover."""
     order: list[int]
     edges: torch.Tensor  # E* (M, 2)
     triangles: torch.Tensor  # T* (M, 3)
@@ -443,9 +450,12 @@ def select(signals: Signals, complex_: Complex, settings: Settings = Settings(),
 
 def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tensor, alpha: float
              ) -> dict[int, int]:
-    """Where a dropped expert e goes: argmin over survivors j of b_ej (1 + alpha |b_harm,ej| / |b|) (equation 13), ties
-    to the lowest. For the record alone: the rows of dropped experts leave the router, and the gates renormalise over
-    the survivors, whose rows and weights are bit-exact. |b| is over all E edges, so the factor is near 1."""
+    """Where a dropped expert e goes: argmin over survivors j of b_ej (1 + alpha |b_harm,ej| / |b|) (equation 13;
+    algorithm 1, lines 19 to 21). Ours: ties go to the lowest. |b| is over all edges: with 64 experts the factor is at
+    most some 1.1, far from C.4's 4.
+
+    The text both folds e's router logit into one survivor and keeps the survivors' gate vectors bit-exact (4.1). Ours:
+    the rows of dropped experts leave the router, its gates renormalise over the survivors, the redirect is recorded."""
     norm = barriers.norm().clamp(min=GUARD)
     cost = table_of_pairs(barriers * (1 + alpha * harmonic.abs() / norm))
     kept = sorted(survivors)
@@ -453,19 +463,19 @@ def redirect(survivors: list[int], barriers: torch.Tensor, harmonic: torch.Tenso
     return {e: kept[int(cost[e, kept].argmin())] for e in dropped}
 
 
-# -------------------------------------------------------------------------- 7 diagnose: the plan of a layer, its report
+# ------------------------------------------------ 7 diagnose: the plan of a layer, its report (sections 3.4, A.12, E.3)
 
 class Diagnostics(NamedTuple):
     """What a layer's record says beside its plan. What has no section of the paper is ours."""
     eta: dict[str, float]  # the paper's rho: shares of |b|^2 of the Hodge parts (equation 8, A.12)
-    eta_constant: dict[str, float]  # the same of barriers that are all equal, which say nothing
+    eta_constant: dict[str, float]  # the same if all barriers were equal: what the orientation gives
     additive: dict[str, float]  # shares of energy and variance that b_ij = phi_i + phi_j explains
     betti_1: int  # of the complex (equation 17)
     betti_curve: torch.Tensor  # of K_tau at each threshold (A.9)
     tau: float  # tau* (A.9), nats
     triangles: int  # in T
     candidates: int  # sampled triangles (stage A of A.9)
-    discordance: float  # share of the candidates with b_ijk > 1.2 max of its edges (equation 9)
+    discordance: float  # equation 9, over the candidates (ours; in the paper T are all of them)
     critical_edges: torch.Tensor  # E* (M, 2)
     critical_triangles: torch.Tensor  # T* (M, 3)
     covered_at: dict[str, int]  # after how many picks all of E*, all of T* are covered
@@ -479,7 +489,7 @@ class Diagnostics(NamedTuple):
 class Plan(NamedTuple):
     """What stays of a layer, and why. Its record has these fields."""
     survivors: list[int]  # ascending
-    order: list[int]  # all experts as picked: the first K survive
+    order: list[int]  # all experts as picked: the first k survive
     redirect: dict[int, int]  # dropped expert -> survivor
     routed_share: float  # of the tokens' choices that fall on survivors
     frequency: torch.Tensor  # tokens routed to each expert (n,)
@@ -489,19 +499,17 @@ class Plan(NamedTuple):
 
 def plan_from_signals(signals: Signals, keep: int, settings: Settings = Settings(),
                       selector: Callable[..., Selection] = select) -> Plan:
-    """Algorithm 1: decompose, select, redirect; and diagnose. Raises InputError if `keep` is not from 1 to n, and for
-    fewer than two experts."""
+    """Algorithm 1: decompose, select, redirect; and diagnose. `selector` may select otherwise than `select`. Raises
+    InputError if `keep` is not from 1 to n, and for fewer than two experts."""
     n = len(signals.saliency)
     require(1 <= keep <= n and n >= 2,
             f"keep {keep}: must be from 1 to the layer's {n} experts, of which there must be two")
     complex_ = decompose(signals, settings)
-    harmonic = complex_.parts.harmonic
     selection = selector(signals, complex_, settings)
-    order = selection.order
+    order, harmonic = selection.order, complex_.parts.harmonic
     targets = redirect(order[:keep], signals.barriers, harmonic, settings.alpha)
     plan = plan_of(order, targets, keep, signals.frequency, signals.saliency)
-    diagnostics = diagnose(signals, complex_, selection, plan, settings)
-    return plan._replace(diagnostics=diagnostics)
+    return plan._replace(diagnostics=diagnose(signals, complex_, selection, plan, settings))
 
 
 def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: torch.Tensor,
@@ -514,7 +522,7 @@ def plan_of(order: list[int], targets: dict[int, int], keep: int, frequency: tor
 
 def diagnose(signals: Signals, complex_: Complex, selection: Selection, plan: Plan,
              settings: Settings) -> Diagnostics:
-    """The diagnostics of a plan."""
+    """What the record says beside a plan: see `Diagnostics`."""
     n, b = len(signals.saliency), signals.barriers
     worst = b[faces(n, signals.candidates)].amax(1)  # of the edges of each candidate
     discordant = signals.triplets > (1 + settings.margin) * worst
@@ -545,17 +553,14 @@ def diagnose(signals: Signals, complex_: Complex, selection: Selection, plan: Pl
 
 def retained_mass(signal: torch.Tensor, simplices: torch.Tensor, survivors: list[int]) -> float:
     """Retained mass (equation 34): share of the l1 mass of a signal (M,) on the simplices (M, 2 or 3) that meet the
-    survivors; 0 if it has none.
+    survivors; ours: 0 if it has none.
 
     >>> retained_mass(torch.tensor([1.0, -3.0]), torch.tensor([[0, 1], [1, 2]]), [0])
     0.25
     """
-    meets = torch.isin(simplices, torch.tensor(survivors)).any(1)
-    mass = signal.abs()
-    total = mass.sum()
-    if total == 0:
-        return 0.0
-    return (mass[meets].sum() / total).item()
+    mass, meets = signal.abs(), torch.isin(simplices, torch.tensor(survivors)).any(1)
+    total = mass.sum().item()
+    return mass[meets].sum().item() / total if total > 0 else 0.0
 
 
 def plan_layer(layer: MoELayer, keep: int, settings: Settings = Settings()) -> Plan:
@@ -574,7 +579,8 @@ def sparse_layers(model: Model) -> list[int]:
 
 
 def check_keep(model: Model, keep: int) -> None:
-    """Raise InputError for a dense model, and if not every layer can keep `keep` experts."""
+    """Raise InputError for a dense model, and if not every layer can keep `keep` experts. Ours: as many as a token is
+    routed to, at least; equation 32 allows one."""
     k = model.config.top_k
     n = min(model.layer_configs[index].num_experts for index in sparse_layers(model))
     require(k <= keep <= n, f"keep {keep}: must be from {k} to {n}: the model has {n} experts in its "
@@ -584,11 +590,8 @@ def check_keep(model: Model, keep: int) -> None:
 def cache_key(model: Model, ids: torch.Tensor, settings: Settings) -> dict[str, str]:
     """All that a layer's signals depend on: content alone, so that copies of a checkpoint share a cache."""
     key = {name: str(getattr(settings, name)) for name in sorted(MEASURED)}
-    key["format"] = "5"  # of the cache
-    key["weights"] = model.checkpoint.fingerprint()
-    key["dtype"] = str(model.dtype)
-    key["text"] = f"{[*ids.shape]} {model_io.text_hash(ids)}"
-    return key
+    key |= {"format": "5", "weights": model.checkpoint.fingerprint(), "dtype": str(model.dtype)}
+    return key | {"text": f"{[*ids.shape]} {model_io.text_hash(ids)}"}
 
 
 def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: Sequence[int],
@@ -720,9 +723,7 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
 def byte_count(text: str) -> int:
     """1GB, 500MB or a number of bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)(|MB|GB)", text)
-    size = 0
-    if match:
-        size = int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]])
+    size = int(float(match[1]) * {"": 1, "MB": 10**6, "GB": 10**9}[match[2]]) if match else 0
     if size < 10**7:
         raise argparse.ArgumentTypeError(f"{text}: must be 10MB or more, such as 1GB or 500MB")
     return size
@@ -731,11 +732,9 @@ def byte_count(text: str) -> int:
 def layer_range(text: str) -> range:
     """3, or 0-7."""
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
-    if match:
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first <= last:
-            return range(first, last + 1)
-    raise argparse.ArgumentTypeError(f"{text}: must be a layer or a range of layers such as 0-7")
+    if not match or int(match[2] or match[1]) < int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text}: must be a layer or a range of layers such as 0-7")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def command_line() -> Parser:

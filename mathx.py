@@ -19,7 +19,6 @@ from torch.nn import functional
 __version__ = "0.4.0"
 
 CACHE_BYTES = 1 << 21  # a block of changed logits that stays in a processor's cache
-BLOCK_WIDTH = 256  # outcomes of a block are a multiple of this: products of other widths are slow
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -33,19 +32,27 @@ class Sample(NamedTuple):
     log_weights: torch.Tensor  # (T, W), in place of log-probabilities
 
 
+class Tables(NamedTuple):
+    """What the changed logits of some tokens are made of. The rows are of y, then of the outputs f_1 .. f_n."""
+    log_p: torch.Tensor  # log-probabilities of the outcomes (T, W), float32 or wider
+    logits: torch.Tensor  # what the head reads of each row, times the weight of the final norm, (T, n + 1, W)
+    gram: torch.Tensor  # inner products of the rows, over d, (T, n + 1, n + 1)
+
+
 # ------------------------------------------------------------- the sweep: barriers of many simplices (equations 2, 30)
 
 def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | None = None,
-          memory: int = 10**9, tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
+          memory: int = 10**9, tick: Callable[[float], None] = lambda share: None,
+          kept: dict[int, Tables] | None = None) -> torch.Tensor:
     """Barriers of many simplices: `hodgecover.plain_barrier` of each, fast.
 
     A merge changes only the tokens that are routed to a member (`touching`). It adds to the stream a combination of its
     members' outputs. So the new logits are a combination of what the head reads of y and of each output, divided by an
-    RMS that their inner products give (`head_inputs`, `combinations`). No merged expert is formed.
+    RMS that their inner products give (`read_tables`, `combinations`). No merged expert is formed.
 
-    members, weights (M, 2 or 3) are the simplices and `hodgecover.merge_weights` of them; sample is what
-    `sample_vocabulary` drew, None for all of the vocabulary; memory is the bytes that the sweep may take beside the
-    layer; tick is told the share of the work that is done. Returns (M,) float64 on the CPU, nats.
+    members, weights (M, 2 or 3): simplices and `hodgecover.merge_weights` of them; sample: `sample_vocabulary`'s, None
+    for all outcomes; memory: bytes that the sweep may take; tick is told the share of the work that is done; kept: a
+    dict that keeps tables for the next sweep, as many as half of memory holds. Returns (M,) float64 on the CPU, nats.
     """
     layer = layer._replace(gates=layer.gates.cpu())  # waits for the device once
     touched = touching(members, layer.gates)
@@ -53,11 +60,19 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
     if not touched.any():
         return total
     tokens = len(layer.x)
-    size = tokens_at_once(layer, touched, sample, memory)
+    size = tokens_at_once(layer, sample, memory)
+    kept = {} if kept is None else kept
+    room = memory // 2
     for start in range(0, tokens, size):
         chunk = slice(start, start + size)
-        few, own = on_tokens(layer, chunk), sample and on_tokens(sample, chunk)
-        arguments = few, members, weights, touched[chunk], own, memory
+        few = on_tokens(layer, chunk)
+        tables = kept.get(start)
+        if tables is None:
+            tables = read_tables(few, sample and on_tokens(sample, chunk), memory)
+        room -= tables.logits.nbytes + tables.gram.nbytes
+        if room >= 0:
+            kept[start] = tables
+        arguments = few, tables, members, weights, touched[chunk], memory
         kl = kl_of_merges(*arguments)
         if not kl.isfinite().all():  # an exponential overflows
             kl = kl_of_merges(*arguments, careful=True)
@@ -83,26 +98,50 @@ def touching(members: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     return touched
 
 
-def tokens_at_once(layer, touched: torch.Tensor, sample: Sample | None, memory: int) -> int:
-    """How many tokens a chunk of the sweep takes, so that what it holds fills three quarters of `memory`."""
-    count, d = len(layer.experts.gate) + 1, layer.x.shape[1]
+def tokens_at_once(layer, sample: Sample | None, memory: int) -> int:
+    """How many tokens a chunk of the sweep takes, to fill a third of `memory`; one at least."""
+    rows = len(layer.experts.gate) + 1
+    width, d = layer.unembedding.shape
+    if sample is not None:
+        width = sample.outcomes.shape[1]
     narrow, wide = layer.x.itemsize, widened(layer.x.dtype).itemsize
-    of_token = narrow * count * (d + count)  # `head_inputs`
-    of_token += wide * count**2
-    of_token += 64 * wide * int(touched.sum(1).max())  # `combinations`
+    routed = int((layer.gates > 0).sum(1).max())
+    of_token = narrow * rows * (d + width + rows)  # `read_tables`
+    of_token += wide * (rows**2 + 3 * width)
+    of_token += 64 * wide * rows * routed  # `combinations`: some n k pairs touch a token
+    return max(1, memory // 3 // of_token)
+
+
+def read_tables(layer, sample: Sample | None, memory: int) -> Tables:
+    """Run all experts, and the head on y and on each output. log_p is in float32 or better, the rest in the layer's
+    dtype before it is widened."""
+    n, (tokens, d) = len(layer.experts.gate), layer.x.shape
+    rows = layer.x.new_empty(tokens, n + 1, d)
+    rows[:, 0] = layer.y
+    for e in range(n):
+        rows[:, 1 + e] = layer.experts(e, layer.x)
+    gram = rows @ rows.mT
+    gram = gram.to(widened(rows.dtype)) / d
+    rows *= layer.norm.weight
     if sample is None:
-        of_token += 3 * wide * len(layer.unembedding)  # its distribution, in three copies
-    return max(1, memory * 3 // 4 // of_token)
+        return Tables(log_readout(layer, memory), rows @ layer.unembedding.T, gram)
+    width = sample.outcomes.shape[1]
+    logits = rows.new_empty(tokens, n + 1, width)
+    size = max(1, block_numbers(rows, memory) // (width * d))  # tokens whose rows of the head are a block
+    for start in range(0, tokens, size):
+        step = slice(start, start + size)
+        outcomes = sample.outcomes[step].flatten()
+        head = layer.unembedding.index_select(0, outcomes).view(-1, width, d)
+        logits[step] = product(rows[step], head.mT)
+    return Tables(sample.log_weights, logits, gram)
 
 
-def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor,
-                 sample: Sample | None, memory: int, careful: bool = False) -> torch.Tensor:
-    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, on the CPU. p is read
-    out in float32 or better, the rest in the layer's dtype. The host waits for the device once. KL is not finite where
-    exponentials overflow, unless `careful`."""
-    device, wide = layer.x.device, widened(layer.x.dtype)
-    log_p = log_readout(layer, memory) if sample is None else sample.log_weights
-    rows, gram = head_inputs(layer)  # (T, n + 1, d), (T, n + 1, n + 1)
+def kl_of_merges(layer, tables: Tables, members: torch.Tensor, weights: torch.Tensor, touched: torch.Tensor,
+                 memory: int, careful: bool = False) -> torch.Tensor:
+    """KL(p_t || p_S,t) at each touched (token, simplex) pair, in the order of `touched.nonzero()`, on the CPU. The host
+    waits for the device once. KL is not finite where exponentials overflow, unless `careful`."""
+    log_p, logits, gram = tables
+    device, wide = log_p.device, log_p.dtype
 
     # What each token's simplices change, as combinations of its rows: (T, R, s + 1).
     simplex, own = simplices_of_tokens(touched)
@@ -114,19 +153,16 @@ def kl_of_merges(layer, members: torch.Tensor, weights: torch.Tensor, touched: t
 
     kl = share.new_zeros(own.shape)
     count = own.sum(1)
-    numbers = block_numbers(layer.x, memory)
-    size = tokens_in_a_step(layer, own.shape[1], sample, numbers)
-    for start in range(0, len(rows), size):
+    numbers = block_numbers(log_p, memory)
+    of_token = max(1, own.shape[1] * log_p.shape[1])
+    size = max(1, numbers // of_token)
+    for start in range(0, len(log_p), size):
         step = slice(start, start + size)
         most = int(count[step].max())
         if most == 0:
             continue
         used = step, slice(most)
-        head = layer.unembedding
-        if sample is not None:
-            outcomes = sample.outcomes[step]
-            head = head.index_select(0, outcomes.flatten()).view(*outcomes.shape, -1)
-        blocks = changed_logits(rows[step], head, log_p[step], index[used], share[used], numbers)
+        blocks = changed_logits(log_p[step], logits[step], index[used], share[used], numbers)
         kl[used] = kl_of_blocks(blocks, careful)
     return kl.cpu()[own]
 
@@ -142,31 +178,16 @@ def simplices_of_tokens(touched: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return simplex[place.clamp(max=len(simplex) - 1)], column < count[:, None]
 
 
-def head_inputs(layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """What changed logits are made of: y and the outputs E_1 .. E_n, times the weight of the final norm, (T, n + 1, d);
-    and their inner products before that, over d, (T, n + 1, n + 1) float32 or wider."""
-    n, (tokens, d) = len(layer.experts.gate), layer.x.shape
-    rows = layer.x.new_empty(tokens, n + 1, d)
-    rows[:, 0] = layer.y
-    for e in range(n):
-        rows[:, 1 + e] = layer.experts(e, layer.x)
-    gram = rows @ rows.mT
-    gram = gram.to(widened(rows.dtype)) / d
-    rows *= layer.norm.weight
-    return rows, gram
-
-
 def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: torch.Tensor,
                  weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The changes of what the head reads, as combinations of the rows of `head_inputs`. A merge S changes y by
+    """The changes of what the head reads, as combinations of the rows of `Tables`. A merge S changes y by
 
-        y_S - y = sum_S c_e E_e(x),   c_e = (sum_S g) w_e - g_e
+        y_S - y = sum_S c_e f_e(x),   c_e = (sum_S g) w_e - g_e
 
-    and y / rms(y) by (scale - 1) y / rms(y) + scale sum_S c_e E_e(x) / rms(y), with scale = rms(y) / rms(y_S).
+    and y / rms(y) by (scale - 1) y / rms(y) + scale sum_S c_e f_e(x) / rms(y), with scale = rms(y) / rms(y_S).
 
-    gates (T, n), gram (T, n + 1, n + 1), members, weights (T, R, s) -> the rows of the token, of which 0 is y, and their
-    coefficients, (T, R, s + 1) each.
-    """
+    gates (T, n), gram (T, n + 1, n + 1), members, weights (T, R, s) -> rows, 0 for y, and their coefficients,
+    (T, R, s + 1) each."""
     gate = gates.gather(1, members.flatten(1)).view_as(members)
     mass = gate.sum(-1, keepdim=True)
     change = mass * weights - gate  # c_e
@@ -192,38 +213,22 @@ def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: t
     return index, share
 
 
-def changed_logits(rows: torch.Tensor, head: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor,
-                   share: torch.Tensor, numbers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def changed_logits(log_p: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, share: torch.Tensor,
+                   numbers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the log-probabilities (t, W) and the changes of the logits (t, R, W), less that of the most likely outcome,
-    of one block of the outcomes after the other, a block of about so many numbers.
-
-    rows (t, n + 1, d); head (V, d), or one of each token (t, V, d); log_p (t, V); index, share (t, R, s + 1).
-    """
+    a block of about so many numbers at a time. log_p, logits: of `Tables`; index, share: of `combinations`."""
     t, many, _ = index.shape
-    token = torch.arange(t, device=rows.device)
-    likely = log_p.argmax(-1)
-    likely_head = head[likely] if head.dim() == 2 else head[token, likely]
-    base = product(rows, likely_head[..., None])  # (t, n + 1, 1)
-    place = index + rows.shape[1] * token[:, None, None]  # in the tables of all tokens, one below the other
-    place, share = place.flatten(0, 1), share.flatten(0, 1)
-    width = numbers // len(place) // BLOCK_WIDTH
-    width = max(1, width) * BLOCK_WIDTH
-    blocks = zip(log_p.split(width, -1), head.split(width, -2))
-    for log_p_block, head_block in blocks:
-        table = product(rows, head_block.mT) - base  # (t, n + 1, W)
-        table = table.to(share.dtype).flatten(0, 1)
+    rows = logits.shape[1]
+    likely = log_p.argmax(-1)[:, None, None].expand(t, rows, 1)
+    base = logits.gather(2, likely).to(share.dtype)
+    token = torch.arange(t, device=index.device)[:, None, None]
+    place = (token * rows + index).flatten(0, 1)  # in the rows of all tokens, one below the other
+    share = share.flatten(0, 1)
+    width = max(256, numbers // len(place))
+    for log_p_block, block in zip(log_p.split(width, -1), logits.split(width, -1)):
+        table = (block.to(share.dtype) - base).flatten(0, 1)  # (t (n + 1), W)
         delta = functional.embedding_bag(place, table, per_sample_weights=share, mode="sum")
         yield log_p_block, delta.view(t, many, -1)
-
-
-def tokens_in_a_step(layer, most: int, sample: Sample | None, numbers: int) -> int:
-    """How many tokens a step takes, of which one is touched by `most` simplices, so that their changed logits, or the
-    rows of the head for a sample, are about so many numbers."""
-    of_token = most * BLOCK_WIDTH
-    if sample is not None:
-        width = sample.outcomes.shape[1]
-        of_token = width * max(most, layer.x.shape[1])
-    return max(1, numbers // max(1, of_token))
 
 
 def block_numbers(x: torch.Tensor, memory: int) -> int:
@@ -256,7 +261,6 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def kl_of_blocks(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], careful: bool = False) -> torch.Tensor:
     """KL(p || q) in nats, (t, R), if q has the logits of p plus delta (equation 2), from blocks of the vocabulary: the
     log-probabilities (t, W) and delta (t, R, W) of each, which is overwritten.
-
     KL = log1p(E_p[expm1(delta)]) - E_p[delta] for delta less any constant. With that of the most likely outcome its
     relative error is about eps / |delta|; a difference of log-softmaxes has eps / delta^2. It is not finite where
     exponentials overflow, unless `careful`: there it is log E_p[exp(delta)] - E_p[delta].
@@ -301,9 +305,9 @@ def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sa
     """Weighted samples, `count` outcomes each, of distributions log_p (T, V); offset (T,) is uniform in [0, 1).
 
     An outcome is in with probability min(1, p / tau), and then weighs max(p, tau); tau is such that `count` are in. So
-    likely outcomes are certain, and E_p[v] is estimated without bias. KL = log E_p[exp delta] - E_p[delta] falls short
-    on average (Jensen). The draw is systematic: lay the probabilities of being in end to end, and read off at offset,
-    1 + offset, 2 + offset, ...
+    likely outcomes are certain, and E_p[v] is estimated without bias; KL falls short on average (Jensen). The draw is
+    systematic: lay the probabilities of being in end to end, and read off at offset, 1 + offset, 2 + offset, ...
+
     >>> p = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
     >>> sample = sample_outcomes(p.log(), 3, torch.tensor([0.5]))
     >>> sample.outcomes, sample.log_weights.exp()
@@ -323,9 +327,9 @@ def sample_outcomes(log_p: torch.Tensor, count: int, offset: torch.Tensor) -> Sa
 def threshold(p: torch.Tensor, count: int) -> torch.Tensor:
     """tau of samples of `count` outcomes of each distribution (T, V), (T, 1).
 
-    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it; tau is
-    the share of the first slot that is not certain. Of probabilities 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first
-    outcome is certain: 0.6 >= 1 / 3. The second is not: 0.1 < 0.4 / 2, which is tau.
+    An outcome is certain if it has at least an equal share of the mass left for its slot and those after it; tau is the
+    share of the first slot that is not. Of 0.6, 0.1, 0.1, 0.1, 0.1 and 3 slots, the first is certain: 0.6 >= 1 / 3. The
+    second is not: 0.1 < 0.4 / 2, which is tau.
     """
     largest, likely = p.topk(count)
     others = p.scatter(1, likely, 0.0).sum(1, keepdim=True)
