@@ -163,7 +163,7 @@ def test_bfloat16_and_samples_rank_edges_as_float64_does(vocab_sample, bound):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors over 8 kB that operations made beside a layer and that still live; `peak`: at
+    """Counts the bytes of the tensors over 64 kB that operations made beside a layer and that still live; `peak`: at
     most."""
 
     def __init__(self, layer: MoELayer):
@@ -182,7 +182,9 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, storage: torch.UntypedStorage) -> None:
         """Count a storage, if it is new and large."""
-        if storage._cdata in self.held or storage.nbytes() <= 1 << 13:
+        if storage._cdata in self.held or storage.nbytes() <= 1 << 16:
+            return
+        if storage._cdata in self.live and not self.live[storage._cdata][0].expired():
             return
         self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
@@ -196,13 +198,13 @@ WIDE_SHAPES = [dict(d=64, f=400), dict(d=400, f=64), dict(d=32, f=32, vocab=20_0
 @pytest.mark.parametrize("vocab_sample, size", [(0, 3), (50, 2)])
 def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size, shape):
     """Whatever the tensors are: wide experts, a large vocabulary, many experts."""
-    memory = 2 * 10**6
-    layer = converted(random_layer(**dict(n=8, tokens=250, vocab=500) | shape), torch.float32)
+    memory = 12 * 10**6
+    layer = converted(random_layer(**dict(n=8, tokens=400, vocab=500) | shape), torch.float32)
     simplices = torch.combinations(torch.arange(len(layer.experts.gate)), size)[:780]
     with LiveBytes(layer) as count:
         sample = mathx.sample_vocabulary(layer, vocab_sample, memory=memory)
         fast_barriers(layer, simplices, sample, memory=memory)
-    assert memory / 3 < count.peak < memory
+    assert memory / 4 < count.peak < memory
 
 
 def test_a_chunk_takes_the_tokens_that_three_quarters_of_the_memory_hold_and_at_least_one():
