@@ -498,8 +498,8 @@ def test_other_errors_are_not_swallowed(small, monkeypatch):
 
 def test_progress_tells_the_time_left(monkeypatch, capsys):
     now = iter((0.0, 10.0, 40.0))
-    monkeypatch.setattr(hodgecover.time, "monotonic", lambda: next(now))
-    bar = hodgecover.progress_bar()
+    monkeypatch.setattr(model_io.time, "monotonic", lambda: next(now))
+    bar = model_io.progress_bar()
     bar(0.1)
     bar(0.25)
     assert capsys.readouterr().err == " 25% done, 0:02:30 left\n"  # 0.15 in 30 s
