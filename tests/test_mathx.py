@@ -169,7 +169,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, layer: MoELayer):
         super().__init__()
         held = *layer.experts, layer.x, layer.gates, layer.y, layer.unembedding
-        self.held = {tensor.untyped_storage()._cdata for tensor in held}
+        on_cpu = [getattr(tensor, "held", tensor) for tensor in held]  # of fake_device.py
+        self.held = {tensor.untyped_storage()._cdata for tensor in on_cpu}
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
