@@ -13,7 +13,7 @@ from hodgecover import MoELayer
 from hypothesis import strategies as st
 from model_io import Experts, Model
 from safetensors.torch import load_file
-from strategies import (NO_TRIANGLES, PAIRS, SEEDS, TRIPLES, converted, cover_problems, fast_barriers, given, kl_by_hand,
+from strategies import (NO_TRIANGLES, PAIRS, SEEDS, converted, cover_problems, fast_barriers, given, kl_by_hand,
                         kl_of_logit_change, layers, normal, output_by_hand, plain_barriers, random_layer, uniform)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +72,7 @@ def test_blocks_of_a_large_vocabulary_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("pair", [(0, 1), (2, 5), (3, 6)])
 def test_a_pair_moves_the_stream_along_the_difference_of_its_outputs(pair):
-    """Section 2 of the README's choices: y_S - y = (g_i w_j - g_j w_i) (E_j(x) - E_i(x)), by hand from the weights. No
+    """Ours, the gate of a merge: y_S - y = (g_i w_j - g_j w_i) (E_j(x) - E_i(x)), by hand from the weights. No
     token uses expert 3."""
     i, j = pair
     layer = random_layer(unreached=3, k=3)
@@ -130,8 +130,8 @@ def test_overflow_in_float32_is_read_out_carefully():
 
 @pytest.mark.parametrize("left", [1e-1, 1e-3, 1e-6, 0.0])
 def test_a_merge_that_cancels_the_stream(left):
-    """y is what the merge of 0 and 1 takes away, but for a share: rms(y_S) falls to sqrt(eps). The growth of |y|^2 is then
-    known to 1e-16 of |y|^2, which is 1e-11 of what is left with eps."""
+    """y is what the merge of 0 and 1 takes away, but for a share: rms(y_S) falls to sqrt(eps). The growth of |y|^2 is
+    then known to 1e-16 of |y|^2, which is 1e-11 of what is left with eps."""
     layer = random_layer(tokens=6, k=7)
     gates, outputs = layer.gates, [layer.experts(e, layer.x) for e in (0, 1)]
     change = (gates[:, :1] - gates[:, 1:2]) / 2 * (outputs[1] - outputs[0])  # all tokens use both

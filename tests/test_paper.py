@@ -56,7 +56,7 @@ def components(n: int, edges: list[tuple[int, int]]) -> int:
     return len(set(label))
 
 
-# -------------------------------------------------------------------------- barriers are KL (section 3.1, appendix A.10)
+# ------------------------------------------------------------------------- barriers are KL (section 3.1, appendix A.10)
 
 @pytest.mark.parametrize("case", [{"unreached": 3}, {"k": 7}])
 @pytest.mark.parametrize("simplex", [[0, 1], [2, 3], [1, 3, 6]])
@@ -111,7 +111,7 @@ def test_kl_of_a_logit_change_is_the_direct_kl(seed, peak, size):
     torch.testing.assert_close(kl_of_logit_change(log_p, delta), direct, rtol=1e-9, atol=1e-14)
 
 
-# ------------------------------------------------------- the complex and the Laplacian (section 3.2, appendices A.2, A.3)
+# ----------------------------------------------------- the complex and the Laplacian (section 3.2, appendices A.2, A.3)
 
 @given(complexes())
 def test_the_boundary_of_an_edge_and_of_a_triangle(case):
@@ -226,7 +226,7 @@ def test_barriers_are_a_signal_and_no_weights(case, seed, scale):
         assert close(part, scale * of_b + of_other, torch.cat((scale * b, other)))
 
 
-# ---------------------------------------------------------- the order of the experts (section 3.2), and what it does
+# ------------------------------------------------------------- the order of the experts (section 3.2), and what it does
 
 def places(n: int, order: str, saliency: torch.Tensor) -> torch.Tensor:
     """The place of each expert in a total order, from the edges' signs: how many others come before it."""
@@ -300,7 +300,7 @@ def test_the_plan_of_renumbered_experts_is_the_renumbered_plan(n, seed, order, r
     assert_same_report(moved.diagnostics, plan.diagnostics, new)
 
 
-# ---------------------------------------------------------------- Hodge decomposition (section 3.3, appendices A.4 to A.7)
+# ------------------------------------------------------------- Hodge decomposition (section 3.3, appendices A.4 to A.7)
 
 @given(complexes())
 def test_the_parts_sum_to_the_signal_and_are_orthogonal(case):
@@ -432,7 +432,7 @@ def test_the_discordance_fraction(case, seed, margin, scale):
     assert report.discordance == pytest.approx(discordant / max(len(triangles), 1))
 
 
-# ----------------------------------------------------------------------------- thresholded edges (section 3.2, appendix A.8)
+# ------------------------------------------------------------------------ thresholded edges (section 3.2, appendix A.8)
 
 @given(st.integers(2, 7), SEEDS, st.floats(0, 1))
 def test_thresholding_edges_would_change_the_rank_of_d1(n, seed, tau):
@@ -477,7 +477,7 @@ def test_thresholding_edges_would_lose_a_harmonic_cycle():
     assert kernel(laplacian(d1[:, :2], d2[:2])).shape[1] == 0
 
 
-# ----------------------------------------------------------------------------- curated triangles (section 3.2, appendix A.9)
+# ------------------------------------------------------------------------ curated triangles (section 3.2, appendix A.9)
 
 @given(st.integers(3, 8), SEEDS, st.booleans(), st.sampled_from([0, 1, 2, 4, 60]))
 def test_candidates_are_the_cliques_at_or_below_the_median(n, seed, ties, limit):
@@ -707,7 +707,7 @@ def test_the_harmonic_factor_is_1_if_there_is_no_signal(scale, target):
     assert hodgecover.redirect([0, 1], b, harmonic, alpha=1.0) == {2: target}
 
 
-# ---------------------------------------------------------------------------------- retained mass (equation 34)
+# ------------------------------------------------------------------------------------------ retained mass (equation 34)
 
 @given(complexes(3, 7), st.sets(st.integers(0, 6), min_size=1), SEEDS)
 def test_retained_mass_is_the_share_of_the_l1_mass_that_meets_the_survivors(case, chosen, seed):
@@ -725,7 +725,7 @@ def test_retained_mass_is_the_share_of_the_l1_mass_that_meets_the_survivors(case
         assert hodgecover.retained_mass(0 * signal, simplices, survivors) == 0
 
 
-# ------------------------------------------------------------- what an auditor must know and the paper does not say
+# ----------------------------------------------------------------- what an auditor must know and the paper does not say
 
 @pytest.mark.parametrize("n", [2, 3, 4, 9, 64])
 def test_a_constant_signal_has_harmonic_energy(n):
