@@ -79,6 +79,7 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
         simplex = touched[chunk].nonzero()[:, 1]
         total.index_add_(0, simplex, kl.double())
         tick(min(chunk.stop / tokens, 1))
+        del tables, arguments  # before the next chunk is read
     return total / tokens
 
 
