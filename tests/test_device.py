@@ -47,9 +47,9 @@ def test_the_pretend_device_tells_when_the_host_waits(wait):
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("vocab_sample, memory, launches", [
-    (0, 8 * 10**9, 2.5), (1024, 8 * 10**9, 3.5), (0, 25 * 10**6, 16), (1024, 8 * 10**5, 45)])
+    (0, 8 * 10**9, 2.5), (1024, 8 * 10**9, 3), (0, 10**8, 16), (1024, 2 * 10**7, 9)])
 def test_the_sweep_is_few_launches_a_token_and_waits_once_a_chunk(vocab_sample, memory, launches, size):
-    """A step takes many tokens: with 8 GB 2 to 3 launches a token, with little memory 10 to 42."""
+    """A step takes many tokens: with 8 GB 2 to 3 launches a token, with little memory 7 to 15."""
     layer, told = random_layer(n=16, tokens=80, vocab=12576), []
     simplices = torch.combinations(torch.arange(16), size)[::4**(size - 1)]
     here = fast_barriers(layer, simplices, mathx.sample_vocabulary(layer, vocab_sample))
@@ -73,7 +73,8 @@ def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size, 
     """Steps of many tokens, too."""
     memory = 12 * 10**6
     layer = converted(random_layer(**dict(n=8, tokens=400, vocab=500) | shape), torch.float32)
-    simplices = torch.combinations(torch.arange(len(layer.experts.gate)), size)[:780]
+    simplices = torch.combinations(torch.arange(len(layer.experts.gate)), size)
+    simplices = simplices[::1 + len(simplices) // 780]
     with Accelerator():
         there = converted(layer, "fake")
     with LiveBytes(there) as count, Accelerator():

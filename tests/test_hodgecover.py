@@ -55,7 +55,7 @@ def test_the_work_tells_of_its_progress():
     seen = []
     hodgecover.measure_layer(random_layer(), Settings(), tick=seen.append)
     assert len(seen) > 1 and seen == sorted(seen) and seen[-1] == pytest.approx(1)
-    assert min(seen) <= 0.5
+    assert min(seen) <= 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -370,6 +370,7 @@ def test_the_defaults_are_the_papers():
     (dict(alpha=math.nan), "alpha nan"), (dict(alpha=math.inf), "alpha inf: must be a finite number"),
     (dict(lambda_triangle=-1), "lambda_triangle -1"), (dict(max_triangles=-1), "max_triangles -1"),
     (dict(thresholds=1), "thresholds 1"), (dict(seed=-1), "seed -1"), (dict(vocab_sample=-1), "vocab_sample -1"),
+    (dict(vocab_sample=1), "vocab_sample 1: must be 0 or 2 and more"),
     (dict(seed=2**63), "seed 9223372036854775808"),
     (dict(order="random:SEED"), "order random:SEED"), (dict(order="index "), "order index : must be"),
     (dict(order="random:-1"), "order random:-1: must be"), (dict(margin=-1), "margin -1"),

@@ -8,13 +8,14 @@ import hodgecover
 import mathx
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, refuse
 from hodgecover import MoELayer
 from hypothesis import strategies as st
 from model_io import Experts, Model
 from safetensors.torch import load_file
-from strategies import (NO_TRIANGLES, PAIRS, SEEDS, converted, cover_problems, fast_barriers, given, kl_by_hand,
-                        kl_of_logit_change, layers, normal, output_by_hand, plain_barriers, random_layer, uniform)
+from strategies import (NO_TRIANGLES, PAIRS, SEEDS, TRIPLES, converted, cover_problems, fast_barriers, given,
+                        kl_by_hand, kl_of_logit_change, layers, normal, output_by_hand, plain_barriers,
+                        random_layer, uniform)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,10 +65,27 @@ def test_blocks_of_a_large_vocabulary_change_nothing(monkeypatch):
     expected = plain_barriers(layer, pairs)
     monkeypatch.setattr(mathx, "CACHE_BYTES", 1)
     torch.testing.assert_close(fast_barriers(layer, pairs), expected, rtol=1e-9, atol=1e-15)
-    widths = [delta.shape[-1] for _, delta in mathx.changed_logits(
-        torch.ones(1, 2, 3), torch.ones(600, 3), torch.zeros(1, 600), torch.zeros(1, 4, 3).long(),
-        torch.zeros(1, 4, 3), 1)]
-    assert widths == [256, 256, 88]
+    blocks = mathx.changed_logits(torch.zeros(1, 600), torch.ones(1, 2, 600), torch.zeros(1, 4, 3).long(),
+                                  torch.zeros(1, 4, 3), numbers=1)
+    assert [delta.shape[-1] for _, delta in blocks] == [256, 256, 88]
+
+
+@pytest.mark.parametrize("vocab_sample", [0, 9])
+def test_tables_that_one_sweep_keeps_serve_the_next(monkeypatch, vocab_sample):
+    """All of them, or as many as half of the memory holds; the barriers are the same."""
+    layer, triples = random_layer(vocab=200), torch.tensor(TRIPLES[7])
+    sample = mathx.sample_vocabulary(layer, vocab_sample)
+    expected = fast_barriers(layer, triples, sample)
+    for memory in (10**9, 10**5):
+        kept = {}
+        fast_barriers(layer, torch.tensor(PAIRS[7]), sample, memory=memory, kept=kept)
+        size = sum(tables.logits.nbytes + tables.gram.nbytes for tables in kept.values())
+        assert kept and size <= memory / 2
+        torch.testing.assert_close(fast_barriers(layer, triples, sample, memory=memory, kept=kept), expected)
+    kept = {}
+    fast_barriers(layer, torch.tensor(PAIRS[7]), sample, kept=kept)
+    monkeypatch.setattr(mathx, "read_tables", refuse)
+    torch.testing.assert_close(fast_barriers(layer, triples, sample, kept=kept), expected)
 
 
 @pytest.mark.parametrize("pair", [(0, 1), (2, 5), (3, 6)])
@@ -201,18 +219,19 @@ def test_the_sweep_takes_the_memory_that_it_may_and_no_more(vocab_sample, size, 
     """Whatever the tensors are: wide experts, a large vocabulary, many experts."""
     memory = 12 * 10**6
     layer = converted(random_layer(**dict(n=8, tokens=400, vocab=500) | shape), torch.float32)
-    simplices = torch.combinations(torch.arange(len(layer.experts.gate)), size)[:780]
+    simplices = torch.combinations(torch.arange(len(layer.experts.gate)), size)
+    simplices = simplices[::1 + len(simplices) // 780]
     with LiveBytes(layer) as count:
         sample = mathx.sample_vocabulary(layer, vocab_sample, memory=memory)
         fast_barriers(layer, simplices, sample, memory=memory)
     assert memory / 4 < count.peak < memory
 
 
-def test_a_chunk_takes_the_tokens_that_three_quarters_of_the_memory_hold_and_at_least_one():
-    layer, pairs = random_layer(), hodgecover.edges(7)
+def test_a_chunk_takes_the_tokens_that_a_third_of_the_memory_holds_and_at_least_one():
+    layer = random_layer()
 
     def at_once(memory: float) -> int:
-        return mathx.tokens_at_once(layer, mathx.touching(pairs, layer.gates), None, int(memory))
+        return mathx.tokens_at_once(layer, None, int(memory))
     one = 10**12 / at_once(10**12)  # memory for each token
     assert [at_once(one * count) for count in (0.5, 1.9, 2.1, 9.9)] == [1, 1, 2, 9]
 
