@@ -172,6 +172,15 @@ def test_barriers_of_lesser_precision_stay_near(dtype, bound, scale):
     torch.testing.assert_close(fast_barriers(low, torch.tensor(PAIRS[7])), exact, rtol=bound, atol=0)
 
 
+def test_distributions_are_read_out_in_float32_of_a_layer_in_bfloat16():
+    """1e-5: float32's rounding of logits of some 10; bfloat16's would be 0.05."""
+    layer = converted(random_layer(), torch.bfloat16)
+    exact = mathx.log_readout(converted(layer, torch.float64), 10**9)
+    log_p = mathx.log_readout(layer, 10**4)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.double(), exact, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("vocab_sample, bound", [(0, 0.999), (64, 0.99)])
 def test_bfloat16_and_samples_rank_edges_as_float64_does(vocab_sample, bound):
     layer, pairs = random_layer(n=12, k=3, tokens=300, vocab=400), torch.combinations(torch.arange(12))
