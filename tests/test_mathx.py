@@ -146,18 +146,29 @@ def test_overflow_in_float32_is_read_out_carefully():
     torch.testing.assert_close(fast_barriers(loud, pairs), exact, rtol=1e-4, atol=0)
 
 
+def cancelled_stream(layer: MoELayer, left: float) -> MoELayer:
+    """A layer of which all tokens use all experts, with a stream y of which the merge of 0 and 1 leaves a share."""
+    first, second = (layer.experts(e, layer.x) for e in (0, 1))
+    change = (layer.gates[:, :1] - layer.gates[:, 1:2]) / 2 * (second - first)
+    return layer._replace(y=-(1 + left) * change)
+
+
 @pytest.mark.parametrize("left", [1e-1, 1e-3, 1e-6, 0.0])
 def test_a_merge_that_cancels_the_stream(left):
-    """y is what the merge of 0 and 1 takes away, but for a share: rms(y_S) falls to sqrt(eps). The growth of |y|^2 is
-    then known to 1e-16 of |y|^2, which is 1e-11 of what is left with eps."""
-    layer = random_layer(tokens=6, k=7)
-    gates, outputs = layer.gates, [layer.experts(e, layer.x) for e in (0, 1)]
-    change = (gates[:, :1] - gates[:, 1:2]) / 2 * (outputs[1] - outputs[0])  # all tokens use both
-    cancelled = layer._replace(y=-(1 + left) * change)
-    pairs = torch.tensor(PAIRS[7])
-    plain = plain_barriers(cancelled, pairs)
+    """rms(y_S) falls to sqrt(eps). The growth of |y|^2 is then known to 1e-16 of |y|^2, which is 1e-11 of what is left
+    with eps."""
+    layer, pairs = cancelled_stream(random_layer(tokens=6, k=7), left), torch.tensor(PAIRS[7])
+    plain = plain_barriers(layer, pairs)
     assert plain[0] > 0.1
-    torch.testing.assert_close(fast_barriers(cancelled, pairs), plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(fast_barriers(layer, pairs), plain, rtol=1e-6, atol=0)
+
+
+def test_rounding_leaves_no_negative_mean_square():
+    """Of a large stream in float32, cancelled, the rounding error of the growth exceeds eps."""
+    layer = random_layer(k=7)
+    layer.experts.down.mul_(1e3)
+    layer = cancelled_stream(converted(layer, torch.float32), 0.0)
+    assert fast_barriers(layer, torch.tensor(PAIRS[7])).isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
