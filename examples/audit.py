@@ -211,12 +211,12 @@ def run(args: argparse.Namespace) -> None:
     cache = common.barrier_cache(model, args)
     ids = common.calibration_ids(model, args)
     if args.end_to_end:
-        wide = Model(args.checkpoint, hodgecover.choose_dtype(args.dtype, args.device, "model"), args.device)
+        wide = Model(args.checkpoint, model_io.choose_dtype(args.dtype, args.device, "model"), args.device)
         few = ids[:, :max(2, args.end_to_end // len(ids))]
         found = list(end_to_end(wide, few, settings))
         print(f"\nLens against the end of the model, on {few.numel()} tokens")
         print_table(("layer", "Spearman of edges"), [(index, f"{rho:.3f}") for index, rho in found])
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     layers = hodgecover.sparse_layers(model)
     audits = {}
     for index, signals in hodgecover.measure_model(model, ids, settings, layers, cache, args.memory, bar):

@@ -135,7 +135,7 @@ def command_line() -> hodgecover.Parser:
     parser = common.command_line(__file__, __doc__, out=False, text=0, source=True, seed=False, memory=False)
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="held-out text: UTF-8, or .jsonl with "
                         "a text field on each line")
-    parser.add_argument("--seq-len", metavar="L", type=int, default=hodgecover.SEQ_LEN,
+    parser.add_argument("--seq-len", metavar="L", type=int, default=512,
                         help="tokens per sequence [%(default)s]")
     parser.add_argument("--max-tokens", metavar="N", type=int, help="tokens of the text to predict [all]")
     parser.add_argument("--sample", metavar="N", type=int, default=24, help="tokens to sample; 0: none [%(default)s]")
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     ids = read_text(source, args.text, args.seq_len, args.max_tokens)
     prompt = ids[0, :PROMPT]
 
-    found = common.compare(source, output, ids, bar := hodgecover.progress_bar())
+    found = common.compare(source, output, ids, bar := model_io.progress_bar())
     bar(None)
     print(*table(source, output, found), sep="\n")
     print(f"on {ids.numel():,} tokens of {args.text.name}, in sequences of {args.seq_len}, "
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sample:
         print(f"\nprompt: {decoded(source, prompt.tolist())!r}")
         for name, model in (("source", source), ("output", output)):
-            drawn = sample(model, prompt, args.sample, args.seed, bar := hodgecover.progress_bar())
+            drawn = sample(model, prompt, args.sample, args.seed, bar := model_io.progress_bar())
             bar(None)
             print(f"{name}: {decoded(model, drawn)!r}", flush=True)
 

@@ -36,7 +36,8 @@ import heapr
 import hodgecover
 import model_io
 import torch
-from hodgecover import RECORD, Tick
+from hodgecover import Tick
+from model_io import RECORD
 from model_io import InputError, Model
 from torch.nn import functional
 
@@ -118,12 +119,12 @@ def cut(model: Model, args: argparse.Namespace) -> None:
     except InputError as err:
         raise InputError(f"slice: {err}") from None
     path = model.checkpoint.path / RECORD
-    history = hodgecover.read_history(path) if path.exists() else []
+    history = model_io.read_history(path) if path.exists() else []
     if not any(isinstance(entry, dict) and entry.get("command") == COMMAND for entry in history):
         hodgecover.warn(f"{model.checkpoint.path}: its record has no {COMMAND}, so that its experts may be in no "
                         "order; cutting all the same")
-    entry = hodgecover.record_entry(COMMAND, {"keep": keep, "width": width}, None, (), source=model)
-    write_slice(model, keep, width, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
+    entry = model_io.record_entry(COMMAND, {"keep": keep, "width": width}, None, (), source=model)
+    write_slice(model, keep, width, args.out, {RECORD: model_io.record_bytes(model.checkpoint, entry)})
 
 
 def order(model: Model, args: argparse.Namespace) -> None:
@@ -133,15 +134,15 @@ def order(model: Model, args: argparse.Namespace) -> None:
     if args.plan:
         settings |= {"experts": "plan", "plan_sha256": hashlib.sha256(args.plan.read_bytes()).hexdigest()}
     ids = common.calibration_ids(model, args)
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     orders = dict(measure(model, ids, plans, bar))
     bar(None)
     layers = [{"layer": model.layer_names.index(name), "name": name, "order": found.experts}
               for name, found in orders.items()]
     for layer in layers:
         print(f"layer {layer['layer']}: experts {' '.join(map(str, layer['order'][:8]))} ...")
-    entry = hodgecover.record_entry(COMMAND, settings, ids, args.calib, source=model) | {"layers": layers}
-    write_ordered(model, orders, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
+    entry = model_io.record_entry(COMMAND, settings, ids, args.calib, source=model) | {"layers": layers}
+    write_ordered(model, orders, args.out, {RECORD: model_io.record_bytes(model.checkpoint, entry)})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         common.refuse_given(command_line(), args, unused, "--slice")
     model = common.open_model(args.checkpoint, args)
     hodgecover.sparse_layers(model)
-    hodgecover.check_out(model, args.out)
+    model_io.check_out(model, args.out)
     (cut if args.slice else order)(model, args)
     common.show_output(model, args.out)
 

@@ -30,7 +30,7 @@ PARTS = ("gradient", "curl", "harmonic")
 
 def read_entry(path: Path) -> dict:
     """The last entry of a record's history. Raises InputError if it holds no plan."""
-    history = hodgecover.read_history(path)
+    history = model_io.read_history(path)
     try:
         entry = history[-1]
         entry["layers"][0]["survivors"], entry["settings"]["keep"]

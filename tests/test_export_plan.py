@@ -11,7 +11,7 @@ import hodgecover
 import pytest
 import torch
 from conftest import PROSE, QUICK, assert_refused, contents, named, record, refuse, run, with_tokenizer
-from hodgecover import RECORD
+from model_io import RECORD
 from model_io import Model
 
 

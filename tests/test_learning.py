@@ -16,7 +16,8 @@ import pytest
 import three_cycle
 import torch
 from conftest import QUICK, assert_refused, named, refuse, run
-from hodgecover import RECORD, Settings
+from hodgecover import Settings
+from model_io import RECORD
 from model_io import InputError, Model
 from safetensors.torch import load_file
 

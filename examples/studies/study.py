@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
     cells = [dict(model=path.name, table=args.table, line=line, column=column, seed=seed)
              for line in lines for column in columns for seed in range(args.samples)]
     missing = [cell for cell in cells if tuple(cell.values()) not in done]
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     with args.results.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, report.Row._fields, lineterminator="\n")
         if not file.tell():
