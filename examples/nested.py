@@ -68,7 +68,7 @@ def best_first(score: torch.Tensor, sides: set[int] = set()) -> torch.Tensor:
     return units
 
 
-def measure(model: Model, ids: torch.Tensor, plans: dict[str, dict] | None = None,
+def measure(model: Model, ids: torch.Tensor, plans: dict[str, hodgecover.Plan] | None = None,
             tick: Tick = lambda share: None) -> Iterator[tuple[str, Order]]:
     """Yield (name, order) of each sparse layer, from one forward pass over ids (B, L). The experts' orders are those of
     plans by layer name, REAP's if there are none. Raises InputError for scores that are not finite."""
@@ -79,7 +79,7 @@ def measure(model: Model, ids: torch.Tensor, plans: dict[str, dict] | None = Non
         score = heapr.settled(heapr.camera(step), experts, step.name)
         units = best_first(score, sides)
         best = baselines.descending(hodgecover.reap_saliency(experts, step.x, step.gates))
-        yield step.name, Order(plans[step.name]["order"] if plans else best, units)
+        yield step.name, Order(plans[step.name].order if plans else best, units)
 
 
 def write_ordered(model: Model, orders: dict[str, Order], out: Path, files: dict[str, bytes]) -> None:
