@@ -68,7 +68,7 @@ def test_routing_is_that_of_the_text(small, capsys):
     said = evaluated(capsys, small, output)
     entropies, dead = [], []
     for model in (Model(small, torch.float64), Model(output, torch.float64)):
-        ids = model_io.sequences(model.encode([PROSE]), 32)
+        ids = model_io.sequences(model.encode([PROSE]), 32)[[0, 17, 35]]
         n, of_layer, unused = model.config.num_experts, [], 0
         for step in model.stream(ids):
             counts = [(step.gates[:, e] > 0).sum().item() for e in range(n)]
