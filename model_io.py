@@ -614,9 +614,11 @@ def cause(path: Path, err: BaseException) -> object:
 def beside(path: str | os.PathLike, suffix: str) -> Path:
     """Return the default place of what is made of a checkpoint: its path with a suffix; of a repository in the cache of
     the Hugging Face hub, whose folders are not ours to write in, its name with the suffix in the current folder."""
-    whole = os.path.abspath(path)
-    repository = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots(?:/|$)", Path(whole).as_posix())
-    return Path(os.path.abspath((repository[1] if repository else whole) + suffix))
+    place = os.path.abspath(path)
+    repository = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots(?:/|$)", Path(place).as_posix())
+    if repository:
+        place = repository[1]
+    return Path(os.path.abspath(place + suffix))
 
 
 def read_json(path: Path) -> dict:
@@ -642,8 +644,10 @@ class TensorInfo(NamedTuple):
 
     def range(self, row: int | None = None) -> tuple[int, int]:
         """Return the byte range of one row of the first dimension (None: of the whole tensor)."""
-        size = (self.end - self.start) // (self.shape[0] if row is not None else 1)
-        return self.start + size * (row or 0), self.start + size * ((row or 0) + 1)
+        if row is None:
+            return self.start, self.end
+        size = (self.end - self.start) // self.shape[0]
+        return self.start + size * row, self.start + size * (row + 1)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -657,8 +661,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except (OSError, ValueError, RecursionError, SafetensorError) as err:
         raise InputError(f"{path}: not a readable safetensors file ({cause(path, err)})") from None
     header.pop("__metadata__", None)
-    infos = {name: TensorInfo(path.name, of["dtype"], of["shape"], *(8 + length + at for at in of["data_offsets"]))
-             for name, of in sorted(header.items(), key=lambda item: item[1]["data_offsets"])}
+    infos = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]  # after the 8 bytes of the length, and the header
+        start, end = 8 + length + start, 8 + length + end
+        infos[name] = TensorInfo(path.name, entry["dtype"], entry["shape"], start, end)
     return infos, metadata
 
 
@@ -671,14 +678,17 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise InputError(f"{self.path}: not a folder; expected one with config.json and safetensors weights")
+        require(self.path.is_dir(),
+                f"{self.path}: not a folder; expected one with config.json and safetensors weights")
         self.raw_config = read_json(self.path / "config.json")
         self.sharded = not (self.path / WEIGHTS).is_file()
         self.tensors, self.metadata, self._fingerprint = {}, {}, None
-        for file in self._shards() if self.sharded else [WEIGHTS]:
+        files = self._shards() if self.sharded else [WEIGHTS]
+        for file in files:
             infos, self.metadata[file] = read_header(self.path / file)
-            for name in infos.keys() & self.tensors.keys():
+            twice = infos.keys() & self.tensors.keys()
+            if twice:
+                name = min(twice)
                 raise InputError(f"{self.path}: {name} is in {self.tensors[name].file} and in {file}")
             self.tensors |= infos
         self.weights = {name: info for name, info in self.tensors.items() if not name.endswith(SCALE)}
@@ -686,16 +696,15 @@ class Checkpoint:
     def _shards(self) -> list[str]:
         """Return the names of the shards that the index lists."""
         path = self.path / INDEX
-        if not path.is_file():
-            raise InputError(f"{self.path}: no weights; expected {WEIGHTS} or {INDEX}")
+        require(path.is_file(), f"{self.path}: no weights; expected {WEIGHTS} or {INDEX}")
         index = read_json(path)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata") or {}, dict):
-            raise InputError(f"{path}: no weight_map, or metadata that is no object")
+        weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
+        require(isinstance(weight_map, dict) and weight_map and isinstance(metadata, dict),
+                f"{path}: no weight_map, or metadata that is no object")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
-            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-                raise InputError(f"{path}: {file!r} is not the name of a safetensors file in the folder")
+            require(re.fullmatch(r"[\w-][\w.-]*\.safetensors", file),
+                    f"{path}: {file!r} is not the name of a safetensors file in the folder")
         return files
 
     def load(self, name: str, row: int | list[int] | None = None, as_stored: bool = False) -> torch.Tensor:
@@ -703,30 +712,34 @@ class Checkpoint:
         times its scales, bfloat16, unless `as_stored` (no activation is quantised, as FP8 kernels do). Read rather than
         mapped, so that no page of a file stays in this process's memory. Raises InputError for a tensor that is
         missing, of no floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
-        if name not in self.tensors:
-            raise InputError(f"{self.path}: the weights have no tensor {name!r}")
-        info, rows = self.tensors[name], row if isinstance(row, list) else [row]
-        path, shape, dtype = self.path / info.file, info.shape, STORED.get(info.dtype)
-        there = row is None or info.dtype != FP8 and all(at in range((shape or [0])[0]) for at in rows)
-        if not dtype or not there:
-            raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
-                             f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
-        wanted = shape if row is None else [len(rows), *shape[1:]] if row is rows else shape[1:]
-        out = torch.empty(wanted, dtype=dtype)
+        require(name in self.tensors, f"{self.path}: the weights have no tensor {name!r}")
+        info = self.tensors[name]
+        path, shape = self.path / info.file, info.shape
+        rows = row if isinstance(row, list) else [row]
+        first = shape[0] if shape else 0
+        readable = row is None or (info.dtype != FP8 and all(at in range(first) for at in rows))
+        require(info.dtype in STORED and readable,
+                f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
+                f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
+
+        # The whole tensor, one row without its first dimension, or a stack of rows.
+        if row is rows:
+            shape = [len(rows), *shape[1:]]
+        elif row is not None:
+            shape = shape[1:]
+        tensor = torch.empty(shape, dtype=STORED[info.dtype])
+        as_bytes = tensor.view(len(rows), -1).view(torch.uint8).numpy()
         with open(path, "rb") as file:
-            for part, (start, end) in zip(out.view(len(rows), -1).view(torch.uint8).numpy(), map(info.range, rows)):
+            for buffer, at in zip(as_bytes, rows):
+                start, end = info.range(at)
                 file.seek(start)
-                if file.readinto(part) != end - start:
-                    raise InputError(f"{path}: ends within {name}")
+                require(file.readinto(buffer) == end - start, f"{path}: ends within {name}")
         if info.dtype != FP8 or as_stored:
-            return out
-        if not (scale := self.load(name + SCALE).float()).isfinite().all():
-            raise InputError(f"{path}: {name}{SCALE} has NaN or infinity in it")
-        high, wide = map(min, quantisation(self.raw_config)["weight_block_size"] or shape, shape)  # of a whole block
-        values = FP8_VALUES.index_select(0, out.flatten().view(torch.uint8).int()).view(shape)
-        for rows, own in zip(values.split(high), scale.view(-1, -(-shape[1] // wide))):
-            rows.mul_(own.repeat_interleave(wide)[:shape[1]])
-        return values.bfloat16()
+            return tensor
+        scale = self.load(name + SCALE).float()
+        require(scale.isfinite().all(), f"{path}: {name}{SCALE} has NaN or infinity in it")
+        block = quantisation(self.raw_config)["weight_block_size"] or shape
+        return dequantised(tensor, scale, block)
 
     def nbytes(self) -> int:
         """Return the size of the weight files."""
@@ -739,9 +752,23 @@ class Checkpoint:
                 return hashlib.file_digest(opened, "sha256").hexdigest()
         if self._fingerprint is None:
             with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter's lock
-                listed = json.dumps(list(zip(self.metadata, threads.map(digest, self.metadata)))).encode()
-            self._fingerprint = hashlib.sha256(listed + (self.path / "config.json").read_bytes()).hexdigest()
+                digests = list(threads.map(digest, self.metadata))
+            listed = json.dumps(list(zip(self.metadata, digests))).encode()
+            config = (self.path / "config.json").read_bytes()
+            self._fingerprint = hashlib.sha256(listed + config).hexdigest()
         return self._fingerprint
+
+
+def dequantised(tensor: torch.Tensor, scale: torch.Tensor, block: list[int]) -> torch.Tensor:
+    """Return an FP8 matrix times its scales, one a block, (height, width) each, in bfloat16."""
+    rows, columns = tensor.shape
+    height, width = min(block[0], rows), min(block[1], columns)
+    numbers = tensor.flatten().view(torch.uint8).int()
+    values = FP8_VALUES.index_select(0, numbers).view(rows, columns)
+    scale = scale.view(-1, -(-columns // width))  # a row for each row of blocks
+    for rows_of_block, scales in zip(values.split(height), scale):
+        rows_of_block.mul_(scales.repeat_interleave(width)[:columns])
+    return values.bfloat16()
 
 
 # ---------------------------------------------------------------------------------------------------- checking
@@ -749,13 +776,19 @@ class Checkpoint:
 def value_of(text: dict, key: str, kind: type, default: float | None = None):
     """Return text[key], or default if absent or null. Raises InputError if there is neither, if the value is not of the
     `kind`, and for a number that is not above 0, below 2^31 if it is whole, else below 3e38."""
-    value = text.get(key) if text.get(key) is not None else default
-    fits = kind is bool or isinstance(value, (int, kind)) and 0 < value < (2**31 if kind is int else 3e38)
-    if fits and isinstance(value, bool) == (kind is bool):
-        return value
-    what = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
-    says = f"the key {key!r} is missing" if value is None else f"{key} is {value!r}; it must be {what}"
-    raise InputError(f"config.json: {says}")
+    value = text.get(key)
+    if value is None:
+        value = default
+    require(value is not None, f"config.json: the key {key!r} is missing")
+    if kind is bool:
+        fits, what = isinstance(value, bool), "true or false"
+    elif kind is int:
+        fits, what = isinstance(value, int) and 0 < value < 2**31, "a positive whole number"
+    else:
+        fits, what = isinstance(value, (int, float)) and 0 < value < 3e38, "a positive number"
+    fits = fits and isinstance(value, bool) == (kind is bool)  # True is an int to Python
+    require(fits, f"config.json: {key} is {value!r}; it must be {what}")
+    return value
 
 
 def read_config(raw: dict) -> Config:
