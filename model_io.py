@@ -791,17 +791,21 @@ def value_of(text: dict, key: str, kind: type, default: float | None = None):
     return value
 
 
+FLAT_CONFIG = "config.json: text_config and rope_parameters must be JSON objects, the latter a flat one"
+
+
 def read_config(raw: dict) -> Config:
     """Return the Config of the object in `config.json` (the key names of transformers 4 and 5; a nested `text_config`).
     Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind."""
     kind = str(raw.get("model_type"))
-    if not (family := FAMILIES.get(kind)):
-        raise InputError(f"config.json: model_type {kind!r} is not supported{REFUSED.get(kind, '')}; supported: "
-                         f"{', '.join(FAMILIES)}")
+    require(kind in FAMILIES, f"config.json: model_type {kind!r} is not supported{REFUSED.get(kind, '')}; supported: "
+            f"{', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     text = raw.get("text_config") or raw
-    rope = isinstance(text, dict) and (text.get("rope_scaling") or text.get("rope_parameters") or {})
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise InputError("config.json: text_config and rope_parameters must be JSON objects, the latter a flat one")
+    require(isinstance(text, dict), FLAT_CONFIG)
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    require(isinstance(rope, dict), FLAT_CONFIG)
+    require(not any(isinstance(value, dict) for value in rope.values()), FLAT_CONFIG)
     refuse_unsupported(raw, text, rope)
     whole, number = partial(value_of, text, kind=int), partial(value_of, text | rope, kind=float)
 
@@ -810,30 +814,52 @@ def read_config(raw: dict) -> Config:
 
     def of_experts(key: str) -> int:
         return 0 if family.dense else whole(key)
+
+    # The heads of the attention, and how much of each rotates.
     num_heads = whole("num_attention_heads")
     head_dim = whole("head_dim", default=whole("hidden_size") // num_heads)
-    factor = family.partial_rotary_factor  # other families rotate the whole head, whatever the configuration says
-    rotary_dim = int(head_dim * number("partial_rotary_factor", default=factor)) if factor else head_dim
+    rotary_dim = head_dim  # whatever the configuration says
+    if family.partial_rotary_factor:
+        rotary_dim = int(head_dim * number("partial_rotary_factor", default=family.partial_rotary_factor))
+    biased = ""
+    if kind == "qwen2_moe":
+        if value_of(text, "qkv_bias", bool, True):
+            biased = "qkv"
+    elif value_of(text, "attention_bias", bool, False):
+        biased = "qkvo"
+
     eos = text.get("eos_token_id", raw.get("eos_token_id"))
+    if isinstance(eos, list):
+        eos = eos[0] if eos else None
+    tied = [value_of(config, "tie_word_embeddings", bool, False) for config in (raw, text)]
+    renormalised = family.always_renormalised or value_of(text, "norm_topk_prob", bool, family.norm_topk_prob)
     config = Config(
-        model_type=kind, vocab_size=whole("vocab_size"), hidden_size=whole("hidden_size"), num_heads=num_heads,
-        num_layers=whole("num_hidden_layers"), num_kv_heads=whole("num_key_value_heads", default=num_heads),
-        head_dim=head_dim, rotary_dim=rotary_dim, rope_theta=number("rope_theta", default=family.rope_theta),
-        rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps), clip_qkv=optional("clip_qkv", float),
-        num_experts=of_experts(expert_count_keys(text)[0]), expert_width=of_experts(family.width_key),
-        top_k=of_experts("num_experts_per_tok"), dense_width=optional("intermediate_size", int),
+        model_type=kind,
+        vocab_size=whole("vocab_size"),
+        hidden_size=whole("hidden_size"),
+        num_layers=whole("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=whole("num_key_value_heads", default=num_heads),
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        rope_theta=number("rope_theta", default=family.rope_theta),
+        rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps),
+        num_experts=of_experts(expert_count_keys(text)[0]),
+        expert_width=of_experts(family.width_key),
         shared_width=optional("shared_expert_intermediate_size", int),
-        norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, family.norm_topk_prob),
-        tie_word_embeddings=any(value_of(each, "tie_word_embeddings", bool, False) for each in (raw, text)),
-        eos_token_id=(eos or [None])[0] if isinstance(eos, list) else eos,
+        dense_width=optional("intermediate_size", int),
+        top_k=of_experts("num_experts_per_tok"),
+        norm_topk_prob=renormalised,
+        tie_word_embeddings=any(tied),
+        eos_token_id=eos,
         max_positions=optional("max_position_embeddings", int),
+        clip_qkv=optional("clip_qkv", float),
         linear_key_heads=whole("linear_num_key_heads", default=16),
         linear_key_head_dim=whole("linear_key_head_dim", default=128),
         linear_value_heads=whole("linear_num_value_heads", default=32),
         linear_value_head_dim=whole("linear_value_head_dim", default=128),
         linear_conv_width=whole("linear_conv_kernel_dim", default=4),
-        biased="qkv" * value_of(text, "qkv_bias", bool, True) if kind == "qwen2_moe" else
-        "qkvo" * value_of(text, "attention_bias", bool, False))
+        biased=biased)
     check_config(config)
     return config
 
@@ -842,130 +868,165 @@ def layer_configs(raw: dict, config: Config, names: list[str]) -> list[Config]:
     """Return the Config of each layer by the object in `config.json`: of the decoder's whether they have experts, and
     linear attention, and how many experts and how wide (`per_layer_config`). Raises InputError for another form."""
     text, family = raw.get("text_config") or raw, FAMILIES[config.model_type]
-    dense, kinds, own = text.get("mlp_only_layers") or [], text.get("layer_types"), text.get("per_layer_config") or {}
-    sparse_step, full_step = (value_of(text, key, int, default) for key, default in (
-        ("decoder_sparse_step", 1), ("full_attention_interval", 4)))
-    places, keys = range(config.num_layers), {"num_experts", "num_local_experts", family.width_key}
-    for fits, says in (
-            (isinstance(dense, list), f"mlp_only_layers is {dense!r}; it must be a list"),
-            (not kinds or isinstance(kinds, list) and len(kinds) == len(places), "layer_types must be a list of all"),
-            (isinstance(own, dict) and all(re.fullmatch(r"\d{1,9}", i) and int(i) in places and isinstance(of, dict)
-                                           and of.keys() <= keys for i, of in own.items()),
-             f"per_layer_config must have an object for each of some layers, of {', '.join(sorted(keys))}")):
-        if not fits:
-            raise InputError(f"config.json: {says}")
-    own, configs = {int(i): of for i, of in own.items()}, []
-    for i in places:
-        sparse = not family.dense and not (family.dense_layers and (i in dense or (i + 1) % sparse_step))
-        recurrent = kinds[i] != "full_attention" if kinds else (i + 1) % full_step > 0
-        configs.append(replace(config, sparse=sparse, recurrent=recurrent and family.recurrent_layers))
-        if of := own.get(i):
-            n = value_of(of, expert_count_keys(of)[0], int, config.num_experts)
-            f = value_of(of, family.width_key, int, config.expert_width)
-            configs[i] = replace(configs[i], num_experts=n, expert_width=f)
-            check_config(configs[i])
-    return configs + [config] * (len(names) - len(places))
+    count = config.num_layers
+    dense = text.get("mlp_only_layers") or []
+    mixers = text.get("layer_types")
+    per_layer = text.get("per_layer_config") or {}
+    sparse_step = value_of(text, "decoder_sparse_step", int, 1)
+    full_step = value_of(text, "full_attention_interval", int, 4)
+    require(isinstance(dense, list), f"config.json: mlp_only_layers is {dense!r}; it must be a list")
+    require(not mixers or (isinstance(mixers, list) and len(mixers) == count),
+            "config.json: layer_types must be a list of all")
+    check_per_layer(per_layer, count, {"num_experts", "num_local_experts", family.width_key})
+
+    per_layer = {int(index): layer for index, layer in per_layer.items()}  # "07" is a stranger's 7
+    configs = []
+    for i in range(count):
+        sparse = not family.dense
+        if family.dense_layers:
+            sparse = i not in dense and (i + 1) % sparse_step == 0
+        recurrent = (i + 1) % full_step > 0
+        if mixers:
+            recurrent = mixers[i] != "full_attention"
+        of_layer = replace(config, sparse=sparse, recurrent=recurrent and family.recurrent_layers)
+        if layer := per_layer.get(i):
+            n = value_of(layer, expert_count_keys(layer)[0], int, config.num_experts)
+            width = value_of(layer, family.width_key, int, config.expert_width)
+            of_layer = replace(of_layer, num_experts=n, expert_width=width)
+            check_config(of_layer)
+        configs.append(of_layer)
+    return configs + [config] * (len(names) - count)
+
+
+def check_per_layer(per_layer: object, count: int, keys: set[str]) -> None:
+    """Raise InputError unless `per_layer_config` has objects of these keys for some of `count` layers."""
+    says = f"config.json: per_layer_config must have an object for each of some layers, of {', '.join(sorted(keys))}"
+    require(isinstance(per_layer, dict), says)
+    for index, layer in per_layer.items():
+        require(re.fullmatch(r"\d{1,9}", index) and int(index) < count, says)
+        require(isinstance(layer, dict) and layer.keys() <= keys, says)
 
 
 def check_config(config: Config) -> None:
     """Raise InputError if two values of the configuration do not fit together."""
-    eos, rotary = config.eos_token_id, config.rotary_dim
-    for fits, says in (
-            (eos is None or eos in range(config.vocab_size),
-             f"eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}"),
-            (rotary % 2 == 0 and rotary <= config.head_dim,
-             f"{rotary} of the {config.head_dim} dimensions of a head rotate; it must be an even number of them"),
-            (config.top_k <= config.num_experts,
-             f"num_experts_per_tok {config.top_k} is above {config.num_experts} experts"),
-            (config.num_heads % config.num_kv_heads == 0,
-             f"num_key_value_heads is {config.num_kv_heads}; it must divide {config.num_heads}"),
-            (config.linear_value_heads % config.linear_key_heads == 0,
-             f"linear_num_key_heads is {config.linear_key_heads}; it must divide {config.linear_value_heads}")):
-        if not fits:
-            raise InputError(f"config.json: {says}")
+    eos, rotary, heads = config.eos_token_id, config.rotary_dim, config.num_heads
+    require(eos is None or eos in range(config.vocab_size),
+            f"config.json: eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}")
+    require(rotary % 2 == 0 and rotary <= config.head_dim, f"config.json: {rotary} of the {config.head_dim} "
+            "dimensions of a head rotate; it must be an even number of them")
+    require(config.top_k <= config.num_experts, f"config.json: num_experts_per_tok {config.top_k} is above "
+            f"{config.num_experts} experts")
+    require(heads % config.num_kv_heads == 0,
+            f"config.json: num_key_value_heads is {config.num_kv_heads}; it must divide {heads}")
+    require(config.linear_value_heads % config.linear_key_heads == 0, "config.json: linear_num_key_heads is "
+            f"{config.linear_key_heads}; it must divide {config.linear_value_heads}")
 
 
 def expert_count_keys(text: dict) -> list[str]:
     """Return the key of the expert count, transformers 5's for Qwen3-MoE, or both. Raises InputError if they differ."""
     keys = [key for key in ("num_experts", "num_local_experts") if key in text] or ["num_experts"]
-    if text.get(keys[0]) != text.get(keys[-1]):
-        raise InputError("config.json: num_experts and num_local_experts differ")
+    require(text.get(keys[0]) == text.get(keys[-1]),
+            "config.json: num_experts and num_local_experts differ")
     return keys
 
 
 def quantisation(raw: dict) -> dict:
     """Return the quantization_config of a config.json, at the top or in `text_config`, with its default block size."""
-    found = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config") or {}
-    return {"weight_block_size": [128, 128]} | (found if isinstance(found, dict) else {"quant_method": found})
+    text = raw.get("text_config") or {}
+    quantised = raw.get("quantization_config") or text.get("quantization_config") or {}
+    if not isinstance(quantised, dict):
+        quantised = {"quant_method": quantised}
+    return {"weight_block_size": [128, 128]} | quantised
 
 
 def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
     """Raise InputError for what would give a wrong number: quantised but to FP8, other rope, window or activation."""
     quantised = quantisation(raw)
-    block, method = repr(quantised["weight_block_size"]), ", ".join(
-        str(quantised[key]) for key in ("quant_method", "quant_algo", "format") if key in quantised)
+    said = [str(quantised[key]) for key in ("quant_method", "quant_algo", "format") if key in quantised]
+    method = ", ".join(said)
+    require(method == "fp8" or len(quantised) == 1,
+            f"config.json: quantised weights ({method}); fp8 and plain ones are supported")
+    block = repr(quantised["weight_block_size"])
+    require(re.fullmatch(r"None|\[[1-9]\d*, [1-9]\d*\]", block),
+            f"config.json: weight_block_size {block}: must be 2 above 0")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    require(rope_type == "default", f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
     window = text.get("use_sliding_window") and text.get("sliding_window", "by default") is not None
+    require(not window and "sliding_attention" not in str(text.get("layer_types")),
+            "config.json: a sliding window is in use; only full attention is supported")
     act = text.get("hidden_act", "silu")
-    for found, says in (
-            (method != "fp8" and len(quantised) > 1, f"quantised weights ({method}); fp8 and plain ones are supported"),
-            (not re.fullmatch(r"None|\[[1-9]\d*, [1-9]\d*\]", block), f"weight_block_size {block}: must be 2 above 0"),
-            (rope_type != "default", f"rope type {rope_type!r} is not supported; only 'default' is"),
-            (window or "sliding_attention" in str(text.get("layer_types")),
-             "a sliding window is in use; only full attention is supported"),
-            (act not in ("silu", "swish"), f"hidden_act {act!r} is not supported; only 'silu' is")):
-        if found:
-            raise InputError(f"config.json: {says}")
+    require(act in ("silu", "swish"), f"config.json: hidden_act {act!r} is not supported; only 'silu' is")
 
 
 def find_layers(tensors: Iterable[str], prefix: str, count: int) -> list[str]:
     """Return the names of `count` decoder layers, then of those of a multi-token prediction head. Raises InputError if
     the tensors are of another number of decoder layers."""
-    stored = {match[1] for match in map(re.compile(r"(.*?layers\.\d+)\.").match, tensors) if match}
-    found = sum(name.startswith(f"{prefix}layers.") for name in stored)
-    names = [f"{prefix}layers.{i}" for i in range(min(count, found + 1))]  # a stranger's number may be huge
-    if found != count or not stored.issuperset(names):
-        raise InputError(f"config.json: num_hidden_layers is {count}; the weights have {found} layers")
+    stored = set()
+    for tensor in tensors:
+        match = re.match(r"(.*?layers\.\d+)\.", tensor)
+        if match:
+            stored.add(match[1])
+    decoder = [name for name in stored if name.startswith(f"{prefix}layers.")]
+    names = [f"{prefix}layers.{i}" for i in range(min(count, len(decoder) + 1))]  # a stranger's number may be huge
+    require(len(decoder) == count and stored.issuperset(names),
+            f"config.json: num_hidden_layers is {count}; the weights have {len(decoder)} layers")
     return names + sorted(name for name in stored if name.startswith("mtp."))
 
 
 def mixer_shapes(cfg: Config) -> dict[str, list[int]]:
     """Return the shapes of the weights of a layer's token mixer, by name in the layer without `.weight`."""
     d, family = cfg.hidden_size, FAMILIES[cfg.model_type]
+    shapes = {}
     if cfg.recurrent:
-        value_heads = cfg.linear_value_heads
-        key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, value_heads * cfg.linear_value_head_dim
-        projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * value_heads} if family.by_key_head else {
-            "qkv": 2 * key + value, "z": value, "a": value_heads, "b": value_heads}
-        return {f"linear_attn.in_proj_{part}": [rows, d] for part, rows in projections.items()} \
-            | {"linear_attn.conv1d": [2 * key + value, 1, cfg.linear_conv_width],
-               "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, value]}
+        heads = cfg.linear_value_heads
+        key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, heads * cfg.linear_value_head_dim
+        projections = {"qkv": 2 * key + value, "z": value, "a": heads, "b": heads}
+        if family.by_key_head:
+            projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * heads}
+        for projection, rows in projections.items():
+            shapes[f"linear_attn.in_proj_{projection}"] = [rows, d]
+        shapes["linear_attn.conv1d"] = [2 * key + value, 1, cfg.linear_conv_width]
+        shapes["linear_attn.norm"] = [cfg.linear_value_head_dim]
+        shapes["linear_attn.out_proj"] = [d, value]
+        return shapes
+
     query, key = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    norms = [cfg.head_dim] * 2 if family.attention is qwen_attention else [query, key]
-    return {"self_attn.q_proj": [query * (1 + family.gated_query), d], "self_attn.k_proj": [key, d],
-            "self_attn.v_proj": [key, d], "self_attn.o_proj": [d, query]} \
-        | {f"self_attn.{name}_norm": [size] for name, size in zip("qk", norms) if family.head_norms}
+    shapes["self_attn.q_proj"] = [2 * query if family.gated_query else query, d]
+    shapes["self_attn.k_proj"] = shapes["self_attn.v_proj"] = [key, d]
+    shapes["self_attn.o_proj"] = [d, query]
+    if family.head_norms and family.attention is qwen_attention:  # per head
+        shapes["self_attn.q_norm"] = shapes["self_attn.k_norm"] = [cfg.head_dim]
+    elif family.head_norms:
+        shapes["self_attn.q_norm"], shapes["self_attn.k_norm"] = [query], [key]
+    return shapes
 
 
 def layer_shapes(cfg: Config, fused: bool) -> dict[str, list[int | None]]:
     """Return the shapes of the tensors that a layer must have, by name in the layer; `fused` experts or single ones."""
     n, d, f = cfg.num_experts, cfg.hidden_size, cfg.expert_width
     shapes = {"input_layernorm": [d], "post_attention_layernorm": [d]} | mixer_shapes(cfg)
-    blocks = {} if cfg.sparse else {"mlp": cfg.dense_width}
+    widths = {}  # of each SwiGLU block
     if cfg.sparse:
         shapes["mlp.gate"] = [n, d]
-    if cfg.sparse and FAMILIES[cfg.model_type].shared_expert:
-        shapes["mlp.shared_expert_gate"] = [1, d]
-        blocks["mlp.shared_expert"] = cfg.shared_width
-    if cfg.sparse and not fused:
-        blocks |= {f"mlp.experts.{e}": f for e in range(n)}
-    for block, width in blocks.items():
-        shapes |= {f"{block}.gate_proj": [width, d], f"{block}.up_proj": [width, d], f"{block}.down_proj": [d, width]}
-    shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
-    if cfg.recurrent:
-        shapes |= {"linear_attn.A_log": [cfg.linear_value_heads], "linear_attn.dt_bias": [cfg.linear_value_heads]}
+        if FAMILIES[cfg.model_type].shared_expert:
+            shapes["mlp.shared_expert_gate"] = [1, d]
+            widths["mlp.shared_expert"] = cfg.shared_width
+        if not fused:
+            widths |= {f"mlp.experts.{e}": f for e in range(n)}
     else:
-        shapes |= {f"self_attn.{part}_proj.bias": shapes[f"self_attn.{part}_proj.weight"][:1] for part in cfg.biased}
+        widths["mlp"] = cfg.dense_width
+    for block, width in widths.items():
+        shapes[f"{block}.gate_proj"] = shapes[f"{block}.up_proj"] = [width, d]
+        shapes[f"{block}.down_proj"] = [d, width]
+    shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
+
+    # What is no weight.
+    if cfg.recurrent:
+        shapes["linear_attn.A_log"] = shapes["linear_attn.dt_bias"] = [cfg.linear_value_heads]
+    else:
+        for projection in cfg.biased:
+            rows = shapes[f"self_attn.{projection}_proj.weight"][:1]
+            shapes[f"self_attn.{projection}_proj.bias"] = rows
     if cfg.sparse and fused:
         shapes |= {"mlp.experts.gate_up_proj": [n, 2 * f, d], "mlp.experts.down_proj": [n, d, f]}
     return shapes
@@ -976,56 +1037,80 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
     does not follow from config.json, and if a layer has one that it does not ask for. `layers` : name -> its Config.
     Return the names of fused experts that are stored transposed. Reads no weight."""
     def check(name: str, shape: list[int | None]) -> None:
-        info = tensors.get(name)
-        says = (f"the weights have no tensor {name!r}, which config.json asks for" if info is None else
-                f"config.json does not say how wide {name} is" if None in shape else
-                f"{name} has shape {info.shape}; by config.json it must be {shape}" if info.shape != shape else
-                f"{name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}, {FP8}")
-        if info is None or info.shape != shape or info.dtype not in (*DTYPES, FP8):
-            raise InputError(f"{path}: {says}")
+        require(name in tensors, f"{path}: the weights have no tensor {name!r}, which config.json asks for")
+        info = tensors[name]
+        require(None not in shape, f"{path}: config.json does not say how wide {name} is")
+        require(info.shape == shape, f"{path}: {name} has shape {info.shape}; by config.json it must be {shape}")
+        require(info.dtype in (*DTYPES, FP8),
+                f"{path}: {name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}, {FP8}")
     cfg = next(iter(layers.values()))
     d = cfg.hidden_size
+
+    # The shapes of the tensors of each layer, as they are stored, by their name in it.
+    stored = {layer: {} for layer in layers}
+    for name, info in tensors.items():
+        match = re.match(r"(.*?layers\.\d+)\.(.*)", name)
+        if match and match[1] in stored:
+            stored[match[1]][match[2]] = info.shape
+
+    # Those that config.json asks for.
     expected = {f"{prefix}embed_tokens.weight": [cfg.vocab_size, d], f"{prefix}norm.weight": [d]}
     if not cfg.tie_word_embeddings or "lm_head.weight" in tensors:  # a head that is stored is the one that counts
         expected["lm_head.weight"] = [cfg.vocab_size, d]
     if any(layer.startswith("mtp.") for layer in layers):
-        expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d], "mtp.pre_fc_norm_embedding.weight": [d],
-                     "mtp.pre_fc_norm_hidden.weight": [d]}
-    stored, transposed = {layer: {} for layer in layers}, set()
-    for name, info in tensors.items():
-        layer = re.match(r"(.*?layers\.\d+)\.(.*)", name)
-        if layer and layer[1] in stored:
-            stored[layer[1]][layer[2]] = info.shape
+        expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d],
+                     "mtp.pre_fc_norm_embedding.weight": [d], "mtp.pre_fc_norm_hidden.weight": [d]}
+    transposed = set()
     for layer, names in stored.items():
         if layers[layer].sparse:  # before a stranger's number of experts is counted up to
             check(f"{layer}.mlp.gate.weight", [layers[layer].num_experts, d])
         shapes = layer_shapes(layers[layer], "mlp.experts.gate_up_proj" in names)
-        turned = {name: [shape[0], *shape[:0:-1]] for name, shape in shapes.items() if ".experts." in name}
-        if FAMILIES[cfg.model_type].may_be_transposed and any(
-                names.get(name) == shape != shapes[name] for name, shape in turned.items()):
-            shapes |= turned
-            transposed |= {f"{layer}.{name}" for name in turned}
-        expected |= {f"{layer}.{name}": shape for name, shape in shapes.items()}
+        turned = turned_shapes(cfg, names, shapes)
+        transposed |= {f"{layer}.{name}" for name in turned}
+        for name, shape in (shapes | turned).items():
+            expected[f"{layer}.{name}"] = shape
     for name, shape in expected.items():
         check(name, shape)
-    more = {f"{layer}.{name}" for layer, names in stored.items() for name in names
-            if re.match(r"(mlp|self_attn|linear_attn)\.(?!rotary_emb)", name)}
-    for name in sorted(more - expected.keys()):
-        raise InputError(f"{path}: {name} is none of the tensors that config.json asks for")
+
+    # And no other in a mixer or a block.
+    for layer, names in stored.items():
+        for name in sorted(names):
+            if re.match(r"(mlp|self_attn|linear_attn)\.(?!rotary_emb)", name):
+                require(f"{layer}.{name}" in expected,
+                        f"{path}: {layer}.{name} is none of the tensors that config.json asks for")
     return transposed
+
+
+def turned_shapes(cfg: Config, stored: dict[str, list[int]], shapes: dict[str, list[int | None]]) -> dict[str, list[int]]:
+    """Return the shapes of a layer's fused experts if they are stored transposed, by name in it; else none."""
+    turned = {}
+    if not FAMILIES[cfg.model_type].may_be_transposed:
+        return turned
+    for name, shape in shapes.items():
+        if ".experts." in name:
+            turned[name] = [shape[0], *shape[:0:-1]]
+    if any(stored.get(name) == shape != shapes[name] for name, shape in turned.items()):
+        return turned
+    return {}
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
     """Raise InputError for an FP8 tensor that is no matrix, or one of which rows are read, and for a scale that is
     missing, of another shape than follows from config.json, or of no FP8 tensor. Reads no weight."""
     tensors, block = checkpoint.tensors, quantisation(checkpoint.raw_config)["weight_block_size"]
-    for name in (name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE) or tensors[name].dtype == FP8):
-        own, scale = (tensors.get(each) or TensorInfo("", "missing", [], 0, 0) for each in (name, name + SCALE))
-        wanted = [-(-size // side) for size, side in zip(own.shape, block)] if block else [1] * min(len(scale.shape), 2)
-        whole = len(own.shape) == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
-        if not whole or own.dtype != FP8 or scale.dtype not in STORED or scale.shape != wanted:
-            raise InputError(f"{checkpoint.path}: {name} is {own.dtype} {own.shape}, {name}{SCALE} {scale.dtype} "
-                             f"{scale.shape}; only a matrix read whole can be {FP8}: blocks {block}, scales {wanted}")
+    missing = TensorInfo("", "missing", [], 0, 0)
+    for stored in tensors:
+        if not stored.endswith(SCALE) and tensors[stored].dtype != FP8:
+            continue
+        name = stored.removesuffix(SCALE)
+        info, scale = tensors.get(name, missing), tensors.get(name + SCALE, missing)
+        wanted = [1] * min(len(scale.shape), 2)  # one scale of the whole matrix
+        if block:
+            wanted = [-(-size // side) for size, side in zip(info.shape, block)]
+        matrix = len(info.shape) == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
+        require(matrix and info.dtype == FP8 and scale.dtype in STORED and scale.shape == wanted,
+                f"{checkpoint.path}: {name} is {info.dtype} {info.shape}, {name}{SCALE} {scale.dtype} "
+                f"{scale.shape}; only a matrix read whole can be {FP8}: blocks {block}, scales {wanted}")
 
 
 # -------------------------------------------------------------------------------------------------------- text
