@@ -1121,11 +1121,14 @@ def read_documents(path: str | os.PathLike, tokens: int | None = None) -> list[s
     InputError if the file cannot be read as that, or has no text."""
     path, documents = Path(path), []
     lines = path.suffix.lower() in (".jsonl", ".json")
-    for start, whole, text in windows(path, max(LEAST_TEXT, TEXT_BYTES * tokens) if tokens else sys.maxsize, lines):
-        found = json_documents(path, start, text) if lines else [text]
-        documents += found if whole else [part[start % max(1, len(part) - WINDOW):][:WINDOW] for part in found]
-    if not any(map(str.strip, documents)):
-        raise InputError(f"{path}: no text in it")
+    most = max(LEAST_TEXT, TEXT_BYTES * tokens) if tokens else sys.maxsize
+    for start, whole, text in windows(path, most, lines):
+        for document in json_documents(path, start, text) if lines else [text]:
+            if not whole:  # a part of it, not always the first
+                at = start % max(1, len(document) - WINDOW)
+                document = document[at:at + WINDOW]
+            documents.append(document)
+    require(any(map(str.strip, documents)), f"{path}: no text in it")
     return documents
 
 
@@ -1136,17 +1139,21 @@ def windows(path: Path, most: int, lines: bool) -> Iterator[tuple[int, bool, str
         with open(path, "rb") as file:
             size, end = file.seek(0, os.SEEK_END), 0
             count, width = (1, size) if size <= most else (most // WINDOW, WINDOW)
-            for start in (i * (size - width) // max(1, count - 1) for i in range(count)):
+            for window in range(count):
+                start = window * (size - width) // max(1, count - 1)
                 if start < end:  # within the last line that was read
                     continue
                 file.seek(start)
                 if lines and start:
                     file.readline()
                 data = file.read(width) + (file.readline() if lines else b"")
-                if cut := count > 1 and not lines:
+                cut = count > 1 and not lines
+                if cut:
                     data = data.lstrip(bytes(range(0x80, 0xc0)))  # of a character that starts before
-                end, decoder = file.tell(), codecs.getincrementaldecoder("utf-8-sig")()
-                yield start, count == 1, io.IncrementalNewlineDecoder(decoder, True).decode(data, final=not cut)
+                end = file.tell()
+                decoder = codecs.getincrementaldecoder("utf-8-sig")()
+                decoder = io.IncrementalNewlineDecoder(decoder, True)
+                yield start, count == 1, decoder.decode(data, final=not cut)
     except (OSError, ValueError) as err:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(err, 'strerror', err)})") from None
 
@@ -1156,14 +1163,20 @@ def json_documents(path: Path, start: int, text: str) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
-                of = json.loads(line)
-                document = of["text"] if "text" in of else "".join(
-                    f"{CHATML[0]}{message['role']}\n{message['content'] + CHATML[1]}\n" for message in of["messages"])
+                row = json.loads(line)
+                document = row["text"] if "text" in row else chat_text(row["messages"])
                 document.encode()  # neither a number nor a lone surrogate is text
                 yield document
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f'{path}, line {number}{f" after byte {start}" * (start > 0)}: expected a JSON object '
-                             'with "text", or "messages", each with a "role" and a "content", all strings') from None
+            place = f"{path}, line {number} after byte {start}" if start else f"{path}, line {number}"
+            raise InputError(f'{place}: expected a JSON object with "text", or "messages", each with a "role" '
+                             'and a "content", all strings') from None
+
+
+def chat_text(messages: list[dict]) -> str:
+    """Return a chat's messages in ChatML."""
+    turns = [f"{CHATML[0]}{each['role']}\n{each['content'] + CHATML[1]}\n" for each in messages]
+    return "".join(turns)
 
 
 def pieces(document: str) -> Iterator[tuple[str, bool]]:
@@ -1180,8 +1193,10 @@ def pieces(document: str) -> Iterator[tuple[str, bool]]:
 def python_documentation(part: str) -> tuple[str, ...]:
     """Return English that every Python carries, of a part as in `python_sources`: the language reference in pydoc and
     the standard library's docstrings, a topic or a module a document."""
-    found = python_sources(part).values()
-    return tuple(filter(None, (docstrings(each) if isinstance(each, Path) else each for each in found)))
+    texts = []
+    for source in python_sources(part).values():
+        texts.append(docstrings(source) if isinstance(source, Path) else source)
+    return tuple(filter(None, texts))
 
 
 def python_sources(part: str) -> dict[str, str | Path]:
@@ -1189,13 +1204,17 @@ def python_sources(part: str) -> dict[str, str | Path]:
     to a part ("train" 80%, "calibration" 10%, "held-out" 10%). A hash of its name puts each into its part and in its
     place there, so that neither moves when others come and go."""
     from pydoc_data.topics import topics
-    library, parts = Path(sysconfig.get_paths()["stdlib"]), ("calibration", "held-out", *["train"] * 8)
+    sources = {f"topic {name}": text for name, text in topics.items()}
+    library = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "_vendor", "__pycache__"}
-    files = {path.relative_to(library): path for path in library.rglob("*.py")}
-    found = {f"topic {name}": text for name, text in topics.items()} | {
-        f"module {name.as_posix()}": path for name, path in files.items() if not skip & set(name.parts)}
-    places = {hashlib.sha256(name.encode()).hexdigest(): name for name in found}
-    return {places[at]: found[places[at]] for at in sorted(places) if parts[int(at, 16) % 10] == part}
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library)
+        if not skip & set(name.parts):
+            sources[f"module {name.as_posix()}"] = path
+    parts = ("calibration", "held-out", *["train"] * 8)
+    places = {hashlib.sha256(name.encode()).hexdigest(): name for name in sources}
+    here = [places[at] for at in sorted(places) if parts[int(at, 16) % 10] == part]
+    return {name: sources[name] for name in here}
 
 
 def docstrings(path: Path) -> str:
@@ -1205,16 +1224,16 @@ def docstrings(path: Path) -> str:
     except (SyntaxError, ValueError):
         return ""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))))
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, texts))
 
 
 def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: int = 0) -> torch.Tensor:
     """Cut ids (T,) into sequences (B, seq_len), leaving out an incomplete last one: all of them in order, or `count`
     sampled without replacement. Raises InputError if there is not one."""
     check_range("seq_len", seq_len, 2)
-    if len(ids) < seq_len:
-        raise InputError(f"the text has {len(ids)} tokens, too few for one sequence of seq_len {seq_len}; give more "
-                         "text")
+    require(len(ids) >= seq_len,
+            f"the text has {len(ids)} tokens, too few for one sequence of seq_len {seq_len}; give more text")
     whole = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     if count is None:
         return whole
@@ -1222,28 +1241,36 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
     return whole[pick.sort().values]
 
 
-def calibration_ids(model: Model, files: "Sequence[Path]" = (), tokens: int = TOKENS, seq_len: int | None = None,
-                    seed: int = 42, parts: "Sequence[str]" = ("calibration",)) -> torch.Tensor:
-    """Sequences (tokens // seq_len, seq_len) of text files, of each as many, or of parts of Python's documentation; if
-    the one text is short, fewer with a warning. Raises InputError for a bad number, and if one of several is short."""
+def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS,
+                    seq_len: int | None = None, seed: int = 42,
+                    parts: Sequence[str] = ("calibration",)) -> torch.Tensor:
+    """Sequences (tokens // seq_len, seq_len) of text files, of each as many, or of parts of Python's documentation,
+    whose documents stand one after the other (A.11, D.3); if the one text is short, fewer with a warning. seq_len None
+    is the model's max_position_embeddings (512 if it has none), at most the tokens of a file. Raises InputError for a
+    bad number, and if one of several is short."""
     check_range("tokens", tokens, 2, 10**9)
+    of_file = tokens // max(1, len(files))
     if seq_len is None:
-        seq_len = min(model.config.max_positions or 512, tokens // max(1, len(files)))
-    if len(files) > 1 and seq_len > tokens // len(files):
-        raise InputError(f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
+        seq_len = min(model.config.max_positions or 512, of_file)
+    require(len(files) < 2 or seq_len <= of_file,
+            f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
     check_range("seq_len", seq_len, 2, tokens)
     check_range("seed", seed, 0, 2**63 - 1)
     warn_of_length(model, seq_len)
     count, samples = tokens // seq_len, []
-    for file, share in zip(files or [None], shares_of(count, len(files) or 1)):
-        text = model.encode_file(file, share * seq_len) if file else model.encode(
-            sum(map(python_documentation, parts), ()))
-        if len(files) > 1 and len(text) < share * seq_len:
-            raise InputError(f"{file}: has {len(text)} tokens, its share of tokens {share * seq_len}; give more")
+    if not files:
+        documents = [text for part in parts for text in python_documentation(part)]
+        samples.append(sequences(model.encode(documents), seq_len, count, seed))
+    for file, share in zip(files, shares_of(count, len(files))):
+        wanted = share * seq_len
+        text = model.encode_file(file, wanted)
+        require(len(files) == 1 or len(text) >= wanted,
+                f"{file}: has {len(text)} tokens, its share of tokens {wanted}; give more")
         samples.append(sequences(text, seq_len, share, seed))
-    if sum(map(len, samples)) < count:
-        warn(f"the text has only {len(samples[0]) * seq_len} tokens in whole sequences, all used; {tokens} were asked")
-    return torch.cat(samples)
+    ids = torch.cat(samples)
+    if len(ids) < count:
+        warn(f"the text has only {ids.numel()} tokens in whole sequences, all used; {tokens} were asked")
+    return ids
 
 
 def shares_of(count: int, files: int) -> list[int]:
@@ -1253,13 +1280,14 @@ def shares_of(count: int, files: int) -> list[int]:
 
 def warn_of_length(model: Model, seq_len: int) -> None:
     """Warn if a sequence is longer than those that the model was trained on."""
-    if (most := model.config.max_positions) and seq_len > most:
+    most = model.config.max_positions
+    if most and seq_len > most:
         warn(f"seq_len {seq_len}: the model is made for at most {most} tokens (max_position_embeddings)")
 
 
 def warn(message: str, kind: str = "warning") -> None:
     """Print a single line on stderr, whatever a stranger's file names have in it."""
-    says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    says = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
     print(f"{kind}: {says}", file=sys.stderr, flush=True)
 
 
@@ -1301,7 +1329,8 @@ class Piece(NamedTuple):
 
     def nbytes(self) -> int:
         """Return its size in the output."""
-        return math.prod(self.shape) * int((re.search(r"\d+", self.dtype) or [8])[0]) // 8  # I64, BOOL, ..., too
+        bits = re.search(r"\d+", self.dtype)  # of BF16, I64, ...; BOOL has none
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
 
 
 def copied(checkpoint: Checkpoint, name: str, rows: list[int] | None = None) -> Piece:
@@ -1310,11 +1339,13 @@ def copied(checkpoint: Checkpoint, name: str, rows: list[int] | None = None) -> 
 
     def read() -> Iterator[bytes]:
         with open(checkpoint.path / info.file, "rb") as file:
-            for start, end in map(info.range, [None] if rows is None else rows):
+            for row in [None] if rows is None else rows:
+                start, end = info.range(row)
                 file.seek(start)
                 for at in range(start, end, BLOCK_BYTES):
                     yield file.read(min(BLOCK_BYTES, end - at))
-    return Piece(name, rows, info.file, info.dtype, info.shape if rows is None else [len(rows), *info.shape[1:]], read)
+    shape = info.shape if rows is None else [len(rows), *info.shape[1:]]
+    return Piece(name, rows, info.file, info.dtype, shape, read)
 
 
 def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -> dict[str, Piece]:
@@ -1328,7 +1359,8 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
         if not rows or match[2] is None:
             kept[name] = copied(checkpoint, name, rows or None)
         elif int(match[2]) in rows:
-            kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = copied(checkpoint, name)
+            number = rows.index(int(match[2]))
+            kept[f"{match[1]}.mlp.experts.{number}.{match[3]}"] = copied(checkpoint, name)
     return kept
 
 
@@ -1336,13 +1368,21 @@ def with_keys(config: dict, changes: dict[str, int], per_layer: dict[int, dict[s
     """Return the object of config.json with other values of some keys, at the top or in `text_config`: one for all
     layers, or a layer's own, which transformers reads by the code that `auto_map` names."""
     text = config.get("text_config") or config
-    own = {int(i): {key: value for key, value in of.items() if key not in changes}
-           for i, of in (text.get("per_layer_config") or {}).items()}
-    own = {str(i): of for i in sorted({*own, *per_layer}) if (of := own.get(i, {}) | per_layer.get(i, {}))}
-    text = {key: value for key, value in (text | changes).items() if key != "per_layer_config"}
-    text |= {"per_layer_config": own} if own else {}
+    layers = {}
+    for index, layer in (text.get("per_layer_config") or {}).items():
+        layers[int(index)] = {key: value for key, value in layer.items() if key not in changes}
+    for index, layer in per_layer.items():
+        layers[index] = layers.get(index, {}) | layer
+    layers = {str(index): layers[index] for index in sorted(layers) if layers[index]}
+
+    text = text | changes
+    text.pop("per_layer_config", None)
+    if layers:
+        text["per_layer_config"] = layers
     config = config | {"text_config": text} if config.get("text_config") else text
-    return {key: value for key, value in config.items() if own or key != "auto_map" or MODELING not in str(value)}
+    if not layers and MODELING in str(config.get("auto_map")):  # of a layer's own no longer
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+    return config
 
 
 def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str, str]) -> None:
@@ -1366,11 +1406,13 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
     folder `out`, which appears whole or not at all. Names, dtypes and shards are the source's; unsorted indices permute
     the experts. Empty: a plain copy. Raises InputError if the layers keep different numbers, and as `new_folder` does.
     """
-    counts, raw = {len(kept) for kept in survivors.values()}, checkpoint.raw_config
-    if len(counts) > 1:
-        raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
-    changes = {key: count for key in expert_count_keys(raw.get("text_config") or raw) for count in counts}
-    write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), with_keys(raw, changes), files)
+    config = checkpoint.raw_config
+    counts = sorted({len(kept) for kept in survivors.values()})
+    require(len(counts) < 2, f"survivors: the layers keep {counts} experts; all must keep the same number")
+    if counts:
+        keys = expert_count_keys(config.get("text_config") or config)
+        config = with_keys(config, dict.fromkeys(keys, counts[0]))
+    write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), config, files)
 
 
 def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], config: dict, files: dict[str, bytes]
@@ -1387,12 +1429,14 @@ def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], con
             shard = {name: piece for name, piece in kept.items() if piece.file == file}
             write_safetensors(staging / file, shard, metadata)
         if checkpoint.sharded:
-            index, parts = read_json(checkpoint.path / INDEX), kept.values()
-            index["metadata"] = (index.get("metadata") or {}) | {
-                "total_size": sum(map(Piece.nbytes, parts)), "total_parameters": sum(math.prod(p.shape) for p in parts)}
+            index = read_json(checkpoint.path / INDEX)
+            parameters = sum(math.prod(piece.shape) for piece in kept.values())
+            sizes = {"total_size": sum(map(Piece.nbytes, kept.values())), "total_parameters": parameters}
+            index["metadata"] = (index.get("metadata") or {}) | sizes
             index["weight_map"] = {name: piece.file for name, piece in sorted(kept.items())}
             written[INDEX] = index
-        files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in written.items()} | files
+        for name, value in written.items():
+            (staging / name).write_text(json.dumps(value, indent=2) + "\n")
         for name, content in files.items():
             (staging / name).write_bytes(content)
         copy_small_files(checkpoint.path, staging)
@@ -1406,14 +1450,16 @@ def copy_small_files(source: Path, out: Path) -> None:
     weights = {".safetensors", ".st", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
-        if not file.is_file() or any(part.startswith(".") for part in name.parts) or file.suffix in weights \
-                or file.name.endswith((".bin.index.json", INDEX)) or (out / name).exists():
+        hidden = any(folder.startswith(".") for folder in name.parts)
+        weight = file.suffix in weights or file.name.endswith((".bin.index.json", INDEX))
+        if not file.is_file() or hidden or weight or (out / name).exists():
             continue
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out / name)
         if str(name) == "README.md":
             front, card = re.fullmatch(rb"(---\n.*?\n---\n|)(.*)", file.read_bytes(), re.DOTALL).groups()
-            (out / name).write_bytes(front + NOTICE.encode() * (not card.startswith(NOTICE.encode())) + card)
+            if not card.startswith(NOTICE.encode()):
+                (out / name).write_bytes(front + NOTICE.encode() + card)
 
 
 @contextlib.contextmanager
