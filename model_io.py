@@ -75,8 +75,13 @@ def require(ok: object, says: str) -> None:
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raise InputError if a parameter is not a finite number from low to high."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number:
+        raise InputError(f"{name} {value!r}: must be a number")
     if not low <= value <= high or value == math.inf:
-        allowed = f"from {low} to {high}" if high < math.inf else f"a finite number, at least {low}"
+        allowed = f"a finite number, at least {low}"
+        if high < math.inf:
+            allowed = f"from {low} to {high}"
         raise InputError(f"{name} {value}: must be {allowed}")
 
 
@@ -158,9 +163,12 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x / rms(x) * weight over the last dimension, in x's dtype. The mean square is in float32 or better."""
     wide = x.to(widened(x.dtype))
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    mean_square = norm.square() / wide.shape[-1]
     normed = wide * torch.rsqrt(mean_square + eps)
-    return normed.to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
+    # A weight that is stored wide multiplies before the result is rounded to x's dtype
+    normed = normed.to(torch.promote_types(x.dtype, weight.dtype))
+    return normed.mul_(weight).to(x.dtype)
 
 
 class RMSNorm(NamedTuple):
@@ -175,12 +183,17 @@ class RMSNorm(NamedTuple):
 def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Rotate x (B, H, L, D) by its positions 0..L-1, on the first `rotary_dim` dimensions in rotate-half layout.
     Multimodal sections have equal positions on text, and reduce to this."""
+    # The angle of each position in each plane, (L, rotary_dim / 2)
     half = cfg.rotary_dim // 2
+    position = torch.arange(x.shape[-2], dtype=torch.float64)
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), frequency)
+    angle = torch.outer(position, frequency)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
+    # Dimensions i and half + i are a plane; those from rotary_dim on stay as they are
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    first_rotated = first * cos - second * sin
+    second_rotated = second * cos + first * sin
+    return torch.cat((first_rotated, second_rotated, rest), dim=-1)
 
 
 def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -188,80 +201,118 @@ def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tens
     return functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cfg: Config) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+           cfg: Config) -> torch.Tensor:
     """Causal attention with rotary positions: query (B, L, H, D), key, value (B, L, H of keys, D) -> (B, L, H D)."""
-    query, key, value = rope(query.transpose(1, 2), cfg), rope(key.transpose(1, 2), cfg), value.transpose(1, 2)
-    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    # (B, L, heads, D) -> (B, heads, L, D)
+    query = rope(query.transpose(1, 2), cfg)
+    key = rope(key.transpose(1, 2), cfg)
+    value = value.transpose(1, 2)
+    # Neighbouring query heads share a key head
+    out = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """OLMoE: q/k norms over the full width, then an optional clip. x (B, L, d), normed -> (B, L, d)."""
-    query = rms_norm(linear(x, w, "self_attn.q_proj"), w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
-    key = rms_norm(linear(x, w, "self_attn.k_proj"), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
-    parts = query, key, linear(x, w, "self_attn.v_proj")
+    # All heads side by side, (B, L, heads D): a norm takes them together
+    query = linear(x, w, "self_attn.q_proj")
+    query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+    key = linear(x, w, "self_attn.k_proj")
+    key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
+    value = linear(x, w, "self_attn.v_proj")
     if cfg.clip_qkv is not None:
-        parts = (part.clamp(-cfg.clip_qkv, cfg.clip_qkv) for part in parts)
-    query, key, value = (part.unflatten(-1, (-1, cfg.head_dim)) for part in parts)
+        query = query.clamp(-cfg.clip_qkv, cfg.clip_qkv)
+        key = key.clamp(-cfg.clip_qkv, cfg.clip_qkv)
+        value = value.clamp(-cfg.clip_qkv, cfg.clip_qkv)
+    # Cut into heads, (B, L, heads, D)
+    query = query.unflatten(-1, (-1, cfg.head_dim))
+    key = key.unflatten(-1, (-1, cfg.head_dim))
+    value = value.unflatten(-1, (-1, cfg.head_dim))
     return linear(attend(query, key, value, cfg), w, "self_attn.o_proj")
 
 
 def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen: q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers, and in the others a gate
-    beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed -> (B, L, d)."""
+    """Qwen, of all versions: x (B, L, d), normed -> (B, L, d). Since Qwen3, q and k are normed per head. Since
+    Qwen3-Next, most layers have Gated DeltaNet. In the others each head's query has a gate beside it, whose sigmoid
+    multiplies the head's output."""
     if "linear_attn.A_log" in w:
         return gated_delta_net(x, w, cfg)
-    query, key, value = (linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (count, -1))
-                         for name, count in zip("qkv", (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)))
-    query, *gate = query.split(cfg.head_dim, dim=-1)
+    # Cut into heads at once, (B, L, heads, D); with gates the query is (B, L, H, 2 D)
+    query = linear(x, w, "self_attn.q_proj").unflatten(-1, (cfg.num_heads, -1))
+    key = linear(x, w, "self_attn.k_proj").unflatten(-1, (cfg.num_kv_heads, -1))
+    value = linear(x, w, "self_attn.v_proj").unflatten(-1, (cfg.num_kv_heads, -1))
+    gate = None
+    if query.shape[-1] > cfg.head_dim:
+        query, gate = query.split(cfg.head_dim, dim=-1)
     if "self_attn.q_norm.weight" in w:
-        query, key = (rms_norm(part, w[f"self_attn.{name}_norm.weight"], cfg.rms_norm_eps)
-                      for name, part in (("q", query), ("k", key)))
+        query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+        key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
     out = attend(query, key, value, cfg)
-    if gate:
-        out = out * gate[0].flatten(2).sigmoid()
+    if gate is not None:
+        out = out * gate.flatten(2).sigmoid()
     return linear(out, w, "self_attn.o_proj")
 
 
 def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """Gated DeltaNet (arXiv 2412.06464), with a short causal convolution over q, k and v. x (B, L, d) -> (B, L, d)."""
     wide = widened(x.dtype)
-    kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     qkv, z, b, a = delta_net_inputs(x, w, cfg)
+    # Each channel by itself; padded on the left, a token sees no later one
+    kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     mixed = functional.pad(qkv.transpose(1, 2), (kernel.shape[-1] - 1, 0))
-    mixed = functional.silu(functional.conv1d(mixed, kernel, groups=len(kernel))).transpose(1, 2)
-    key_dim = cfg.linear_key_heads * cfg.linear_key_head_dim
-    query, key, value = mixed.split((key_dim, key_dim, mixed.shape[-1] - 2 * key_dim), dim=-1)
-
-    def key_heads(part: torch.Tensor) -> torch.Tensor:
-        """(B, L, key_dim) -> (B, L, H, D) of unit length, repeated for the value heads that share a key head."""
-        part = part.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(wide)
-        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6)
-        return part.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
-    query = key_heads(query) * cfg.linear_key_head_dim ** -0.5
+    mixed = functional.conv1d(mixed, kernel, groups=len(kernel))
+    mixed = functional.silu(mixed).transpose(1, 2)  # (B, L, channels)
+    # Cut into heads, (B, L, H, D of keys or of values)
+    key_width = cfg.linear_key_heads * cfg.linear_key_head_dim
+    value_width = mixed.shape[-1] - 2 * key_width
+    query, key, value = mixed.split((key_width, key_width, value_width), dim=-1)
+    query = delta_net_heads(query, cfg) * cfg.linear_key_head_dim ** -0.5
     value = value.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
-    log_decay = -w["linear_attn.A_log"].exp() * functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
-    out = chunked_gated_delta_rule(query, key_heads(key), value, log_decay, b.sigmoid().to(wide)).to(x.dtype)
+    # Per token and head, (B, L, H): how fast the state decays, how much of the token it takes
+    time_step = functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
+    log_decay = -w["linear_attn.A_log"].exp() * time_step
+    key = delta_net_heads(key, cfg)
+    beta = b.sigmoid().to(wide)
+    out = chunked_gated_delta_rule(query, key, value, log_decay, beta).to(x.dtype)
+    # Each head's output is normed and gated by z
     gate = z.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
     out = rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * functional.silu(gate)
     return linear(out.to(x.dtype).flatten(2), w, "linear_attn.out_proj")
 
 
-def delta_net_inputs(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> list[torch.Tensor]:
+def delta_net_heads(flat: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Cut the queries or the keys (B, L, heads D) into heads of unit length, (B, L, H, D). Each key head is repeated
+    for the value heads that share it."""
+    heads = flat.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(widened(flat.dtype))
+    heads = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
+    return heads.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
+
+
+def delta_net_inputs(x: torch.Tensor, w: dict[str, torch.Tensor],
+                     cfg: Config) -> list[torch.Tensor]:
     """Return q, k and v side by side, z, b and a of x (B, L, d), each (B, L, its width). Qwen3.5 has a matrix for each;
     Qwen3-Next has two in all, whose rows are sorted by key head."""
     if not FAMILIES[cfg.model_type].by_key_head:
-        return [linear(x, w, f"linear_attn.in_proj_{part}") for part in ("qkv", "z", "b", "a")]
-    qkvz, ba = (linear(x, w, f"linear_attn.in_proj_{part}").unflatten(-1, (cfg.linear_key_heads, -1))
-                for part in ("qkvz", "ba"))
-    key = cfg.linear_key_head_dim
-    value = qkvz.shape[-1] // 2 - key  # of the value heads that share the key head
-    *qkv, z = (part.flatten(2) for part in qkvz.split((key, key, value, value), dim=-1))
-    return [torch.cat(qkv, dim=-1), z, *(part.flatten(2) for part in ba.chunk(2, dim=-1))]
+        return [linear(x, w, f"linear_attn.in_proj_{name}") for name in ("qkv", "z", "b", "a")]
+    # (B, L, key heads, all that belongs to a key head)
+    by_key_head = cfg.linear_key_heads, -1
+    qkvz = linear(x, w, "linear_attn.in_proj_qkvz").unflatten(-1, by_key_head)
+    ba = linear(x, w, "linear_attn.in_proj_ba").unflatten(-1, by_key_head)
+    key_width = cfg.linear_key_head_dim
+    value_width = qkvz.shape[-1] // 2 - key_width  # of the value heads that share the key head
+    widths = key_width, key_width, value_width, value_width
+    query, key, value, z = qkvz.split(widths, dim=-1)
+    b, a = ba.chunk(2, dim=-1)
+    # All key heads side by side: first their queries, then their keys, then their values
+    qkv = torch.cat((query.flatten(2), key.flatten(2), value.flatten(2)), dim=-1)
+    return [qkv, z.flatten(2), b.flatten(2), a.flatten(2)]
 
 
-def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
-                             beta: torch.Tensor, size: int = 64) -> torch.Tensor:
+def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                             log_decay: torch.Tensor, beta: torch.Tensor,
+                             size: int = 64) -> torch.Tensor:
     """Run the gated delta rule on chunks of `size` tokens by matrix products: query, key (B, L, H, D of keys), value
     (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
 
@@ -270,17 +321,28 @@ def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torc
 
     With the log decay cumulated since the start of the chunk, the corrections beta_i (value_i - exp(decay_i) state'
     key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
-    whole = query, key, value, log_decay[..., None], beta[..., None]
-    chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
-    out, state = [], value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
-    for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
-        decay = log_decay.cumsum(2)
-        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
-        system = beta * between * (key @ key.mT)
+    def in_chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, L, H, D) -> chunks (B, H, C, D)"""
+        return tensor.transpose(1, 2).split(size, dim=2)
+
+    chunks = zip(in_chunks(query), in_chunks(key), in_chunks(value),
+                 in_chunks(log_decay[..., None]), in_chunks(beta[..., None]))
+    batch, _, heads, key_dim = key.shape
+    state = value.new_zeros(batch, heads, key_dim, value.shape[-1])
+    out = []
+    for query, key, value, log_decay, beta in chunks:
+        decay = log_decay.cumsum(2)  # a logarithm, (B, H, C, 1)
+        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i
+        # The corrections of all tokens of the chunk, (B, H, C, D of values)
+        system = beta * between * (key @ key.mT)  # (B, H, C, C), of which the part below the diagonal is read
         wanted = beta * (value - decay.exp() * (key @ state))
         correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        # What a token reads: the state from before the chunk, then the chunk's tokens up to it
         out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
-        state = decay[:, :, -1:].exp() * state + (key * (decay[:, :, -1:] - decay).exp()).mT @ correction
+        # What is left at the end of the chunk, of the state and of each correction
+        state_left = decay[:, :, -1:].exp()
+        correction_left = (decay[:, :, -1:] - decay).exp()
+        state = state_left * state + (key * correction_left).mT @ correction
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
@@ -297,36 +359,48 @@ def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
     """Return the gate weights (T, n) of tokens x (T, d) exactly as the model applies them: zero off the top-k,
     renormalised if `norm_topk_prob`. The softmax is taken in float32 or better."""
-    p = (x @ layer.router.T).softmax(-1, dtype=widened(x.dtype))
-    top_p, top_i = p.topk(cfg.top_k)
+    p = (x @ layer.router.T).softmax(-1, dtype=widened(x.dtype))  # (T, n)
+    top_p, top_experts = p.topk(cfg.top_k)  # (T, k)
     if cfg.norm_topk_prob:
         top_p = top_p / top_p.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(1, top_i, top_p).to(x.dtype)
+    gates = torch.zeros_like(p).scatter(1, top_experts, top_p)
+    return gates.to(x.dtype)
 
 
 def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it. The
+    """Return sum_e gates[:, e] experts(e, x), (T, d). Each expert is computed only on the tokens routed to it. The
     experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once."""
     out = torch.zeros_like(x)
-    as_is = any(part.requires_grad for part in (x, *experts)) or experts.gate.dtype == x.dtype
-    room = None if as_is else [x.new_empty(part.shape[1:]) for part in experts]  # new memory costs more than widening
-    for own, *weights in zip(gates.T, *experts):
-        t = own.nonzero().squeeze(1)
-        if len(t):
-            gate, up, down = weights if as_is else map(torch.Tensor.copy_, room, weights)
-            out.index_add_(0, t, own[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
+    trained = any(tensor.requires_grad for tensor in (x, *experts))
+    buffers = None
+    if not trained and experts.gate.dtype != x.dtype:
+        # Each expert is widened into the same memory: new memory costs more than widening
+        buffers = [x.new_empty(weight.shape[1:]) for weight in experts]
+    for gate_column, gate, up, down in zip(gates.T, *experts):
+        t = gate_column.nonzero().squeeze(1)
+        if len(t) == 0:
+            continue
+        if buffers is not None:
+            gate = buffers[0].copy_(gate)
+            up = buffers[1].copy_(up)
+            down = buffers[2].copy_(down)
+        out.index_add_(
+            0, t, gate_column[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
     return out
 
 
-def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor],
+              cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the first half of a pre-norm decoder layer on the residual stream h (B, L, d): return the stream after the
     token mixer and the feed-forward input x, both (T, d)."""
-    h = h + FAMILIES[cfg.model_type].attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
-    h = h.flatten(0, 1)
+    mixer = FAMILIES[cfg.model_type].attention
+    h = h + mixer(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
+    h = h.flatten(0, 1)  # from here on, tokens do not see each other
     return h, rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
 
 
-def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def run_layer(h: torch.Tensor, layer: Layer,
+              cfg: Config) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Run one pre-norm decoder layer on the residual stream h (B, L, d). Return the feed-forward input x (T, d), the
     gates (T, n), None if it is dense, and the stream after it y (T, d), with a shared expert's gated output in y."""
     w = layer.weights
@@ -336,7 +410,8 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor,
     gates = route(x, layer, cfg)
     out = mix_experts(layer.experts, x, gates)
     if "mlp.shared_expert_gate.weight" in w:
-        out = out + linear(x, w, "mlp.shared_expert_gate").sigmoid() * mlp(x, w, "mlp.shared_expert")
+        shared_gate = linear(x, w, "mlp.shared_expert_gate").sigmoid()  # (T, 1)
+        out = out + shared_gate * mlp(x, w, "mlp.shared_expert")
     return x, gates, h + out
 
 
