@@ -53,8 +53,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 FP8 = "F8_E4M3"  # dtype name of quantised weights
 SCALE = "_scale_inv"  # the tensor NAME_scale_inv multiplies the quantised NAME
-STORED = DTYPES | {FP8: torch.float8_e4m3fn,
-                   "F8_E8M0": torch.float8_e8m0fnu}  # the last: of scales alone
+STORED = DTYPES | {FP8: torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}  # the last: scales
 FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(STORED[FP8]).float()  # by their bytes
 PASS_TOKENS = 4096  # tokens that go through a layer at a time
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
@@ -90,7 +89,6 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 @dataclass(frozen=True)
 class Config:
     """What the forward pass needs of a `config.json`, under one set of names for all model families."""
-
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -147,7 +145,6 @@ def gated_units(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.
 @dataclass(eq=False)
 class Layer:
     """Weights of a decoder layer: experts and router (n, d), None if it is dense; all others by their name in it."""
-
     experts: Experts | None
     router: torch.Tensor | None
     weights: dict[str, torch.Tensor]
@@ -160,12 +157,6 @@ class Layer:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """Return float32, or dtype itself if it is wider: the dtype of norms, softmaxes and recurrences."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor has no NaN and no infinity: both ends of its range are NaN if any value is."""
-    low, high = tensor.aminmax()
-    return math.isfinite(low) and math.isfinite(high)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -191,15 +182,12 @@ def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     Multimodal sections have equal positions on text, and reduce to this."""
     # The angle of each position in each plane, (L, rotary_dim / 2)
     half = cfg.rotary_dim // 2
-    position = torch.arange(x.shape[-2], dtype=torch.float64)
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.outer(position, frequency)
+    angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), frequency)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
     # Dimensions i and half + i are a plane; those from rotary_dim on stay as they are
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    first_rotated = first * cos - second * sin
-    second_rotated = second * cos + first * sin
-    return torch.cat((first_rotated, second_rotated, rest), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -219,42 +207,35 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cfg: Con
 
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """OLMoE: q/k norms over the full width, then an optional clip. x (B, L, d), normed -> (B, L, d)."""
-    # All heads side by side, (B, L, heads D): a norm takes them together
+    # All heads side by side, (B, L, heads D), normed together
     query = linear(x, w, "self_attn.q_proj")
     query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
     key = linear(x, w, "self_attn.k_proj")
     key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
-    value = linear(x, w, "self_attn.v_proj")
+    qkv = [query, key, linear(x, w, "self_attn.v_proj")]
     if cfg.clip_qkv is not None:
-        query = query.clamp(-cfg.clip_qkv, cfg.clip_qkv)
-        key = key.clamp(-cfg.clip_qkv, cfg.clip_qkv)
-        value = value.clamp(-cfg.clip_qkv, cfg.clip_qkv)
+        qkv = [projected.clamp(-cfg.clip_qkv, cfg.clip_qkv) for projected in qkv]
     # Cut into heads, (B, L, heads, D)
-    query = query.unflatten(-1, (-1, cfg.head_dim))
-    key = key.unflatten(-1, (-1, cfg.head_dim))
-    value = value.unflatten(-1, (-1, cfg.head_dim))
+    query, key, value = [projected.unflatten(-1, (-1, cfg.head_dim)) for projected in qkv]
     return linear(attend(query, key, value, cfg), w, "self_attn.o_proj")
 
 
 def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen, of all versions: x (B, L, d), normed -> (B, L, d). Since Qwen3, q and k are normed per head. Since
-    Qwen3-Next, most layers have Gated DeltaNet. In the others each head's query has a gate beside it, whose sigmoid
-    multiplies the head's output."""
+    """Qwen: q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers. In the others a gate is
+    beside each head's query; its sigmoid multiplies the head's output. x (B, L, d), normed -> (B, L, d)."""
     if "linear_attn.A_log" in w:
         return gated_delta_net(x, w, cfg)
-    # Cut into heads at once, (B, L, heads, D); with gates the query is (B, L, H, 2 D)
+    # Cut into heads at once, (B, L, heads, D); a query with its gate has 2 D
     query = linear(x, w, "self_attn.q_proj").unflatten(-1, (cfg.num_heads, -1))
     key = linear(x, w, "self_attn.k_proj").unflatten(-1, (cfg.num_kv_heads, -1))
     value = linear(x, w, "self_attn.v_proj").unflatten(-1, (cfg.num_kv_heads, -1))
-    gate = None
-    if query.shape[-1] > cfg.head_dim:
-        query, gate = query.split(cfg.head_dim, dim=-1)
+    query, *gate = query.split(cfg.head_dim, dim=-1)
     if "self_attn.q_norm.weight" in w:
         query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
         key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
     out = attend(query, key, value, cfg)
-    if gate is not None:
-        out = out * gate.flatten(2).sigmoid()
+    if gate:
+        out = out * gate[0].flatten(2).sigmoid()
     return linear(out, w, "self_attn.o_proj")
 
 
@@ -265,18 +246,16 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
     # Each channel by itself; padded on the left, a token sees no later one
     kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     mixed = functional.pad(qkv.transpose(1, 2), (kernel.shape[-1] - 1, 0))
-    mixed = functional.conv1d(mixed, kernel, groups=len(kernel))
-    mixed = functional.silu(mixed).transpose(1, 2)  # (B, L, channels)
+    mixed = functional.silu(functional.conv1d(mixed, kernel, groups=len(kernel))).transpose(1, 2)
     # Cut into heads, (B, L, H, D of keys or of values)
     key_width = cfg.linear_key_heads * cfg.linear_key_head_dim
-    value_width = mixed.shape[-1] - 2 * key_width
-    query, key, value = mixed.split((key_width, key_width, value_width), dim=-1)
+    query, key, value = mixed.split((key_width, key_width, mixed.shape[-1] - 2 * key_width), dim=-1)
     query = delta_net_heads(query, cfg) * cfg.linear_key_head_dim ** -0.5
+    key = delta_net_heads(key, cfg)
     value = value.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
     # Per token and head, (B, L, H): how fast the state decays, how much of the token it takes
     time_step = functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
     log_decay = -w["linear_attn.A_log"].exp() * time_step
-    key = delta_net_heads(key, cfg)
     beta = b.sigmoid().to(wide)
     out = chunked_gated_delta_rule(query, key, value, log_decay, beta).to(x.dtype)
     # Each head's output is normed and gated by z
@@ -286,8 +265,7 @@ def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) ->
 
 
 def delta_net_heads(flat: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Cut the queries or the keys (B, L, heads D) into heads of unit length, (B, L, H, D). Each key head is repeated
-    for the value heads that share it."""
+    """Cut q or k (B, L, heads D) into unit vectors (B, L, H, D), repeated for the value heads that share a key head."""
     heads = flat.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(widened(flat.dtype))
     heads = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
     return heads.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
@@ -320,14 +298,13 @@ def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torc
 
     With the log decay cumulated since the start of the chunk, the corrections beta_i (value_i - exp(decay_i) state'
     key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
-    batch, _, heads, key_dim = key.shape
-    state = value.new_zeros(batch, heads, key_dim, value.shape[-1])
     inputs = query, key, value, log_decay[..., None], beta[..., None]
     chunks = zip(*(tensor.transpose(1, 2).split(size, dim=2) for tensor in inputs))
+    state = value.new_zeros(len(key), *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
     out = []
     for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
         decay = log_decay.cumsum(2)  # a logarithm, (B, H, C, 1)
-        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
+        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j), j <= i
         # The corrections of all tokens of the chunk, (B, H, C, D of values)
         system = beta * between * (key @ key.mT)
         wanted = beta * (value - decay.exp() * (key @ state))
@@ -358,8 +335,7 @@ def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
     top_p, top_experts = p.topk(cfg.top_k)  # (T, k)
     if cfg.norm_topk_prob:
         top_p = top_p / top_p.sum(-1, keepdim=True)
-    gates = torch.zeros_like(p).scatter(1, top_experts, top_p)
-    return gates.to(x.dtype)
+    return torch.zeros_like(p).scatter(1, top_experts, top_p).to(x.dtype)
 
 
 def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -367,15 +343,14 @@ def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch
     experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once."""
     out = torch.zeros_like(x)
     trained = any(tensor.requires_grad for tensor in (x, *experts))
-    buffers = None
-    if not trained and experts.gate.dtype != x.dtype:
-        # Each expert is widened into the same memory: new memory costs more than widening
-        buffers = [x.new_empty(weight.shape[1:]) for weight in experts]
+    widen = experts.gate.dtype != x.dtype and not trained
+    # Each expert is widened into the same memory: new memory costs more than widening
+    buffers = [x.new_empty(weight.shape[1:]) for weight in experts] if widen else None
     for gate_column, gate, up, down in zip(gates.T, *experts):
         t = gate_column.nonzero().squeeze(1)
         if len(t) == 0:
             continue
-        if buffers is not None:
+        if widen:
             gate, up, down = map(torch.Tensor.copy_, buffers, (gate, up, down))
         out.index_add_(0, t, gate_column[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
     return out
@@ -390,8 +365,7 @@ def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple
     return h, rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
 
 
-def run_layer(h: torch.Tensor, layer: Layer,
-              cfg: Config) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Run one pre-norm decoder layer on the residual stream h (B, L, d). Return the feed-forward input x (T, d), the
     gates (T, n), None if it is dense, and the stream after it y (T, d), with a shared expert's gated output in y."""
     w = layer.weights
@@ -407,8 +381,7 @@ def run_layer(h: torch.Tensor, layer: Layer,
 
 
 class Family(NamedTuple):
-    """What differs between model families."""
-    # The token mixer, a function of x (B, L, d), the layer's weights and its config
+    """What differs between model families. `attention` is the token mixer of x (B, L, d)."""
     attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
     width_key: str = "moe_intermediate_size"  # of config.json: the width of an expert
     rms_norm_eps: float = 1e-6  # unless config.json has it
@@ -464,16 +437,13 @@ class Model:
     >>> model.logits(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 2048])
 
-    Attributes: `checkpoint`, `config`, `dtype`, `device`; by layer, first those of the decoder, then those of a
-    multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`; `transposed`, the names
-    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported.
-    """
+    Attributes: `checkpoint`, `config`, `dtype`, `device`. By layer, first those of the decoder, then those of a
+    multi-token prediction head: `layer_names`, the prefix of its tensors, and `layer_configs`. `transposed`: the names
+    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported."""
 
-    def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32,
-                 device: str | torch.device = "cpu"):
+    def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         self.checkpoint = Checkpoint(path)
-        self.dtype = dtype
-        self.device = torch.device(device)
+        self.dtype, self.device = dtype, torch.device(device)
         tensors, raw = self.checkpoint.weights, self.checkpoint.raw_config
         multimodal = "model.language_model.norm.weight" in tensors
         self.prefix = "model.language_model." if multimodal else "model."
@@ -487,9 +457,8 @@ class Model:
         self.transposed = check_tensors(self.checkpoint.path, tensors, self.prefix, by_name)
         check_scales(self.checkpoint)
         self._embedding = f"{self.prefix}embed_tokens.weight"
-        self._head = "lm_head.weight"
-        if self.config.tie_word_embeddings and self._head not in tensors:  # a head that is stored counts
-            self._head = self._embedding
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in tensors  # a stored head counts
+        self._head = self._embedding if tied else "lm_head.weight"
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor in the model's dtype. Norms stored less 1 and the recurrence's parameters stay wide."""
@@ -503,33 +472,27 @@ class Model:
 
     def _less_1(self, name: str) -> bool:
         """Return whether a tensor is a norm weight stored less 1, as some families store all but the recurrence's."""
-        is_norm = re.search(r"norm(_\w+)?\.weight$", name) is not None
-        recurrent = "linear_attn." in name
-        return is_norm and not recurrent and FAMILIES[self.config.model_type].norms_less_1
+        norm = re.search(r"norm(_\w+)?\.weight$", name) and "linear_attn." not in name
+        return bool(norm) and FAMILIES[self.config.model_type].norms_less_1
 
     def layer(self, index: int) -> Layer:
         """Read the weights of decoder layer `index` (those of the multi-token head come last)."""
         prefix = f"{self.layer_names[index]}."
         experts = self._experts(index) if self.layer_configs[index].sparse else None
-        weights = {}
-        for name in self.checkpoint.weights:
-            if name.startswith(prefix) and not name.startswith(f"{prefix}mlp.experts."):
-                weights[name.removeprefix(prefix)] = self.tensor(name)
-        router = weights.pop("mlp.gate.weight", None)
-        return Layer(experts, router, weights)
+        weights = {name.removeprefix(prefix): self.tensor(name) for name in self.checkpoint.weights
+                   if name.startswith(prefix) and not name.startswith(f"{prefix}mlp.experts.")}
+        return Layer(experts, weights.pop("mlp.gate.weight", None), weights)
 
     def _experts(self, index: int) -> Experts:
         """Read a layer's experts, fused or one by one: bfloat16 if stored so, or FP8, half a float32 run's memory."""
         layer_name, config = self.layer_names[index], self.layer_configs[index]
         n, d, f = config.num_experts, config.hidden_size, config.expert_width
-        prefix = f"{layer_name}.mlp.experts."
-        tensors = self.checkpoint.weights
+        prefix, tensors = f"{layer_name}.mlp.experts.", self.checkpoint.weights
         stored = {tensors[name].dtype for name in tensors if name.startswith(prefix)}
         dtype = torch.bfloat16 if stored <= {"BF16", FP8} else self.dtype
         empty = partial(torch.empty, dtype=dtype, device=self.device)
         experts = Experts(gate=empty(n, f, d), up=empty(n, f, d), down=empty(n, d, f))
-        # All are checked, even those that no token reaches
-        for e in range(n):
+        for e in range(n):  # all are checked, even those that no token reaches
             for projection, weight in zip(experts, self._projections(prefix, e)):
                 projection[e].copy_(self._finite(weight, f"expert {e} of {layer_name}"))
         return experts
@@ -541,17 +504,14 @@ class Model:
             yield from self.turned(gate_up, load(gate_up, e)).chunk(2)
             yield self.turned(down, load(down, e))
         else:
-            for name in Experts._fields:
-                yield load(f"{prefix}{e}.{name}_proj.weight")
+            yield from (load(f"{prefix}{e}.{name}_proj.weight") for name in Experts._fields)
 
     def turned(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
-        """Return an expert's matrix, or a stack of them, transposed if the tensor `name` is stored so: from the file's
-        layout to that of `Experts`, and back."""
+        """Return a matrix or stack of the tensor `name`, transposed if stored so: to the layout of `Experts`, or back."""
         return matrix.mT if name in self.transposed else matrix
 
     def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
         """Return the embeddings (B, L, d) of ids (B, L), the stream before the first layer; `empty` makes it."""
-        # Only the rows that occur are read, each once
         distinct_ids, row_of = ids.cpu().unique(return_inverse=True)
         rows = self.checkpoint.load(self._embedding, distinct_ids.tolist())
         h = empty(ids.numel(), self.config.hidden_size, dtype=self.dtype, device=self.device)
@@ -568,14 +528,14 @@ class Model:
         return self._finite(self.tensor(self._head), self._head)
 
     def _finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        require(all_finite(tensor), f"{self.checkpoint.path}: {what} has NaN or infinity in it")
+        finite = all(map(math.isfinite, tensor.aminmax()))  # NaN, if it has NaN
+        require(finite, f"{self.checkpoint.path}: {what} has NaN or infinity in it")
         return tensor
 
-    def stream(self, ids: torch.Tensor,
-               empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
+    def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Run ids (B, L) through the decoder layers, then through those of a multi-token prediction head if there is
-        one, and yield each one's LayerPass. A layer is unloaded before the next is read, so that one layer's weights at
-        most are in memory. A change of y in place goes on into the next layer. `empty` makes h, x and y."""
+        one, and yield each one's LayerPass. A layer is unloaded before the next is read: one at most is in memory. A
+        change of y in place goes on into the next layer. `empty` makes h, x and y."""
         h = self.embed(ids, empty)
         norm = self.norm(f"{self.prefix}norm.weight")
         step = None
@@ -603,8 +563,9 @@ class Model:
         tokens = sequences * length
         for h_chunk, x_chunk, y_chunk in zip(h.split(sequences), x.split(tokens), y.split(tokens)):
             x_new, gates_new, y_new = run_layer(h_chunk, layer, self.layer_configs[index])
-            require(all_finite(y_new), f"{self.checkpoint.path}: {name} gives values that are not finite: "
-                                       f"NaN or infinity in its weights, or an overflow of {self.dtype}")
+            require(all(map(math.isfinite, y_new.aminmax())),
+                    f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
+                    f"in its weights, or an overflow of {self.dtype}")
             x_chunk.copy_(x_new)
             y_chunk.copy_(y_new)
             gates.append(gates_new)
@@ -616,12 +577,10 @@ class Model:
         token t + 1 beside the last hidden state at t, each normed, projected to the width of the stream."""
         embedded = self.norm("mtp.pre_fc_norm_embedding.weight")(self.embed(ids[:, 1:]))
         hidden = self.norm("mtp.pre_fc_norm_hidden.weight")(norm(h[:, :-1]))
-        pair = torch.cat((embedded, hidden), dim=-1)  # (B, L - 1, 2 d)
-        return pair @ self.tensor("mtp.fc.weight").T
+        return torch.cat((embedded, hidden), dim=-1) @ self.tensor("mtp.fc.weight").T
 
     def hidden(self, ids: torch.Tensor, tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
-        """Return the normed residual stream that the head reads, (B, L, d), for ids (B, L) int64. `tick` is told the
-        share of the layers that are done."""
+        """Return the normed stream (B, L, d) that the head reads, for ids (B, L). `tick` is told the share done."""
         for step in islice(self.stream(ids), self.config.num_layers):
             tick((step.index + 1) / self.config.num_layers)
         return step.norm(step.y).view(*ids.shape, -1)
@@ -635,55 +594,45 @@ class Model:
         """Yield (log-probabilities of the next token (C, V), sum of the losses of those in ids (B, L), nats), float64,
         for what the head reads, hidden (B, L, d), so many positions at a time that they stay in a processor's cache."""
         head = self.unembedding()
-        cached = 1 << 18 if head.is_cpu else 1 << 24  # numbers
-        in_cache = max(1, cached // len(head))  # positions, as those of the next line
-        at_once = PASS_TOKENS // 4
-        targets = functional.pad(ids[:, 1:], (0, 1), value=-100)  # -100 has no loss
-        targets = targets.flatten().to(self.device)
+        at_once = PASS_TOKENS // 4  # positions of a product, of which these stay in the cache:
+        in_cache = max(1, (1 << 18 if head.is_cpu else 1 << 24) // len(head))
+        targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)  # -100: no loss
         logits = None
         for h, h_targets in zip(hidden.flatten(0, 1).split(at_once), targets.split(at_once)):
-            # A whole product is written over the one before
-            logits = torch.mm(h, head.T, out=logits if len(h) == at_once else None)
+            logits = torch.mm(h, head.T, out=logits if len(h) == at_once else None)  # one buffer
             for chunk, chunk_targets in zip(logits.split(in_cache), h_targets.split(in_cache)):
                 log_p = chunk.double().log_softmax(-1)
                 yield log_p, functional.nll_loss(log_p, chunk_targets, reduction="sum")
 
     def perplexity(self, ids: torch.Tensor) -> float:
         """Return exp of the mean next-token loss in nats over ids (B, L); infinity if that is beyond a float."""
-        predictions = self.predictions(self.hidden(ids), ids)
-        mean = sum(loss for _, loss in predictions) / ids[:, 1:].numel()
-        return mean.exp().item()  # math.exp would overflow
+        total = sum(loss for _, loss in self.predictions(self.hidden(ids), ids))
+        return (total / ids[:, 1:].numel()).exp().item()  # math.exp would overflow
 
     def encode(self, documents: Iterable[str]) -> torch.Tensor:
         """Return the token ids (T,) of the documents, one after the other, each ended by the end-of-text token if any.
         Raises InputError if the tokenizer is missing, unreadable or has ids beyond the vocabulary."""
-        end = self.config.eos_token_id
+        end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
         text_pieces = (piece for document in documents for piece in pieces(document))
 
-        def encode_batches(tokenizer) -> list[torch.Tensor]:
-            """An encoding takes 80 times its text: 32 pieces at a time become tensors."""
-            batches = [torch.zeros(0, dtype=torch.int64)]
+        def encode_batches(tokenizer) -> Iterator[torch.Tensor]:  # an encoding takes 80 times its text
+            yield torch.zeros(0, dtype=torch.int64)
             while batch := [*islice(text_pieces, 32)]:
                 texts, are_last = zip(*batch)
                 encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
                 batch_ids = []
                 for encoding, is_last in zip(encodings, are_last):
-                    batch_ids += encoding.ids
-                    if is_last and end is not None:
-                        batch_ids.append(end)
-                batches.append(torch.tensor(batch_ids, dtype=torch.int64))
-            return batches
-
-        ids = torch.cat(self.use_tokenizer(encode_batches))
+                    batch_ids += encoding.ids + (end if is_last else [])
+                yield torch.tensor(batch_ids, dtype=torch.int64)
+        ids = torch.cat(self.use_tokenizer(lambda tokenizer: [*encode_batches(tokenizer)]))
         if len(ids) and ids.max() >= self.config.vocab_size:
             raise InputError(f"{self.checkpoint.path / 'tokenizer.json'}: token id {ids.max()} is beyond "
                              f"the vocabulary of {self.config.vocab_size}")
         return ids
 
     def encode_file(self, path: str | os.PathLike, tokens: int | None = None) -> torch.Tensor:
-        """Return the token ids (T,) of a file's documents; of a large file, if no more than some `tokens` are wanted,
-        those of windows spread over it. Raises InputError as `read_documents` and `encode` do, and for chats if the
-        tokenizer lacks their markers."""
+        """Return the token ids (T,) of a file's documents; of a large file, if some `tokens` do, of windows spread over
+        it. Raises InputError as `read_documents` and `encode` do, and for chats if the tokenizer lacks their markers."""
         documents = read_documents(path, tokens)
         if any(document.startswith(CHATML[0]) for document in documents):
             markers = self.use_tokenizer(lambda tokenizer: [*map(tokenizer.token_to_id, CHATML)])
