@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the HodgeCover reference implementation's authors
 """Sparse Mixture-of-Experts checkpoints, and dense ones: run, read, check and write them, one layer at a time.
 
 A checkpoint is a folder with `config.json`, safetensors weights (one file, or shards with an index) and
@@ -50,17 +51,20 @@ TOKENS = 2048  # default calibration sample (A.11)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-FP8, SCALE = "F8_E4M3", "_scale_inv"  # dtype name of quantised weights; NAME_scale_inv multiplies NAME
-STORED = DTYPES | {FP8: torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}  # the last: of scales alone
+FP8 = "F8_E4M3"  # dtype name of quantised weights
+SCALE = "_scale_inv"  # the tensor NAME_scale_inv multiplies the quantised NAME
+STORED = DTYPES | {FP8: torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}  # the last: scales
 FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(STORED[FP8]).float()  # by their bytes
 PASS_TOKENS = 4096  # tokens that go through a layer at a time
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
-LEAST_TEXT, TEXT_BYTES = 1 << 22, 64  # a larger file is read in part: bytes in all, and for each token that is wanted
-WINDOW, PIECE = 1 << 14, 1 << 14  # bytes of such a part, characters that are encoded at a time
+LEAST_TEXT = 1 << 22  # bytes; a larger file is read in part, so much of it at least
+TEXT_BYTES = 64  # that are read of it for each token that is wanted
+WINDOW = 1 << 14  # bytes of such a part
+PIECE = 1 << 14  # characters that are encoded at a time
 CHATML = "<|im_start|>", "<|im_end|>"
-MODELING = "modeling_per_layer"  # the code by which transformers reads a checkpoint with a `per_layer_config`
-NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model described below; the "
-          "scores below are that model's.\n\n")
+MODELING = "modeling_per_layer"  # code by which transformers reads a checkpoint with `per_layer_config`
+NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model "
+          "described below; the scores below are that model's.\n\n")
 
 
 class InputError(ValueError):
@@ -75,6 +79,8 @@ def require(ok: object, says: str) -> None:
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raise InputError if a parameter is not a finite number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} {value!r}: must be a number")
     if not low <= value <= high or value == math.inf:
         allowed = f"from {low} to {high}" if high < math.inf else f"a finite number, at least {low}"
         raise InputError(f"{name} {value}: must be {allowed}")
@@ -83,7 +89,6 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 @dataclass(frozen=True)
 class Config:
     """What the forward pass needs of a `config.json`, under one set of names for all model families."""
-
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -140,7 +145,6 @@ def gated_units(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.
 @dataclass(eq=False)
 class Layer:
     """Weights of a decoder layer: experts and router (n, d), None if it is dense; all others by their name in it."""
-
     experts: Experts | None
     router: torch.Tensor | None
     weights: dict[str, torch.Tensor]
@@ -158,8 +162,9 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x / rms(x) * weight over the last dimension, in x's dtype. The mean square is in float32 or better."""
     wide = x.to(widened(x.dtype))
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
-    normed = wide * torch.rsqrt(mean_square + eps)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    normed = wide * torch.rsqrt(norm.square() / wide.shape[-1] + eps)
+    # A wide weight multiplies before the result is rounded to x's dtype
     return normed.to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
 
 
@@ -175,10 +180,12 @@ class RMSNorm(NamedTuple):
 def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Rotate x (B, H, L, D) by its positions 0..L-1, on the first `rotary_dim` dimensions in rotate-half layout.
     Multimodal sections have equal positions on text, and reduce to this."""
+    # The angle of each position in each plane, (L, rotary_dim / 2)
     half = cfg.rotary_dim // 2
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), frequency)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
+    # Dimensions i and half + i are a plane; those from rotary_dim on stay as they are
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
@@ -190,33 +197,42 @@ def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tens
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Causal attention with rotary positions: query (B, L, H, D), key, value (B, L, H of keys, D) -> (B, L, H D)."""
-    query, key, value = rope(query.transpose(1, 2), cfg), rope(key.transpose(1, 2), cfg), value.transpose(1, 2)
+    # (B, L, heads, D) -> (B, heads, L, D)
+    query = rope(query.transpose(1, 2), cfg)
+    key = rope(key.transpose(1, 2), cfg)
+    value = value.transpose(1, 2)
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """OLMoE: q/k norms over the full width, then an optional clip. x (B, L, d), normed -> (B, L, d)."""
-    query = rms_norm(linear(x, w, "self_attn.q_proj"), w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
-    key = rms_norm(linear(x, w, "self_attn.k_proj"), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
-    parts = query, key, linear(x, w, "self_attn.v_proj")
+    # All heads side by side, (B, L, heads D), normed together
+    query = linear(x, w, "self_attn.q_proj")
+    query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+    key = linear(x, w, "self_attn.k_proj")
+    key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
+    qkv = [query, key, linear(x, w, "self_attn.v_proj")]
     if cfg.clip_qkv is not None:
-        parts = (part.clamp(-cfg.clip_qkv, cfg.clip_qkv) for part in parts)
-    query, key, value = (part.unflatten(-1, (-1, cfg.head_dim)) for part in parts)
+        qkv = [projected.clamp(-cfg.clip_qkv, cfg.clip_qkv) for projected in qkv]
+    # Cut into heads, (B, L, heads, D)
+    query, key, value = [projected.unflatten(-1, (-1, cfg.head_dim)) for projected in qkv]
     return linear(attend(query, key, value, cfg), w, "self_attn.o_proj")
 
 
 def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen: q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers, and in the others a gate
-    beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed -> (B, L, d)."""
+    """Qwen: q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers. In the others a gate is
+    beside each head's query; its sigmoid multiplies the head's output. x (B, L, d), normed -> (B, L, d)."""
     if "linear_attn.A_log" in w:
         return gated_delta_net(x, w, cfg)
-    query, key, value = (linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (count, -1))
-                         for name, count in zip("qkv", (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)))
+    # Cut into heads at once, (B, L, heads, D); a query with its gate has 2 D
+    query = linear(x, w, "self_attn.q_proj").unflatten(-1, (cfg.num_heads, -1))
+    key = linear(x, w, "self_attn.k_proj").unflatten(-1, (cfg.num_kv_heads, -1))
+    value = linear(x, w, "self_attn.v_proj").unflatten(-1, (cfg.num_kv_heads, -1))
     query, *gate = query.split(cfg.head_dim, dim=-1)
     if "self_attn.q_norm.weight" in w:
-        query, key = (rms_norm(part, w[f"self_attn.{name}_norm.weight"], cfg.rms_norm_eps)
-                      for name, part in (("q", query), ("k", key)))
+        query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+        key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
     out = attend(query, key, value, cfg)
     if gate:
         out = out * gate[0].flatten(2).sigmoid()
@@ -226,42 +242,54 @@ def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> 
 def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """Gated DeltaNet (arXiv 2412.06464), with a short causal convolution over q, k and v. x (B, L, d) -> (B, L, d)."""
     wide = widened(x.dtype)
-    kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     qkv, z, b, a = delta_net_inputs(x, w, cfg)
+    # Each channel by itself; padded on the left, a token sees no later one
+    kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     mixed = functional.pad(qkv.transpose(1, 2), (kernel.shape[-1] - 1, 0))
     mixed = functional.silu(functional.conv1d(mixed, kernel, groups=len(kernel))).transpose(1, 2)
-    key_dim = cfg.linear_key_heads * cfg.linear_key_head_dim
-    query, key, value = mixed.split((key_dim, key_dim, mixed.shape[-1] - 2 * key_dim), dim=-1)
-
-    def key_heads(part: torch.Tensor) -> torch.Tensor:
-        """(B, L, key_dim) -> (B, L, H, D) of unit length, repeated for the value heads that share a key head."""
-        part = part.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(wide)
-        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6)
-        return part.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
-    query = key_heads(query) * cfg.linear_key_head_dim ** -0.5
+    # Cut into heads, (B, L, H, D of keys or of values)
+    key_width = cfg.linear_key_heads * cfg.linear_key_head_dim
+    query, key, value = mixed.split((key_width, key_width, mixed.shape[-1] - 2 * key_width), dim=-1)
+    query = delta_net_heads(query, cfg) * cfg.linear_key_head_dim ** -0.5
+    key = delta_net_heads(key, cfg)
     value = value.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
-    log_decay = -w["linear_attn.A_log"].exp() * functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
-    out = chunked_gated_delta_rule(query, key_heads(key), value, log_decay, b.sigmoid().to(wide)).to(x.dtype)
+    # Per token and head, (B, L, H): how fast the state decays, how much of the token it takes
+    time_step = functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
+    log_decay = -w["linear_attn.A_log"].exp() * time_step
+    beta = b.sigmoid().to(wide)
+    out = chunked_gated_delta_rule(query, key, value, log_decay, beta).to(x.dtype)
+    # Each head's output is normed and gated by z
     gate = z.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
     out = rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * functional.silu(gate)
     return linear(out.to(x.dtype).flatten(2), w, "linear_attn.out_proj")
+
+
+def delta_net_heads(flat: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Cut q or k (B, L, heads D) into unit vectors (B, L, H, D), repeated for the value heads that share a key head."""
+    heads = flat.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(widened(flat.dtype))
+    heads = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
+    return heads.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
 
 
 def delta_net_inputs(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> list[torch.Tensor]:
     """Return q, k and v side by side, z, b and a of x (B, L, d), each (B, L, its width). Qwen3.5 has a matrix for each;
     Qwen3-Next has two in all, whose rows are sorted by key head."""
     if not FAMILIES[cfg.model_type].by_key_head:
-        return [linear(x, w, f"linear_attn.in_proj_{part}") for part in ("qkv", "z", "b", "a")]
-    qkvz, ba = (linear(x, w, f"linear_attn.in_proj_{part}").unflatten(-1, (cfg.linear_key_heads, -1))
-                for part in ("qkvz", "ba"))
-    key = cfg.linear_key_head_dim
-    value = qkvz.shape[-1] // 2 - key  # of the value heads that share the key head
-    *qkv, z = (part.flatten(2) for part in qkvz.split((key, key, value, value), dim=-1))
-    return [torch.cat(qkv, dim=-1), z, *(part.flatten(2) for part in ba.chunk(2, dim=-1))]
+        return [linear(x, w, f"linear_attn.in_proj_{name}") for name in ("qkv", "z", "b", "a")]
+    # (B, L, key heads, all that belongs to a key head)
+    qkvz = linear(x, w, "linear_attn.in_proj_qkvz").unflatten(-1, (cfg.linear_key_heads, -1))
+    ba = linear(x, w, "linear_attn.in_proj_ba").unflatten(-1, (cfg.linear_key_heads, -1))
+    key_dim = cfg.linear_key_head_dim
+    value_dim = qkvz.shape[-1] // 2 - key_dim  # of the value heads that share the key head
+    query, key, value, z = qkvz.split((key_dim, key_dim, value_dim, value_dim), dim=-1)
+    b, a = ba.chunk(2, dim=-1)
+    # All queries side by side, then all keys, then all values
+    qkv = torch.cat((query.flatten(2), key.flatten(2), value.flatten(2)), dim=-1)
+    return [qkv, z.flatten(2), b.flatten(2), a.flatten(2)]
 
 
-def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
-                             beta: torch.Tensor, size: int = 64) -> torch.Tensor:
+def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                             log_decay: torch.Tensor, beta: torch.Tensor, size: int = 64) -> torch.Tensor:
     """Run the gated delta rule on chunks of `size` tokens by matrix products: query, key (B, L, H, D of keys), value
     (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
 
@@ -270,17 +298,23 @@ def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torc
 
     With the log decay cumulated since the start of the chunk, the corrections beta_i (value_i - exp(decay_i) state'
     key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
-    whole = query, key, value, log_decay[..., None], beta[..., None]
-    chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
-    out, state = [], value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
+    inputs = query, key, value, log_decay[..., None], beta[..., None]
+    chunks = zip(*(tensor.transpose(1, 2).split(size, dim=2) for tensor in inputs))
+    state = value.new_zeros(len(key), *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
+    out = []
     for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
-        decay = log_decay.cumsum(2)
-        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
+        decay = log_decay.cumsum(2)  # a logarithm, (B, H, C, 1)
+        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j), j <= i
+        # The corrections of all tokens of the chunk, (B, H, C, D of values)
         system = beta * between * (key @ key.mT)
         wanted = beta * (value - decay.exp() * (key @ state))
         correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        # A token reads the state from before the chunk, then the chunk's corrections up to its own
         out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
-        state = decay[:, :, -1:].exp() * state + (key * (decay[:, :, -1:] - decay).exp()).mT @ correction
+        # What is left at the end of the chunk of the state and of each correction
+        state_left = decay[:, :, -1:].exp()
+        correction_left = (decay[:, :, -1:] - decay).exp()
+        state = state_left * state + (key * correction_left).mT @ correction
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
@@ -297,32 +331,37 @@ def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
     """Return the gate weights (T, n) of tokens x (T, d) exactly as the model applies them: zero off the top-k,
     renormalised if `norm_topk_prob`. The softmax is taken in float32 or better."""
-    p = (x @ layer.router.T).softmax(-1, dtype=widened(x.dtype))
-    top_p, top_i = p.topk(cfg.top_k)
+    p = (x @ layer.router.T).softmax(-1, dtype=widened(x.dtype))  # (T, n)
+    top_p, top_experts = p.topk(cfg.top_k)  # (T, k)
     if cfg.norm_topk_prob:
         top_p = top_p / top_p.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(1, top_i, top_p).to(x.dtype)
+    return torch.zeros_like(p).scatter(1, top_experts, top_p).to(x.dtype)
 
 
 def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it. The
+    """Return sum_e gates[:, e] experts(e, x), (T, d). Each expert is computed only on the tokens routed to it. The
     experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once."""
     out = torch.zeros_like(x)
-    as_is = any(part.requires_grad for part in (x, *experts)) or experts.gate.dtype == x.dtype
-    room = None if as_is else [x.new_empty(part.shape[1:]) for part in experts]  # new memory costs more than widening
-    for own, *weights in zip(gates.T, *experts):
-        t = own.nonzero().squeeze(1)
-        if len(t):
-            gate, up, down = weights if as_is else map(torch.Tensor.copy_, room, weights)
-            out.index_add_(0, t, own[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
+    trained = any(tensor.requires_grad for tensor in (x, *experts))
+    widen = experts.gate.dtype != x.dtype and not trained
+    # Each expert is widened into the same memory: new memory costs more than widening
+    buffers = [x.new_empty(weight.shape[1:]) for weight in experts] if widen else None
+    for gate_column, gate, up, down in zip(gates.T, *experts):
+        t = gate_column.nonzero().squeeze(1)
+        if len(t) == 0:
+            continue
+        if widen:
+            gate, up, down = map(torch.Tensor.copy_, buffers, (gate, up, down))
+        out.index_add_(0, t, gate_column[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
     return out
 
 
 def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the first half of a pre-norm decoder layer on the residual stream h (B, L, d): return the stream after the
     token mixer and the feed-forward input x, both (T, d)."""
-    h = h + FAMILIES[cfg.model_type].attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
-    h = h.flatten(0, 1)
+    mixer = FAMILIES[cfg.model_type].attention
+    h = h + mixer(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
+    h = h.flatten(0, 1)  # from here on, no token sees another
     return h, rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
 
 
@@ -336,13 +375,14 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor,
     gates = route(x, layer, cfg)
     out = mix_experts(layer.experts, x, gates)
     if "mlp.shared_expert_gate.weight" in w:
-        out = out + linear(x, w, "mlp.shared_expert_gate").sigmoid() * mlp(x, w, "mlp.shared_expert")
+        shared_gate = linear(x, w, "mlp.shared_expert_gate").sigmoid()  # (T, 1)
+        out = out + shared_gate * mlp(x, w, "mlp.shared_expert")
     return x, gates, h + out
 
 
 class Family(NamedTuple):
-    """What differs between model families."""
-    attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]  # token mixer of x (B, L, d)
+    """What differs between model families. `attention` is the token mixer of x (B, L, d)."""
+    attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
     width_key: str = "moe_intermediate_size"  # of config.json: the width of an expert
     rms_norm_eps: float = 1e-6  # unless config.json has it
     rope_theta: float = 10000.0  # likewise
@@ -357,7 +397,7 @@ class Family(NamedTuple):
     shared_expert: bool = False  # in every sparse layer
     dense: bool = False  # no layer has experts
     dense_layers: bool = False  # some layers have none, by mlp_only_layers and decoder_sparse_step
-    recurrent_layers: bool = False  # most layers have linear attention, by layer_types or full_attention_interval
+    recurrent_layers: bool = False  # most have linear attention: layer_types, full_attention_interval
 
 
 QWEN3_5 = Family(qwen_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
@@ -397,28 +437,27 @@ class Model:
     >>> model.logits(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 2048])
 
-    Attributes: `checkpoint`, `config`, `dtype`, `device`; by layer, first those of the decoder, then those of a
-    multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`; `transposed`, the names
-    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported.
-    """
+    Attributes: `checkpoint`, `config`, `dtype`, `device`. By layer, first those of the decoder, then those of a
+    multi-token prediction head: `layer_names`, the prefix of its tensors, and `layer_configs`. `transposed`: the names
+    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported."""
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         self.checkpoint = Checkpoint(path)
-        self.dtype = dtype
-        self.device = torch.device(device)
-        names, raw = self.checkpoint.weights, self.checkpoint.raw_config
-        self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
+        self.dtype, self.device = dtype, torch.device(device)
+        tensors, raw = self.checkpoint.weights, self.checkpoint.raw_config
+        multimodal = "model.language_model.norm.weight" in tensors
+        self.prefix = "model.language_model." if multimodal else "model."
         try:
             self.config = read_config(raw)
-            self.layer_names = find_layers(names, self.prefix, self.config.num_layers)
+            self.layer_names = find_layers(tensors, self.prefix, self.config.num_layers)
             self.layer_configs = layer_configs(raw, self.config, self.layer_names)
         except InputError as err:
             raise InputError(f"{self.checkpoint.path}/{err}") from None
-        self.transposed = check_tensors(self.checkpoint.path, names, self.prefix,
-                                        dict(zip(self.layer_names, self.layer_configs)))
+        by_name = dict(zip(self.layer_names, self.layer_configs))
+        self.transposed = check_tensors(self.checkpoint.path, tensors, self.prefix, by_name)
         check_scales(self.checkpoint)
         self._embedding = f"{self.prefix}embed_tokens.weight"
-        tied = self.config.tie_word_embeddings and "lm_head.weight" not in names  # a head that is stored counts
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in tensors  # a stored head counts
         self._head = self._embedding if tied else "lm_head.weight"
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -426,8 +465,10 @@ class Model:
         tensor = self.checkpoint.load(name).to(self.device)
         if self._less_1(name):
             return tensor.to(widened(self.dtype)) + 1
-        wide = FAMILIES[self.config.model_type].norms_less_1 and name.endswith(("norm.weight", "A_log", "dt_bias"))
-        return tensor.to(widened(self.dtype) if wide else self.dtype)
+        stays_wide = name.endswith(("norm.weight", "A_log", "dt_bias"))
+        if stays_wide and FAMILIES[self.config.model_type].norms_less_1:
+            return tensor.to(widened(self.dtype))
+        return tensor.to(self.dtype)
 
     def _less_1(self, name: str) -> bool:
         """Return whether a tensor is a norm weight stored less 1, as some families store all but the recurrence's."""
@@ -444,35 +485,38 @@ class Model:
 
     def _experts(self, index: int) -> Experts:
         """Read a layer's experts, fused or one by one: bfloat16 if stored so, or FP8, half a float32 run's memory."""
-        layer, config = self.layer_names[index], self.layer_configs[index]
+        layer_name, config = self.layer_names[index], self.layer_configs[index]
         n, d, f = config.num_experts, config.hidden_size, config.expert_width
-        prefix, load, tensors = f"{layer}.mlp.experts.", self.checkpoint.load, self.checkpoint.weights
-        stored = {info.dtype for name, info in tensors.items() if name.startswith(prefix)}
+        prefix, tensors = f"{layer_name}.mlp.experts.", self.checkpoint.weights
+        stored = {tensors[name].dtype for name in tensors if name.startswith(prefix)}
         dtype = torch.bfloat16 if stored <= {"BF16", FP8} else self.dtype
-        experts = Experts(*(torch.empty(n, *shape, dtype=dtype, device=self.device)
-                            for shape in ((f, d), (f, d), (d, f))))
-        for e, own in enumerate(zip(*experts)):
-            if f"{prefix}gate_up_proj" in tensors:
-                parts = [self.turned(prefix + name, load(prefix + name, e)) for name in ("gate_up_proj", "down_proj")]
-                parts = *parts[0].chunk(2), parts[1]
-            else:
-                parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
-            for weight, part in zip(own, parts):
-                weight.copy_(self._finite(part, f"expert {e} of {layer}"))  # even if no token goes there
+        empty = partial(torch.empty, dtype=dtype, device=self.device)
+        experts = Experts(gate=empty(n, f, d), up=empty(n, f, d), down=empty(n, d, f))
+        for e in range(n):  # all are checked, even those that no token reaches
+            for projection, weight in zip(experts, self._projections(prefix, e)):
+                projection[e].copy_(self._finite(weight, f"expert {e} of {layer_name}"))
         return experts
 
+    def _projections(self, prefix: str, e: int) -> Iterator[torch.Tensor]:
+        """Yield gate (f, d), up (f, d) and down (d, f) of expert e, each as it is read."""
+        load, gate_up, down = self.checkpoint.load, f"{prefix}gate_up_proj", f"{prefix}down_proj"
+        if gate_up in self.checkpoint.weights:  # fused: gate above up in a stack (n, 2 f, d)
+            yield from self.turned(gate_up, load(gate_up, e)).chunk(2)
+            yield self.turned(down, load(down, e))
+        else:
+            yield from (load(f"{prefix}{e}.{name}_proj.weight") for name in Experts._fields)
+
     def turned(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
-        """Return an expert's matrix, or a stack of them, transposed if the tensor `name` is stored so: from the file's
-        layout to that of `Experts`, and back."""
+        """Return a matrix or stack of the tensor `name`, transposed if stored so: to the layout of `Experts`, or back."""
         return matrix.mT if name in self.transposed else matrix
 
     def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
         """Return the embeddings (B, L, d) of ids (B, L), the stream before the first layer; `empty` makes it."""
-        rows, at = ids.cpu().unique(return_inverse=True)
-        table = self.checkpoint.load(self._embedding, rows.tolist())
+        distinct_ids, row_of = ids.cpu().unique(return_inverse=True)
+        rows = self.checkpoint.load(self._embedding, distinct_ids.tolist())
         h = empty(ids.numel(), self.config.hidden_size, dtype=self.dtype, device=self.device)
-        for part, own in zip(h.split(PASS_TOKENS), at.flatten().split(PASS_TOKENS)):
-            part.copy_(table[own])
+        for h_chunk, chunk_rows in zip(h.split(PASS_TOKENS), row_of.flatten().split(PASS_TOKENS)):
+            h_chunk.copy_(rows[chunk_rows])
         return h.view(*ids.shape, -1)
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -484,18 +528,19 @@ class Model:
         return self._finite(self.tensor(self._head), self._head)
 
     def _finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        if not all(map(math.isfinite, tensor.aminmax())):
-            raise InputError(f"{self.checkpoint.path}: {what} has NaN or infinity in it")
+        finite = all(map(math.isfinite, tensor.aminmax()))  # NaN, if it has NaN
+        require(finite, f"{self.checkpoint.path}: {what} has NaN or infinity in it")
         return tensor
 
     def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Run ids (B, L) through the decoder layers, then through those of a multi-token prediction head if there is
-        one, and yield each one's LayerPass. A layer is unloaded before the next is read, so that one layer's weights at
-        most are in memory. A change of y in place goes on into the next layer. `empty` makes h, x and y."""
-        h, step = self.embed(ids, empty), None
+        one, and yield each one's LayerPass. A layer is unloaded before the next is read: one at most is in memory. A
+        change of y in place goes on into the next layer. `empty` makes h, x and y."""
+        h = self.embed(ids, empty)
         norm = self.norm(f"{self.prefix}norm.weight")
+        step = None
         for index, name in enumerate(self.layer_names):
-            if step:
+            if step is not None:
                 step.layer.unload()
             if name.startswith("mtp."):
                 h = self._mtp_input(h, norm, ids)
@@ -509,30 +554,33 @@ class Model:
             empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
         """Run a layer on h (B, L, d), about PASS_TOKENS tokens at a time, so that the memory of what lies between h
         and y is bounded. Raises InputError if y is not finite."""
-        name, (count, length, d) = self.layer_names[index], h.shape
-        x, y = (empty(count * length, d, dtype=h.dtype, device=h.device) for _ in range(2))
+        name = self.layer_names[index]
+        batch, length, d = h.shape
+        x = empty(batch * length, d, dtype=h.dtype, device=h.device)
+        y = empty(batch * length, d, dtype=h.dtype, device=h.device)
         gates = []
-        at_once = max(1, PASS_TOKENS // length)  # sequences
-        for h_part, x_part, y_part in zip(h.split(at_once), x.split(at_once * length), y.split(at_once * length)):
-            x_new, gates_new, y_new = run_layer(h_part, layer, self.layer_configs[index])
-            if not all(map(math.isfinite, y_new.aminmax())):
-                raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
-                                 f"in its weights, or an overflow of {self.dtype}")
-            x_part.copy_(x_new)
-            y_part.copy_(y_new)
+        sequences = max(1, PASS_TOKENS // length)  # of a chunk
+        tokens = sequences * length
+        for h_chunk, x_chunk, y_chunk in zip(h.split(sequences), x.split(tokens), y.split(tokens)):
+            x_new, gates_new, y_new = run_layer(h_chunk, layer, self.layer_configs[index])
+            require(all(map(math.isfinite, y_new.aminmax())),
+                    f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
+                    f"in its weights, or an overflow of {self.dtype}")
+            x_chunk.copy_(x_new)
+            y_chunk.copy_(y_new)
             gates.append(gates_new)
-        return LayerPass(index, name, layer, h, x, None if layer.router is None else torch.cat(gates), y, norm)
+        all_gates = None if layer.router is None else torch.cat(gates)
+        return LayerPass(index, name, layer, h, x, all_gates, y, norm)
 
     def _mtp_input(self, h: torch.Tensor, norm: Callable, ids: torch.Tensor) -> torch.Tensor:
         """Return what a layer of the multi-token prediction head reads at position t, (B, L - 1, d): the embedding of
         token t + 1 beside the last hidden state at t, each normed, projected to the width of the stream."""
-        pair = (self.norm("mtp.pre_fc_norm_embedding.weight")(self.embed(ids[:, 1:])),
-                self.norm("mtp.pre_fc_norm_hidden.weight")(norm(h[:, :-1])))
-        return torch.cat(pair, dim=-1) @ self.tensor("mtp.fc.weight").T
+        embedded = self.norm("mtp.pre_fc_norm_embedding.weight")(self.embed(ids[:, 1:]))
+        hidden = self.norm("mtp.pre_fc_norm_hidden.weight")(norm(h[:, :-1]))
+        return torch.cat((embedded, hidden), dim=-1) @ self.tensor("mtp.fc.weight").T
 
     def hidden(self, ids: torch.Tensor, tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
-        """Return the normed residual stream that the head reads, (B, L, d), for ids (B, L) int64. `tick` is told the
-        share of the layers that are done."""
+        """Return the normed stream (B, L, d) that the head reads, for ids (B, L). `tick` is told the share done."""
         for step in islice(self.stream(ids), self.config.num_layers):
             tick((step.index + 1) / self.config.num_layers)
         return step.norm(step.y).view(*ids.shape, -1)
@@ -545,45 +593,51 @@ class Model:
     def predictions(self, hidden: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (log-probabilities of the next token (C, V), sum of the losses of those in ids (B, L), nats), float64,
         for what the head reads, hidden (B, L, d), so many positions at a time that they stay in a processor's cache."""
-        head, logits, at_once = self.unembedding(), None, PASS_TOKENS // 4
-        few = max(1, (1 << (18 if head.is_cpu else 24)) // len(head))
-        following = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)  # -100 has no loss
-        for rows, tokens in zip(hidden.flatten(0, 1).split(at_once), following.split(at_once)):
-            logits = torch.mm(rows, head.T, out=logits if len(rows) == at_once else None)
-            for part, own in zip(logits.split(few), tokens.split(few)):
-                log_p = part.double().log_softmax(-1)
-                yield log_p, functional.nll_loss(log_p, own, reduction="sum")
+        head = self.unembedding()
+        at_once = PASS_TOKENS // 4  # positions of a product, of which these stay in the cache:
+        in_cache = max(1, (1 << 18 if head.is_cpu else 1 << 24) // len(head))
+        targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)  # -100: no loss
+        logits = None
+        for h, h_targets in zip(hidden.flatten(0, 1).split(at_once), targets.split(at_once)):
+            logits = torch.mm(h, head.T, out=logits if len(h) == at_once else None)  # one buffer
+            for chunk, chunk_targets in zip(logits.split(in_cache), h_targets.split(in_cache)):
+                log_p = chunk.double().log_softmax(-1)
+                yield log_p, functional.nll_loss(log_p, chunk_targets, reduction="sum")
 
     def perplexity(self, ids: torch.Tensor) -> float:
         """Return exp of the mean next-token loss in nats over ids (B, L); infinity if that is beyond a float."""
-        loss = sum(loss for _, loss in self.predictions(self.hidden(ids), ids)) / ids[:, 1:].numel()
-        return loss.exp().item()  # math.exp would overflow
+        total = sum(loss for _, loss in self.predictions(self.hidden(ids), ids))
+        return (total / ids[:, 1:].numel()).exp().item()  # math.exp would overflow
 
     def encode(self, documents: Iterable[str]) -> torch.Tensor:
         """Return the token ids (T,) of the documents, one after the other, each ended by the end-of-text token if any.
         Raises InputError if the tokenizer is missing, unreadable or has ids beyond the vocabulary."""
         end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
-        parts = ((piece, end * last) for document in documents for piece, last in pieces(document))
+        text_pieces = (piece for document in documents for piece in pieces(document))
 
-        def batches(tokenizer) -> Iterator[torch.Tensor]:  # of bounded size: an encoding takes 80 times its text
-            while batch := [*islice(parts, 32)]:
-                texts, ends = zip(*batch)
-                found = tokenizer.encode_batch(texts, add_special_tokens=False)
-                yield torch.tensor([i for own, after in zip(found, ends) for i in own.ids + after], dtype=torch.int64)
-        ids = torch.cat(self.use_tokenizer(lambda tokenizer: [torch.zeros(0, dtype=torch.int64), *batches(tokenizer)]))
+        def encode_batches(tokenizer) -> Iterator[torch.Tensor]:  # an encoding takes 80 times its text
+            yield torch.zeros(0, dtype=torch.int64)
+            while batch := [*islice(text_pieces, 32)]:
+                texts, are_last = zip(*batch)
+                encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+                batch_ids = []
+                for encoding, is_last in zip(encodings, are_last):
+                    batch_ids += encoding.ids + (end if is_last else [])
+                yield torch.tensor(batch_ids, dtype=torch.int64)
+        ids = torch.cat(self.use_tokenizer(lambda tokenizer: [*encode_batches(tokenizer)]))
         if len(ids) and ids.max() >= self.config.vocab_size:
-            raise InputError(f"{self.checkpoint.path / 'tokenizer.json'}: token id {ids.max()} is beyond the "
-                             f"vocabulary of {self.config.vocab_size}")
+            raise InputError(f"{self.checkpoint.path / 'tokenizer.json'}: token id {ids.max()} is beyond "
+                             f"the vocabulary of {self.config.vocab_size}")
         return ids
 
     def encode_file(self, path: str | os.PathLike, tokens: int | None = None) -> torch.Tensor:
-        """Return the token ids (T,) of a file's documents; of a large file, if no more than some `tokens` are wanted,
-        those of windows spread over it. Raises InputError as `read_documents` and `encode` do, and for chats if the
-        tokenizer lacks their markers."""
+        """Return the token ids (T,) of a file's documents; of a large file, if some `tokens` do, of windows spread over
+        it. Raises InputError as `read_documents` and `encode` do, and for chats if the tokenizer lacks their markers."""
         documents = read_documents(path, tokens)
-        if any(document.startswith(CHATML[0]) for document in documents) and self.use_tokenizer(
-                lambda tokenizer: None in map(tokenizer.token_to_id, CHATML)):
-            raise InputError(f"{path}: has chats; {self.checkpoint.path / 'tokenizer.json'} lacks {CHATML}; give text")
+        if any(document.startswith(CHATML[0]) for document in documents):
+            markers = self.use_tokenizer(lambda tokenizer: [*map(tokenizer.token_to_id, CHATML)])
+            require(None not in markers, f"{path}: has chats; {self.checkpoint.path / 'tokenizer.json'} "
+                                         f"lacks {CHATML}; give text")
         return self.encode(documents)
 
     def use_tokenizer(self, use: Callable):
