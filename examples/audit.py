@@ -175,7 +175,7 @@ def signals_at_end(model: Model, ids: torch.Tensor, settings: Settings,
     key = {}
     if cache:
         model_io.make_cache(cache)
-        key = hodgecover.cache_key(model, ids, settings) | {"barriers": "at the end of the model"}
+        key = hodgecover.cache_key(model, ids, settings)
     head = model.unembedding()
     sparse = hodgecover.sparse_layers(model)
     for step in model.stream(ids):

@@ -16,8 +16,8 @@ import pytest
 import three_cycle
 import torch
 from conftest import QUICK, assert_refused, named, refuse, run
-from hodgecover import RECORD, Settings
-from model_io import InputError, Model
+from hodgecover import Settings
+from model_io import RECORD, InputError, Model
 from safetensors.torch import load_file
 
 PLAIN = named("olmoe-plain")
@@ -36,55 +36,69 @@ def audited():
 
 # ------------------------------------------------------------------------------------------------------- the audit
 
+def tuples(simplices: torch.Tensor) -> list[tuple]:
+    """Simplices (M, 2 or 3) as tuples."""
+    return [tuple(simplex) for simplex in simplices.tolist()]
+
+
 def test_the_audit_compares_each_order_with_the_default(audited):
     """Against plans made one by one, their decompositions by least squares."""
     signals, _, found = audited
-    orders = {"saliency": found.saliency, "index": found.index} | {f"random:{seed}": facts
-                                                                  for seed, facts in enumerate(found.random)}
+    orders = {"saliency": found.saliency, "index": found.index}
+    for seed, facts in enumerate(found.random):
+        orders[f"random:{seed}"] = facts
     default = hodgecover.plan_from_signals(signals, 4, FEW)
-    assert found.plan == default and len(orders) == 7
+    assert found.plan.order == default.order and len(orders) == 7
+    assert found.largest_barrier == signals.barriers.max()
     for order, facts in orders.items():
-        chosen = Settings(max_triangles=10, order=order)
-        made = hodgecover.decompose(signals, chosen)
-        b = made.signs * signals.barriers
-        gradient = made.d1.T @ torch.linalg.lstsq(made.d1.T, b).solution
+        settings = Settings(max_triangles=10, order=order)
+        complex_ = hodgecover.decompose(signals, settings)
+        d1, signs = complex_.d1, complex_.signs
+        b = signs * signals.barriers
+        gradient = d1.T @ torch.linalg.lstsq(d1.T, b).solution
         assert facts.gradient == pytest.approx((gradient.square().sum() / b.square().sum()).item())
         assert facts.gradient + facts.curl + facts.harmonic == pytest.approx(1)
-        both = torch.cat([made.d1.T, made.d2], dim=1)
-        rest = made.signs - both @ torch.linalg.lstsq(both, made.signs, driver="gelsd").solution
+        both = torch.cat([d1.T, complex_.d2], dim=1)
+        rest = signs - both @ torch.linalg.lstsq(both, signs, driver="gelsd").solution
         assert facts.constant == pytest.approx((rest.square().sum() / 28).item())
-        plan = hodgecover.plan_from_signals(signals, 4, chosen)
-        critical, usual = ({tuple(edge) for edge in each["diagnostics"]["critical_edges"]} for each in (plan, default))
-        assert facts.edges_shared == len(critical & usual) / len(critical)
-        assert facts.survivors_shared == len({*plan["survivors"]} & {*default["survivors"]}) / 4
-        simplices = plan["diagnostics"]["critical_edges"] + plan["diagnostics"]["critical_triangles"]
-        covered = [picks for picks in range(9) if all({*simplex} & {*plan["order"][:picks]} for simplex in simplices)]
+        plan = hodgecover.plan_from_signals(signals, 4, settings)
+        edges = tuples(plan.diagnostics.critical_edges)
+        usual = tuples(default.diagnostics.critical_edges)
+        assert facts.edges_shared == len({*edges} & {*usual}) / len(edges)
+        assert facts.survivors_shared == len({*plan.survivors} & {*default.survivors}) / 4
+        simplices = edges + tuples(plan.diagnostics.critical_triangles)
+        covered = [picks for picks in range(9)
+                   if all({*simplex} & {*plan.order[:picks]} for simplex in simplices)]
         assert facts.covered_at == covered[0]
-    assert (found.saliency.edges_shared, found.saliency.survivors_shared) == (1, 1)
+    assert (found.index.edges_shared, found.index.survivors_shared) == (1, 1)
+    assert found.saliency.edges_shared < 1
     assert len({facts.harmonic for facts in orders.values()}) > 3
     top = sorted(range(8), key=lambda e: -signals.saliency[e])[:4]
-    assert found.top_by_saliency == len({*top} & {*default["survivors"]}) / 4
+    assert found.top_by_saliency == len({*top} & {*default.survivors}) / 4
 
 
 def test_the_audit_shows_where_redirects_go(audited):
     """By the paper's rule, by the residual of the additive model, and by the router's rows, word by word."""
-    signals, rows, found = audited
+    signals, rows, _ = audited
+    found = audit.audit_layer(signals, rows, 3, 1, FEW)
     plan, pairs = found.plan, hodgecover.edges(8)
-    kept = plan["survivors"]
+    kept = plan.survivors
     ends = torch.zeros(28, 8, dtype=torch.float64).scatter(1, pairs, 1.0)
     residual = signals.barriers - ends @ torch.linalg.lstsq(ends, signals.barriers).solution
-    left = {tuple(pair): value for pair, value in zip(pairs.tolist(), residual.tolist())}
+    left = dict(zip(tuples(pairs), residual.tolist()))
     cosine = torch.nn.functional.cosine_similarity(rows[:, None].double(), rows[None].double(), dim=2)
     dropped = [e for e in range(8) if e not in kept]
-    by_rule = {"the paper's rule": [plan["redirect"][e] for e in dropped],
-               "least barrier without its additive part": [min(kept, key=lambda j: left[min(e, j), max(e, j)])
-                                                           for e in dropped],
+    by_rule = {"the paper's rule": [plan.redirect[e] for e in dropped],
+               "least barrier without its additive part": [
+                   min(kept, key=lambda j: left[min(e, j), max(e, j)]) for e in dropped],
                "nearest router row": [max(kept, key=lambda j: cosine[e, j]) for e in dropped]}
-    expected = {rule: (len({*targets}), max(map(targets.count, targets))) for rule, targets in by_rule.items()}
+    expected = {}
+    for rule, targets in by_rule.items():
+        expected[rule] = len({*targets}), max(map(targets.count, targets))
     assert found.redirects == expected
-    assert len({*expected.values()}) > 1
-    said = plan["diagnostics"]
-    assert expected["the paper's rule"] == (said["redirect_targets"], said["redirect_largest"])
+    assert len({*expected.values()}) == 3
+    report = plan.diagnostics
+    assert expected["the paper's rule"] == (report.redirect_targets, report.redirect_largest)
 
 
 def test_redirects_of_nothing():
@@ -99,8 +113,18 @@ def test_the_range_over_random_orders_is_smallest_median_largest(audited):
         assert (getattr(low, name), getattr(middle, name), getattr(high, name)) == (values[0], values[2], values[4])
 
 
-def test_the_printed_summary_is_the_audit_s(small, tmp_path, monkeypatch, capsys):
-    """From hodgecover.py's barriers, none measured twice."""
+def table_rows(said: str) -> list[list[str]]:
+    """The cells of all Markdown tables in what was printed."""
+    rows = []
+    for line in said.splitlines():
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+@pytest.fixture
+def printed(small, tmp_path, monkeypatch, capsys) -> tuple[str, dict[int, audit.LayerAudit]]:
+    """What audit.py prints, from hodgecover.py's barriers, none measured twice; and the audits."""
     text = ["--calib", tmp_path / "text.txt", *QUICK]
     assert run(hodgecover, small, "--keep", 4, "--plan-only", *text) == 0
     capsys.readouterr()
@@ -108,27 +132,108 @@ def test_the_printed_summary_is_the_audit_s(small, tmp_path, monkeypatch, capsys
     assert run(audit, small, "--keep", 4, "--orders", 3, *text) == 0
     said = capsys.readouterr().out
     model = Model(small)
-    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32, 0)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
+    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32)
     cache = small.with_name("small-barriers")
+    audits = {}
     for index, signals in hodgecover.measure_model(model, ids, Settings(), [0, 1], cache):
-        found = audit.audit_layer(signals, model.checkpoint.load(f"model.layers.{index}.mlp.gate.weight"), 4, 3)
+        rows = model.checkpoint.load(f"model.layers.{index}.mlp.gate.weight")
+        audits[index] = audit.audit_layer(signals, rows, 4, 3)
+    return said, audits
+
+
+def test_the_printed_tables_are_the_audit_s(printed):
+    said, audits = printed
+    rows = table_rows(said)
+    for index, found in audits.items():
         harmonic = [facts.harmonic for facts in found.random]
-        said_of = found.plan["diagnostics"]
-        additive = said_of["additive"]
-        eta = [f"{said_of['eta'][part]:.3f} ({said_of['eta_constant'][part]:.3f})" for part in plot_diagnostics.PARTS]
-        covered = said_of["covered_at"]
-        assert [str(index), *eta, str(said_of["betti_1"]), str(said_of["triangles"]), f"{said_of['discordance']:.1%}",
-                str(covered["edges"]), str(covered["triangles"]), f"{found.plan['routed_share']:.1%}"] in rows
-        assert [str(index), f"{found.saliency.harmonic:.2f}", f"{found.saliency.constant:.2f}",
-                f"{min(harmonic):.2f} to {max(harmonic):.2f}"] in [row[:4] for row in rows]
+        report = found.plan.diagnostics
+        eta = [f"{report.eta[part]:.3f} ({report.eta_constant[part]:.3f})" for part in plot_diagnostics.PARTS]
+        assert [str(index), *eta, str(report.betti_1), f"{report.tau:.3g} ({found.largest_barrier:.3g})",
+                f"{report.triangles} of {report.candidates}", f"{report.discordance:.1%}",
+                str(report.covered_at["edges"]), str(report.covered_at["triangles"]),
+                f"{found.plan.routed_share:.1%}"] in rows
         summary = next(row for row in rows[::-1] if row[0] == str(index) and len(row) == 10)
+        assert summary[:4] == [str(index), f"{found.index.harmonic:.2f}", f"{found.index.constant:.2f}",
+                               f"{min(harmonic):.2f} to {max(harmonic):.2f}"]
+        additive = report.additive
         assert summary[6:8] == [f"{1 - additive['energy']:.1%}", f"{1 - additive['variance']:.1%}"]
-        assert summary[8:] == [f"{found.saliency.covered_at} of 4", f"{found.top_by_saliency:.0%}"]
+        assert summary[8:] == [f"{found.index.covered_at} (4)", f"{found.top_by_saliency:.0%}"]
         assert [str(index), *(f"{of.targets} ({of.busiest})" for of in found.redirects.values())] in rows
         layer = said.split(f"Layer {index}\n")[1]
-        shown = re.search(r"\| index \| (.+) \|", layer)[1].split(" | ")
-        assert shown == [*(f"{share:.2f}" for share in found.index[:-1]), str(found.index.covered_at)]
+        for name, facts in {"index": found.index, "saliency": found.saliency}.items():
+            shown = re.search(rf"\| {name} \| (.+) \|", layer)[1].split(" | ")
+            assert shown == [*(f"{share:.2f}" for share in facts[:-1]), str(facts.covered_at)]
+
+
+def test_the_papers_figures_stand_beside_ours(printed):
+    said, audits = printed
+    rows = table_rows(said)
+    first, second = (found.plan.diagnostics for found in audits.values())
+    at = rows.index(["the paper's OLMoE", "0.289 to 0.491 (mean 0.352)", "0.025 to 0.049", "0.596 to 1",
+                     "1,453 to 1,455"])
+    name, harmonic, *_, betti = rows[at + 3]
+    low, high = sorted((first.eta["harmonic"], second.eta["harmonic"]))
+    assert (name, harmonic) == ("this model", f"{low:.3f} to {high:.3f} (mean {(low + high) / 2:.3f})")
+    assert betti == audit.span([first.betti_1, second.betti_1], ",")
+    paper, ours = (row for row in rows if "of the experts gone" in row[0])
+    assert paper == ["the paper's OLMoE, 66% of the experts gone (table 5)", "0.693", "0.613", "0.378", "0.491"]
+    means = [(first.retained[part] + second.retained[part]) / 2
+             for part in ("harmonic", "gradient", "curl", "triplet")]
+    assert ours == ["this model, 50% of the experts gone", *(f"{mean:.3f}" for mean in means)]
+
+
+# ---------------------------------------------------------------------------------- the barrier at the end of the model
+
+def barrier_by_hand(model: Model, ids: torch.Tensor, index: int, simplex: tuple) -> torch.Tensor:
+    """Run the model twice, once with the experts of a simplex merged in a layer, and compare its predictions."""
+    outputs = []
+    for merges in (False, True):
+        h = model.embed(ids)
+        norm = model.norm("model.norm.weight")
+        for at in range(model.config.num_layers):
+            step = model.run(at, model.layer(at), h, norm)
+            y = step.y.clone()
+            if merges and at == index:
+                experts = {e: step.layer.experts(e, step.x) for e in simplex}
+                counts = (step.gates > 0).double().sum(0)
+                total = sum(counts[e] for e in simplex)
+                mean = sum(counts[e] / total * experts[e] for e in simplex)
+                for e in simplex:
+                    y += step.gates[:, e, None] * (mean - experts[e])
+            h = y.view_as(h)
+        outputs.append((norm(h) @ model.unembedding().T).log_softmax(-1))
+    log_p, log_q = outputs
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("path", [PLAIN, named("qwen2-dense-between"), named("qwen3_next-tied-mtp")],
+                         ids=lambda path: path.name)
+def test_barriers_at_the_end_of_the_model_by_hand(path):
+    model = Model(path, torch.float64)
+    ids = load_file(path / "golden.safetensors")["ids"][:2, :7]
+    measured = dict(audit.signals_at_end(model, ids, Settings(max_triangles=2)))
+    assert [*measured] == hodgecover.sparse_layers(model)
+    for index, signals in measured.items():
+        if index >= model.config.num_layers:  # a multi-token head: no later layers
+            continue
+        pairs = hodgecover.edges(len(signals.frequency))
+        for simplices, barriers in ((pairs[::9], signals.barriers[::9]), (signals.candidates, signals.triplets)):
+            for simplex, barrier in zip(tuples(simplices), barriers):
+                expected = barrier_by_hand(model, ids, index, simplex)
+                torch.testing.assert_close(barrier, expected, rtol=1e-8, atol=1e-13)
+
+
+def test_barriers_at_the_end_are_kept_apart_from_the_layer_s(small, tmp_path, monkeypatch):
+    model, settings = Model(small), Settings(max_triangles=2)
+    ids = torch.arange(16).view(2, 8)
+    first = dict(audit.signals_at_end(model, ids, settings, tmp_path / "cache"))
+    at_layer = dict(hodgecover.measure_model(model, ids, settings, [0, 1], tmp_path / "cache"))
+    assert not torch.allclose(first[0].barriers, at_layer[0].barriers)
+    monkeypatch.setattr(hodgecover, "plain_barrier", refuse)
+    again = dict(audit.signals_at_end(model, ids, settings, tmp_path / "cache"))
+    for index, signals in first.items():
+        for field, value in signals._asdict().items():
+            assert torch.equal(getattr(again[index], field), value)
 
 
 def test_the_end_of_the_model_on_request(small, tmp_path, capsys):
@@ -137,10 +242,11 @@ def test_the_end_of_the_model_on_request(small, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "on 16 tokens" in said and "| 1 | 1.000 |" in said  # no layer comes after the last
     model = Model(small)
-    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32, 0)[:, :8]
-    barriers = [next(hodgecover.measure_model(model, ids, Settings(readout=readout, max_triangles=0), [0]))[1].barriers
-                for readout in ("lens", "model")]
-    assert f"| 0 | {mathx.spearman(*barriers):.3f} |" in said
+    ids = hodgecover.calibration_ids(model, [tmp_path / "text.txt"], 64, 32)[:, :8]
+    settings = Settings(vocab_sample=0, max_triangles=0)
+    _, lens = next(hodgecover.measure_model(model, ids, settings, [0]))
+    _, end = next(audit.signals_at_end(model, ids, settings))
+    assert f"| 0 | {mathx.spearman(lens.barriers, end.barriers):.3f} |" in said
 
 
 @pytest.mark.parametrize("options, says", [
