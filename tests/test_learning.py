@@ -376,21 +376,31 @@ def planned(small, tmp_path):
     return small
 
 
-def test_plots_take_reap_s_retained_energy_from_the_barriers(planned, tmp_path):
-    """As `mathx.retained` of its survivors says; a plan that has diagnostics is left as it is."""
+def test_plots_take_reap_s_retained_mass_from_the_barriers(planned, tmp_path):
+    """As sums over edges that meet its survivors say; a plan that has diagnostics is left as it is."""
     entries = [plot_diagnostics.read_entry(tmp_path / method / RECORD) for method in ("additive-residual", "reap")]
     folder = planned.with_name("small-barriers")
     own, found = plot_diagnostics.drawable(entries, folder)
     assert own == entries[0] and plot_diagnostics.label(found) == "reap, K = 4"
-    expected = []
-    for layer in entries[1]["layers"]:
+    shares = []
+    for layer, drawn in zip(entries[1]["layers"], found["layers"]):
         signals = plot_diagnostics.cached(folder, entries[0], layer)
-        made = hodgecover.decompose(signals)
-        expected.append(mathx.retained(made.parts.harmonic, hodgecover.edges(8), layer["survivors"]))
-        assert found["layers"][layer["layer"]]["survivors"] == layer["survivors"]
-    for kind in ("some", "all"):
-        mean = sum(kept[kind] for kept in expected) / 2
-        assert plot_diagnostics.mean_retained(found, "harmonic", kind) == pytest.approx(mean)
+        harmonic = hodgecover.decompose(signals).parts.harmonic.abs().tolist()
+        met = [bool({*edge} & {*layer["survivors"]}) for edge in tuples(hodgecover.edges(8))]
+        shares.append(sum(itertools.compress(harmonic, met)) / sum(harmonic))
+        assert drawn["survivors"] == layer["survivors"]
+        json.dumps(drawn)  # as a record that was read
+    assert plot_diagnostics.mean_retained(found, "harmonic") == pytest.approx(sum(shares) / 2)
+
+
+def test_retained_masses_are_drawn_beside_each_other(planned, tmp_path):
+    entry = plot_diagnostics.read_entry(tmp_path / "additive-residual" / RECORD)
+    axes = Axes()
+    plot_diagnostics.draw_retained(axes, [entry, entry])
+    (first, masses), (second, again) = (given for name, given, _ in axes.calls if name == "bar")
+    assert masses == again == [plot_diagnostics.mean_retained(entry, name)
+                               for name in ("gradient", "curl", "harmonic", "triplet")]
+    assert [round(right - left, 9) for left, right in zip(first, second)] == [0.4] * 4
 
 
 def test_plots_want_the_barriers_of_the_plan(planned, tmp_path):
@@ -448,7 +458,9 @@ def test_critical_edges_are_marked_at_their_places(planned, tmp_path):
     plot_diagnostics.draw_barriers(axes, layer, torch.rand(28))
     order = plot_diagnostics.survivors_first(layer)
     marked = {tuple(point) for name, given, _ in axes.calls if name == "scatter" for point in zip(*given)}
-    critical = {tuple(order.index(e) for e in pair) for pair in layer["diagnostics"]["critical_edges"]}
+    critical = set()
+    for i, j in layer["diagnostics"]["critical_edges"]:
+        critical.add((order.index(i), order.index(j)))
     assert marked == critical | {pair[::-1] for pair in critical} and critical
 
 
@@ -515,7 +527,9 @@ def test_plots_refuse_wrong_choices(planned, tmp_path, monkeypatch, capsys, opti
 
 
 @pytest.mark.parametrize("record, says", [
-    ({"schema_version": 1, "history": []}, "not a record of schema_version 2"), ({}, "its last step is no plan"),
+    ({"schema_version": 1, "history": []}, "not a record of schema_version"), ({}, "its last step is no plan"),
+    ({"layers": [{"survivors": [0], "diagnostics": {"retained": {"harmonic": {"some": 1, "all": 0}}}}],
+      "settings": {"keep": 1}}, "a plan of version 0.3"),
     ({"layers": [{"groups": [[0]]}], "settings": {"keep": 1}}, "its last step is no plan"),
     ({"layers": [{"survivors": [0]}], "settings": {"keep": 1}}, "did not write (KeyError"),
 ])
