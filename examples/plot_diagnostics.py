@@ -5,14 +5,14 @@
 
 PLAN is a file of hodgecover.py --plan-only, or the hodgecover.json of an output of hodgecover.py, of a selector of
 baselines.py or of budgets.py. Of the first one: the shares of energy and the discordance of each layer. Of all of
-them, to compare methods: how much of each component's energy the survivors retain. --barriers names the folder where
-the barriers are kept. With it the matrix of one --layer is drawn too, survivors first, with the critical edges marked;
-and methods that measure no barriers have their retained energy taken from there. The format is that of the name's
-ending.
+them, to compare methods: the retained mass of each component (equation 34), the mean over the layers. --barriers names
+the folder where the barriers are kept. With it the matrix of one --layer is drawn too, survivors first, with the
+critical edges marked; and methods that measure no barriers have their retained mass taken from there. The format is
+that of the name's ending.
 """
 import argparse
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -20,42 +20,51 @@ from safetensors import SafetensorError, safe_open
 
 import common
 import hodgecover
-from hodgecover import Settings, Signals
+import model_io
+from hodgecover import Selection, Settings, Signals
 from model_io import InputError
 
 PARTS = ("gradient", "curl", "harmonic")
+COMPONENTS = (*PARTS, "triplet")
 
 
 # ---------------------------------------------------------------------------------------------------- what is drawn
 
 def read_entry(path: Path) -> dict:
-    """The last entry of a record's history. Raises InputError if it holds no plan."""
+    """The last entry of a record's history. Raises InputError if it holds no plan, or one of version 0.3."""
     history = model_io.read_history(path)
     try:
         entry = history[-1]
-        entry["layers"][0]["survivors"], entry["settings"]["keep"]
+        layer = entry["layers"][0]
+        layer["survivors"], entry["settings"]["keep"]
     except (KeyError, IndexError, TypeError):
         raise InputError(f"{path}: its last step is no plan; give the record of hodgecover.py, of a selector of "
                          "baselines.py or of budgets.py") from None
+    report = layer.get("diagnostics")
+    if report and isinstance(report.get("retained", {}).get("harmonic"), dict):
+        raise InputError(f"{path}: a plan of version 0.3, whose retained energy is not the paper's mass; plan anew")
     return entry
 
 
 def label(entry: dict) -> str:
     """The method of a plan, and its number of survivors."""
-    said = entry["settings"]
-    return f"{said.get('method') or said.get('search') or 'hodgecover'}, K = {said['keep']}"
+    settings = entry["settings"]
+    method = settings.get("method") or settings.get("search") or "hodgecover"
+    return f"{method}, K = {settings['keep']}"
 
 
-def cached(folder: Path, entry: dict, layer: dict) -> Signals:
-    """The barriers in a folder of the weights, text and settings of a plan. Raises InputError if there are none."""
-    said = entry["settings"]
-    wanted = {name: str(said[name]) for name in ("readout", "vocab_sample", "max_triangles", "seed")} | {
-        "weights": entry["source"]["fingerprint"], "dtype": f"torch.{said['dtype']}"}
+def cached(folder: Path, entry: dict, layer: dict, settings: Settings | None = None) -> Signals:
+    """The barriers in a folder of the weights and text of a plan, measured with settings, the plan's own if there are
+    none. Raises InputError if there are no such barriers."""
+    text = entry["settings"]
+    choices = vars(settings) if settings else text
+    wanted = {name: str(choices[name]) for name in hodgecover.MEASURED}
+    wanted |= {"weights": entry["source"]["fingerprint"], "dtype": f"torch.{text['dtype']}"}
     for file in sorted(folder.glob(f"{layer['name']}-*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
-                found = opened.metadata() or {}
-                if wanted.items() <= found.items() and found["text"].endswith(said["text_sha256"]):
+                key = opened.metadata() or {}
+                if wanted.items() <= key.items() and key["text"].endswith(text["text_sha256"]):
                     return Signals(**{name: opened.get_tensor(name) for name in opened.keys()})
         except SafetensorError as err:
             raise InputError(f"{file}: damaged ({err}); remove it") from None
@@ -66,17 +75,20 @@ def cached(folder: Path, entry: dict, layer: dict) -> Signals:
 def diagnosed(entry: dict, layer: dict, settings: Settings, folder: Path) -> dict:
     """The layer of a plan whose method measured no barriers, with what those in the folder, measured with some settings
     on the plan's calibration text, say of its survivors."""
-    signals = cached(folder, entry | {"settings": entry["settings"] | asdict(settings)}, layer)
+    signals = cached(folder, entry, layer, settings)
 
-    def select(*given) -> tuple:
-        return layer["order"], *hodgecover.select(*given)[1:]
+    def select(*given: object) -> Selection:
+        return hodgecover.select(*given)._replace(order=layer["order"])
     plan = hodgecover.plan_from_signals(signals, len(layer["survivors"]), settings, select)
-    return layer | {"diagnostics": plan["diagnostics"]}
+    report = {}
+    for name, value in plan.diagnostics._asdict().items():
+        report[name] = value.tolist() if isinstance(value, torch.Tensor) else value
+    return layer | {"diagnostics": report}
 
 
-def mean_retained(entry: dict, component: str, kind: str) -> float:
-    """Mean over layers of the share of a component's energy on simplices with `some` or `all` vertices surviving."""
-    shares = [layer["diagnostics"]["retained"][component][kind] for layer in entry["layers"]]
+def mean_retained(entry: dict, component: str) -> float:
+    """Mean over layers of the retained mass of a component: its share on simplices that meet the survivors."""
+    shares = [layer["diagnostics"]["retained"][component] for layer in entry["layers"]]
     return sum(shares) / len(shares)
 
 
@@ -92,10 +104,7 @@ def barrier_matrix(barriers: torch.Tensor, order: list[int]) -> torch.Tensor:
     >>> barrier_matrix(torch.tensor([1.0, 2.0, 3.0]), [2, 0, 1]).tolist()[0]
     [nan, 2.0, 3.0]
     """
-    n = len(order)
-    matrix = torch.full((n, n), torch.nan, dtype=torch.float64)
-    i, j = hodgecover.edges(n).T
-    matrix[i, j] = matrix[j, i] = barriers.double()
+    matrix = hodgecover.table_of_pairs(barriers.double()).fill_diagonal_(torch.nan)
     return matrix[order][:, order]
 
 
@@ -110,44 +119,49 @@ def draw_eta(axes, layers: list[dict]) -> None:
         axes.bar(index, share, bottom=base, label=part)
         base = [below + own for below, own in zip(base, share)]
     constant = [1 - layer["diagnostics"]["eta_constant"]["harmonic"] for layer in layers]
-    axes.scatter(index, constant, color="black", marker="_", s=200, label="harmonic of a constant begins", zorder=3)
+    axes.scatter(index, constant, color="black", marker="_", s=200, zorder=3,
+                 label="harmonic of a constant begins")
     axes.set(xlabel="layer", ylabel="share of energy", title="Hodge parts of the barriers", xticks=index)
     axes.legend(fontsize="small", loc="lower right")
 
 
 def draw_discordance(axes, layers: list[dict]) -> None:
-    """Share of the candidate triangles that cost more than each of their edges, a layer."""
+    """Share of the candidate triangles that are discordant (equation 9), a layer."""
     index = [layer["layer"] for layer in layers]
     axes.bar(index, [layer["diagnostics"]["discordance"] for layer in layers], color="tab:red")
-    axes.set(xlabel="layer", ylabel="share of triangles", ylim=(0, 1.05), title="Discordance", xticks=index)
+    axes.set(xlabel="layer", ylabel="share of triangles", ylim=(0, 1.05), title="Discordance",
+             xticks=index)
 
 
 def draw_retained(axes, entries: list[dict]) -> None:
-    """Mean over layers of each component's energy on simplices with a survivor, and with survivors alone."""
-    names = (*PARTS, "triplet")
+    """Mean over layers of each component's retained mass, the plans side by side."""
+    width = 0.8 / len(entries)
     for number, entry in enumerate(entries):
-        at = [place + 0.8 * (number + 0.5) / len(entries) - 0.4 for place in range(len(names))]
-        for kind, alpha in (("some", 0.4), ("all", 1.0)):
-            axes.bar(at, [mean_retained(entry, name, kind) for name in names], width=0.8 / len(entries),
-                     color=f"C{number}", alpha=alpha, label=label(entry) if kind == "all" else None)
-    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of energy", ylim=(0, 1.3),
-             title="Retained energy: pale with some, full with all vertices surviving")
+        centre = width * (number + 0.5) - 0.4
+        masses = [mean_retained(entry, component) for component in COMPONENTS]
+        places = [place + centre for place in range(len(masses))]
+        axes.bar(places, masses, width=width, label=label(entry))
+    axes.set(xticks=range(len(COMPONENTS)), xticklabels=COMPONENTS,
+             ylabel="share of the l1 mass", ylim=(0, 1.3),
+             title="Retained mass: share on simplices with a survivor (equation 34)")
     axes.legend(fontsize="small", ncols=2, loc="upper center")
 
 
 def draw_barriers(axes, layer: dict, barriers: torch.Tensor) -> None:
-    """Barriers of all pairs, survivors first; critical edges marked."""
+    """Barriers of all pairs, survivors first; critical edges marked, on both sides of the diagonal."""
     order = survivors_first(layer)
     place = {e: slot for slot, e in enumerate(order)}
     image = axes.imshow(barrier_matrix(barriers, order).log10(), cmap="viridis")
-    critical = [(place[i], place[j]) for i, j in layer["diagnostics"]["critical_edges"]]
-    for across, down in ((0, 1), (1, 0)):
-        axes.scatter([ends[across] for ends in critical], [ends[down] for ends in critical], s=5, color="red",
-                     label="critical (E*)" if across == 0 else None)
-    axes.axhline(len(layer["survivors"]) - 0.5, color="white")
-    axes.axvline(len(layer["survivors"]) - 0.5, color="white")
-    axes.set(title=f"log10 barriers of layer {layer['layer']}; survivors above and left of the lines", xticks=[],
-             yticks=[])
+    first, second = [], []
+    for i, j in layer["diagnostics"]["critical_edges"]:
+        first += [place[i], place[j]]
+        second += [place[j], place[i]]
+    axes.scatter(first, second, s=5, color="red", label="critical (E*)")
+    border = len(layer["survivors"]) - 0.5
+    axes.axhline(border, color="white")
+    axes.axvline(border, color="white")
+    axes.set(xticks=[], yticks=[], title=f"log10 barriers of layer {layer['layer']}; survivors "
+             "above and left of the lines")
     axes.legend(fontsize="small", loc="lower right")
     axes.figure.colorbar(image, ax=axes)
 
@@ -183,10 +197,26 @@ def drawable(entries: list[dict], folder: Path | None) -> list[dict]:
     without = [entry for entry in entries if entry["layers"][0]["diagnostics"] is None]
     if without and folder is None:
         raise InputError(f"barriers: needed for {label(without[0])}, which measured none")
-    said = next((entry for entry in entries if entry not in without), entries[0])["settings"]
-    settings = Settings(**{field.name: said[field.name] for field in fields(Settings)})
-    return [entry | {"layers": [diagnosed(entry, layer, settings, folder) for layer in entry["layers"]]}
-            if entry in without else entry for entry in entries]
+    with_own = [entry for entry in entries if entry not in without]
+    choices = (with_own or entries)[0]["settings"]
+    settings = Settings(**{field.name: choices[field.name] for field in fields(Settings)})
+    drawn = []
+    for entry in entries:
+        if entry in without:
+            layers = [diagnosed(entry, layer, settings, folder) for layer in entry["layers"]]
+            entry = entry | {"layers": layers}
+        drawn.append(entry)
+    return drawn
+
+
+def layer_to_draw(entry: dict, number: int | None) -> dict:
+    """The layer of that number of a plan, or the first. Raises InputError if there is none."""
+    layers = {layer["layer"]: layer for layer in entry["layers"]}
+    if number is None:
+        number = min(layers)
+    if number not in layers:
+        raise InputError(f"layer {number}: the plan has the layers {', '.join(map(str, layers))}")
+    return layers[number]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -197,12 +227,10 @@ def run(args: argparse.Namespace) -> None:
     entries = [read_entry(path) for path in args.plans]
     try:
         entries = drawable(entries, args.barriers)
-        layers = {layer["layer"]: layer for layer in entries[0]["layers"]}
-        wanted = min(layers) if args.layer is None else args.layer
-        if wanted not in layers:
-            raise InputError(f"layer {wanted}: the plan has the layers {', '.join(map(str, layers))}")
-        barriers = cached(args.barriers, entries[0], layers[wanted]).barriers if args.barriers else None
-        figure = draw(pyplot, entries, layers[wanted], barriers)
+        layer, barriers = layer_to_draw(entries[0], args.layer), None
+        if args.barriers:
+            barriers = cached(args.barriers, entries[0], layer).barriers
+        figure = draw(pyplot, entries, layer, barriers)
     except (KeyError, IndexError, TypeError) as err:
         raise InputError(f"a plan that hodgecover.py did not write ({type(err).__name__}: {err})") from None
     common.write_picture(figure, args.out, dpi=70)

@@ -100,17 +100,26 @@ def test_cell_of_hodgecover_is_what_its_command_gives(sample, tmp_path):
     assert_cell(sample, LINES["hodgecover"], tmp_path / "out", 0.5)
 
 
-def test_cell_at_the_end_of_the_model_is_what_the_command_gives(sample, tmp_path):
-    users = [*USERS[:1], 32, *USERS[2:], "--readout", "model"]
-    assert run(hodgecover, sample.source.checkpoint.path, "--keep", 4, "--out", tmp_path / "out", *users) == 0
-    way = LINES[f"hodgecover, readout model, {study.END_TOKENS:,} tokens"]
-    assert_cell(sample, partial(way, tokens=32), tmp_path / "out")
+def test_cell_at_the_end_of_the_model_is_the_plan_of_its_barriers(sample, tmp_path):
+    """Not that of the layer's barriers; another rate measures nothing anew."""
+    few = sample.of(32)
+    source, keep = sample.source, 4
+    made = partial(LINES[f"hodgecover, readout model, {study.END_TOKENS:,} tokens"], tokens=32)(
+        sample, 0.5, tmp_path / "made")
+    wanted, other = {}, {}
+    measured = dict(audit.signals_at_end(source, few.ids, few.settings))
+    for index, signals in measured.items():
+        name = source.layer_names[index]
+        wanted[name] = hodgecover.plan_from_signals(signals, keep, few.settings).survivors
+        other[name] = hodgecover.plan_from_signals(few.signals[name], keep, few.settings).survivors
+    assert wanted != other
+    check_survivors(made, source, wanted)
 
 
 @pytest.mark.parametrize("label, options", [("10% critical", ["--edge-percent", 10, "--triangle-percent", 10]),
                                             ("both lambdas 0.04", ["--lambda-edge", 0.04, "--lambda-triangle", 0.04]),
                                             ("lambda of edges 0", ["--lambda-edge", 0]),
-                                            ("order by index", ["--order", "index"])])
+                                            ("order by saliency", ["--order", "saliency"])])
 def test_cell_of_another_setting_is_what_the_command_gives(label, options, sample, tmp_path):
     path = sample.source.checkpoint.path
     assert run(hodgecover, path, "--keep", 4, "--out", tmp_path / "out", *USERS, "--vocab-sample", 0, *options) == 0
@@ -153,14 +162,14 @@ def test_half_interval_of_two_values_in_closed_form():
 
 def rows(model: str, table: str, line: str, column: str, *kls: float) -> dict:
     """A cell of results with the seeds 0, 1, ..."""
-    return {(model, table, line, column): [report.Row(model, table, line, column, seed, 9.0, kl, 0.5, 1.0, "0", 1, 0.0, 0.0)
-                                           for seed, kl in enumerate(kls)]}
+    cell = model, table, line, column
+    return {cell: [report.Row(*cell, seed, 9.0, kl, 0.5, 1.0, "0", 1, 0.0, 0.0) for seed, kl in enumerate(kls)]}
 
 
 def test_differences_are_taken_sample_by_sample():
     found = {}
-    for line, kls in {"a": (0.1, 0.9), "level": (0.2, 0.8), "worse": (0.301, 1.099), "better": (0.0, 0.8, 7.0),
-                      "short": (0.1,)}.items():
+    for line, kls in {"a": (0.1, 0.9), "level": (0.2, 0.8), "worse": (0.301, 1.099),
+                      "better": (0.0, 0.8, 7.0), "short": (0.1,)}.items():
         found |= rows("m", "plain", line, "50%", *kls)
     assert report.gaps(found, "plain", ["a", "level", "worse", "better", "short"], ["50%"], "m").splitlines() == [
         "| KL minus that of a | `m` 50% |", "| --- | --- |", "| level | +0.000 ± 1.271 |",
@@ -216,21 +225,55 @@ def test_every_picture_of_a_document_is_of_the_csv():
         assert re.search(rb"tEXtSource\0(\w{64})", png)[1].decode() == report.digest(points)
 
 
+RETIRED = {"settings": {"order by index"}}  # lines of version 0.3 that no study measures any more: it is the default now
+
+
+def lines_of(table: str) -> set[str]:
+    """The lines of a table, retired ones too."""
+    return {*TABLES[table].lines} | RETIRED.get(table, set())
+
+
 def test_every_line_of_the_documents_is_a_line_of_its_study():
     for lines, reference, panels in report.FORESTS.values():
-        assert all({*lines} & {*TABLES[table].lines} and reference in TABLES[base].lines for table, base in panels)
-        assert {*lines} <= {line for table, _ in panels for line in TABLES[table].lines}
+        assert all({*lines} & lines_of(table) and reference in lines_of(base) for table, base in panels)
+        assert {*lines} <= set().union(*(lines_of(table) for table, _ in panels))
     for names, lines, *_ in report.TABLES.values():
-        assert {*lines} <= {line for name in names for line in TABLES[name].lines}
+        assert {*lines} <= set().union(*map(lines_of, names))
     assert {*report.FRONTIER} <= {*LINES}
 
 
 def test_the_csv_has_each_sample_once_and_only_what_studies_measure():
     with report.RESULTS.open(encoding="utf-8", newline="") as file:
-        cells = [tuple(row.values())[:5] for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    cells = [(*row.values(),)[:5] + (row["version"],) for row in rows]
     assert len({*cells}) == len(cells) > 1000
-    for _, table, line, column, _ in cells:
-        assert line in TABLES[table].lines and column in TABLES[table].columns
+    for _, table, line, column, _, version in cells:
+        assert line in lines_of(table) and column in TABLES[table].columns
+        assert version in (*report.VERSIONS_SHOWN, hodgecover.__version__)
+
+
+def test_versions_are_never_mixed(small, tmp_path, capsys):
+    """A cell of 0.3 is measured anew by this version, and its row stays; a report has one or the other."""
+    results = tmp_path / "results.csv"
+    arguments = ["--only", "random", "--columns", "50%", "--samples", 1]
+    (new,) = studied("plain", small, results, *arguments)
+    old = new | dict(version="0.3.0", kl="7.5")
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, old)
+        writer.writeheader()
+        writer.writerow(old)
+    capsys.readouterr()
+    kept, added = studied("plain", small, results, *arguments)
+    assert kept == old and added == new | {"cost": added["cost"]} and "7.5" not in capsys.readouterr().out
+    cell = small.name, "plain", "random", "50%"
+    assert [row.version for row in report.read(results)[cell]] == ["0.3.0"]
+    assert [row.kl for row in report.read(results, [hodgecover.__version__])[cell]] == [float(new["kl"])]
+    assert hodgecover.__version__ not in report.VERSIONS_SHOWN
+
+
+def test_no_cell_that_is_shown_is_of_two_versions():
+    for cell, rows in report.read(report.RESULTS).items():
+        assert len({(row.version, row.samples) for row in rows}) == 1, cell
 
 
 # ----------------------------------------------------------------------------------------- fewer and narrower experts
@@ -287,11 +330,11 @@ def test_a_fold_moves_probability_to_the_targets(sample, tmp_path):
         model = ways.fold(sample, 0.5, tmp_path, rule)
         plan = ways.plans(sample, "hodgecover", ways.uniform(source, 0.5))[source.layer_names[0]]
         targets = model.targets[source.layer_names[0]].tolist()
-        assert {e for e in range(8) if targets[e] == e} == {*plan["survivors"]} == {*targets}
-        assert rule != paper or {e: targets[e] for e in plan["redirect"]} == plan["redirect"]
+        assert {e for e in range(8) if targets[e] == e} == {*plan.survivors} == {*targets}
+        assert rule != paper or {e: targets[e] for e in plan.redirect} == plan.redirect
         step, plain = (next(each.stream(sample.ids)) for each in (model, source))
         for x, gates, y, before, own in list(zip(step.x, step.gates, step.y, plain.y, plain.gates))[:8]:
-            p, kept = (step.layer.router @ x).softmax(0), dict.fromkeys(plan["survivors"], 0.0)
+            p, kept = (step.layer.router @ x).softmax(0), dict.fromkeys(plan.survivors, 0.0)
             for e, share in enumerate(p.tolist()):
                 kept[targets[e]] += share
             expected = torch.zeros(8)
@@ -307,8 +350,9 @@ def test_a_fold_moves_probability_to_the_targets(sample, tmp_path):
 def test_a_fold_renormalises_as_its_model_does():
     source = next(model for model in map(Model, GOLDEN) if model.config.norm_topk_prob)
     cfg = source.config
-    plans = {source.layer_names[index]: {"redirect": {}, "order": [*range(cfg.num_experts)]}
-             for index in hodgecover.sparse_layers(source)}
+    frequency = torch.ones(cfg.num_experts)
+    plan = hodgecover.plan_of([*range(cfg.num_experts)], {}, cfg.num_experts, frequency, frequency)
+    plans = {source.layer_names[index]: plan for index in hodgecover.sparse_layers(source)}
     ids = torch.arange(24).view(2, 12)
     torch.testing.assert_close(ways.Folded(source.checkpoint.path, plans).logits(ids), source.logits(ids))
 
@@ -337,7 +381,7 @@ def said(label: str) -> list[tuple]:
     if last in budgets_of:
         return [("share_out", dict(method=start[0], budget=budgets_of[last]))]
     if label == "hodgecover, readout model":
-        return [("select", dict(method="hodgecover", readout="model"))]
+        return [("select_at_end", {})]
     if start and start[0] in ("narrow", "both"):
         return [(start[0], dict(score=last))]
     if label in ("rco", "rco, ragged"):
@@ -487,7 +531,7 @@ def test_methods_that_spare_the_first_layer(sample, tmp_path):
     for method in ("reap", "hodgecover", "hope"):
         found = LINES[f"{method}, first layer whole"](sample, 0.25, tmp_path / method)
         chosen = ways.plans(sample, method, dict.fromkeys(source.layer_names, 4))
-        check_survivors(found, source, {first: [*range(8)], second: chosen[second]["survivors"]})
+        check_survivors(found, source, {first: [*range(8)], second: chosen[second].survivors})
 
 
 def test_cell_of_a_joint_training_is_a_slice_of_what_the_commands_give(sample, tmp_path, monkeypatch):

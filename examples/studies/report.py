@@ -5,7 +5,8 @@
 
 A cell is the mean over the calibration samples +- their standard deviation. A difference is taken sample by sample:
 the mean +- half of the 95% interval of Student's t, in bold if it does not contain 0. There is no correction for the
-number of cells, and all samples are judged on the same text. A picture carries a hash of what it draws.
+number of cells, and all samples are judged on the same text. A picture carries a hash of what it draws. Rows of other
+versions than VERSIONS_SHOWN are left out: 0.4 has other constants and other merges than 0.3.
 """
 import argparse
 import csv
@@ -29,11 +30,12 @@ import model_io  # noqa: E402
 DOCUMENT, RESULTS = HERE.parent / "RESULTS.md", HERE / "results.csv"
 MODELS = ("tiny-olmoe", "tiny-qwen3-moe")
 RATES = ("25%", "50%", "66%")
+VERSIONS_SHOWN = "0.1.0", "0.2.0", "0.3.0"  # whose figures RESULTS.md has; no cell is of two of them
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5% point for 2 to 10 samples
 
 
 class Row(NamedTuple):
-    """A line of results.csv: one sample of a cell, or of an earlier version the mean of `samples` with deviations."""
+    """A line of results.csv: one sample of a cell, or of 0.1 and 0.2 the mean of `samples` with deviations."""
 
     model: str
     table: str
@@ -53,18 +55,22 @@ class Row(NamedTuple):
 Results = dict[tuple[str, ...], list[Row]]  # by model, table, line, column
 
 
-def read(path: Path) -> Results:
-    """The samples of each cell of a file of study.py, in order of their seeds. Raises InputError for another file."""
-    found: Results = {}
+def read(path: Path, versions: Sequence[str] = VERSIONS_SHOWN) -> Results:
+    """The samples of each cell of a file of study.py that these versions measured, in order of their seeds. Raises
+    InputError for another file."""
+    rows = []
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [Row(**{name: Row.__annotations__[name](text) for name, text in row.items()})
-                    for row in csv.DictReader(file)]
+            for fields in csv.DictReader(file):
+                values = {name: Row.__annotations__[name](text) for name, text in fields.items()}
+                rows.append(Row(**values))
     except (KeyError, TypeError, ValueError):
         raise model_io.InputError(f"{path}: must be a table of study.py with {', '.join(Row._fields)}") from None
+    results: Results = {}
     for row in sorted(rows, key=lambda row: row.seed):
-        found.setdefault(row[:4], []).append(row)
-    return {cell: [row for row in own if row.samples == 1] or own for cell, own in found.items()}
+        if row.version in versions:
+            results.setdefault(row[:4], []).append(row)
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------- statistics

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measure the cells of a study and append them to results.csv; what is there is not measured again.
+"""Measure the cells of a study and append them to results.csv; what this version measured is not measured again.
 
     python examples/studies/study.py plain                                     every way, as it is (hours)
     python examples/studies/study.py refitted --only reap --columns 50%        one cell
@@ -9,7 +9,8 @@
 
 A cell is a line (how a checkpoint is made, see ways.py) at a column. It is made in a temporary folder, once for each
 calibration sample, and compared with the source on held-out text. `cost` is the processor seconds that it took to make
-it; what several cells share (barriers, scores, a search) is paid by the first. Barriers lie in MODEL-barriers.
+it; what several cells share (barriers, scores, a search) is paid by the first. Barriers lie in MODEL-barriers. Each row
+has the version of the code; a table that this prints is of the current one alone.
 
 Tables: plain, and what a refit, a training or both make of the same ways; refit and training, what these depend on, of
 HodgeCover's and of REAP's survivors; settings, HodgeCover with other constants; nested, one training for all sizes or
@@ -17,6 +18,7 @@ one for each; dense and dense-half, from a dense model (`train_tiny.py qwen3 exa
 """
 import argparse
 import csv
+import itertools
 import math
 import sys
 import tempfile
@@ -29,8 +31,8 @@ import torch
 
 from ways import (MORE, NESTED_TRAINED, RATES, SEQ_LEN, Sample, Way, audit, baselines, both, by_barriers, by_coverage,
                   by_evo, common, deal, deal_half, distilled, dot_moe, encoded, first_whole, fold, heapr, hodgecover,
-                  merge, model_io, narrow, refitted, search, select, share_out, source_code, then_wanda,
-                  together, wanda, whole, with_tokens)
+                  merge, model_io, narrow, refitted, search, select, select_at_end, share_out, source_code,
+                  then_wanda, together, wanda, whole, with_tokens)
 import evaluate
 import report
 
@@ -47,35 +49,57 @@ class Table(NamedTuple):
 
 def ways() -> dict[str, Way]:
     """All ways by their labels."""
-    chosen = {name: partial(select, method=name) for name in ("hodgecover", *baselines.SELECTORS)}
-    merged = {name: partial(merge, method=name) for name in baselines.MERGING}
-    narrower = {f"narrow, {score}": partial(narrow, score=score) for score in heapr.SCORES}
-    narrower |= {f"both, {score}": partial(both, score=score) for score in ("camera", "heapr")}
-    found = chosen | merged | narrower
-    more = {f"{label}, {MORE:,} tokens": partial(with_tokens, way=found[label], tokens=MORE)
-            for label in ("reap", "narrow, camera", "narrow, heapr", "both, camera")}
-    sparse = {f"{label}, wanda": partial(then_wanda, way=found[label])
-              for label in ("hodgecover", "reap", "random", "stun", "hc-smoe")}
-    sparse["wanda"] = partial(then_wanda, way=whole)
-    shared = {"first layer whole": first_whole, "by barriers": by_barriers, "by coverage": by_coverage,
-              "by evo": by_evo}
-    layers = {f"{method}, {name}": partial(share_out, method=method, budget=shared[name]) for method, name in (
-        *(("reap", name) for name in shared), ("hodgecover", "by barriers"),
-        *((method, "first layer whole") for method in ("hodgecover", "hope", "weighted-cover", "random")))}
-    layers |= {"rco": partial(search, ragged=False), "rco, ragged": partial(search, ragged=True)}
-    at_end = partial(select, method="hodgecover", readout="model")
-    few = {f"{label}, {END_TOKENS:,} tokens": partial(with_tokens, way=way, tokens=END_TOKENS) for label, way in (
-        ("hodgecover", chosen["hodgecover"]), ("hodgecover, readout model", at_end), ("reap", chosen["reap"]))}
-    return found | more | sparse | layers | few
+    plain = {name: partial(select, method=name) for name in ("hodgecover", *baselines.SELECTORS)}
+    plain |= {name: partial(merge, method=name) for name in baselines.MERGING}
+    plain |= {f"narrow, {score}": partial(narrow, score=score) for score in heapr.SCORES}
+    plain |= {f"both, {score}": partial(both, score=score) for score in ("camera", "heapr")}
+    more = {}
+    for label in ("reap", "narrow, camera", "narrow, heapr", "both, camera"):
+        more[f"{label}, {MORE:,} tokens"] = partial(with_tokens, way=plain[label], tokens=MORE)
+    return plain | more | hybrids(plain) | budgeted() | few_tokens(plain)
+
+
+def hybrids(plain: dict[str, Way]) -> dict[str, Way]:
+    """Ways that drop experts, then Wanda; and Wanda alone."""
+    lines = {}
+    for label in ("hodgecover", "reap", "random", "stun", "hc-smoe"):
+        lines[f"{label}, wanda"] = partial(then_wanda, way=plain[label])
+    return lines | {"wanda": partial(then_wanda, way=whole)}
+
+
+def budgeted() -> dict[str, Way]:
+    """Selectors with a budget for each layer."""
+    budgets = {"first layer whole": first_whole, "by barriers": by_barriers, "by coverage": by_coverage,
+               "by evo": by_evo}
+    pairs = [("reap", name) for name in budgets]
+    pairs.append(("hodgecover", "by barriers"))
+    for method in ("hodgecover", "hope", "weighted-cover", "random"):
+        pairs.append((method, "first layer whole"))
+    lines = {}
+    for method, name in pairs:
+        lines[f"{method}, {name}"] = partial(share_out, method=method, budget=budgets[name])
+    return lines | {"rco": partial(search, ragged=False), "rco, ragged": partial(search, ragged=True)}
+
+
+def few_tokens(plain: dict[str, Way]) -> dict[str, Way]:
+    """HodgeCover by barriers at the end of the model, and what it is compared with, on fewer tokens."""
+    lines = {}
+    for label, way in {"hodgecover": plain["hodgecover"], "hodgecover, readout model": select_at_end,
+                       "reap": plain["reap"]}.items():
+        lines[f"{label}, {END_TOKENS:,} tokens"] = partial(with_tokens, way=way, tokens=END_TOKENS)
+    return lines
 
 
 def not_smaller() -> dict[str, Way]:
     """Ways whose files are as large as the source's, or that no file holds; they are not refitted."""
     paper, *others = audit.REDIRECTS
-    folds = {f"fold, {rule}": partial(fold, rule=rule) for rule in others}
-    slots = {f"{name}, in all slots": partial(merge, method=name, all_slots=True)
-             for name in baselines.MERGING if name != "stun"}
-    return {"hodgecover, fold": partial(fold, rule=paper)} | folds | slots
+    lines = {"hodgecover, fold": partial(fold, rule=paper)}
+    for rule in others:
+        lines[f"fold, {rule}"] = partial(fold, rule=rule)
+    for name in baselines.MERGING_ON_FACTS:
+        if name != "stun":  # it merges nothing
+            lines[f"{name}, in all slots"] = partial(merge, method=name, all_slots=True)
+    return lines
 
 
 def refit_lines() -> dict[str, Way]:
@@ -103,11 +127,18 @@ def training_lines() -> dict[str, Way]:
 
 def settings_lines() -> dict[str, Way]:
     """HodgeCover with other constants."""
-    changes = {f"{percent}% critical": dict(edge_percent=percent, triangle_percent=percent) for percent in (1, 10, 50)}
-    changes |= {f"both lambdas {weight}": dict(lambda_edge=weight, lambda_triangle=weight) for weight in (0.04, 25)}
-    changes |= {"lambda of edges 0": dict(lambda_edge=0), "lambda of triangles 0": dict(lambda_triangle=0),
-                "order by index": dict(order="index")}
-    return {label: partial(select, method="hodgecover", **change) for label, change in changes.items()}
+    changes = {}
+    for percent in (1, 5, 10, 50):
+        changes[f"{percent}% critical"] = dict(edge_percent=percent, triangle_percent=percent)
+    for weight in (0.04, 25):
+        changes[f"both lambdas {weight}"] = dict(lambda_edge=weight, lambda_triangle=weight)
+    changes["lambda of edges 0"] = dict(lambda_edge=0)
+    changes["lambda of triangles 0"] = dict(lambda_triangle=0)
+    changes["order by saliency"] = dict(order="saliency")
+    lines = {}
+    for label, change in changes.items():
+        lines[label] = partial(select, method="hodgecover", **change)
+    return lines
 
 
 def nested_lines() -> dict[str, Way]:
@@ -152,10 +183,10 @@ def measure(sample: Sample, text: torch.Tensor, way: Way, value: float) -> dict[
         start = time.process_time()
         output = way(sample, value, Path(folder) / "out")
         cost = time.process_time() - start
-        found, stored = common.compare(sample.source, output, text), wanda.parameters(output)
-        left = stored * (1 - evaluate.expert_zeros(output))
+        comparison = common.compare(sample.source, output, text)
+        left = wanda.parameters(output) * (1 - evaluate.expert_zeros(output))
     gone = 1 - left / (wanda.parameters(sample.source) or math.nan)
-    return dict(perplexity=f"{found.output_perplexity:.6g}", kl=f"{found.kl:.6g}", gone=f"{gone:.4f}",
+    return dict(perplexity=f"{comparison.output_perplexity:.6g}", kl=f"{comparison.kl:.6g}", gone=f"{gone:.4f}",
                 cost=f"{cost:.1f}")
 
 
@@ -170,6 +201,20 @@ def picked(named: dict, wanted: list[str], option: str) -> dict:
 def evenly(text: torch.Tensor, tokens: int) -> torch.Tensor:
     """So many tokens of text (B, L): whole sequences, evenly spaced from the first to the last."""
     return text[torch.linspace(0, len(text) - 1, min(len(text), tokens // text.shape[1])).long()]
+
+
+def missing_cells(args: argparse.Namespace, lines: dict[str, Way], columns: dict[str, float]) -> list[dict]:
+    """The first five fields of each sample that this version has not measured yet."""
+    done = set()
+    if args.results.exists():
+        for rows in report.read(args.results, [hodgecover.__version__]).values():
+            done |= {row[:5] for row in rows}
+    missing = []
+    for line, column, seed in itertools.product(lines, columns, range(args.samples)):
+        cell = dict(model=args.model.resolve().name, table=args.table, line=line, column=column, seed=seed)
+        if tuple(cell.values()) not in done:
+            missing.append(cell)
+    return missing
 
 
 def command_line() -> hodgecover.Parser:
@@ -201,11 +246,7 @@ def run(args: argparse.Namespace) -> None:
     samples = [Sample(source, cache, documents, hodgecover.Settings(vocab_sample=0, seed=seed))
                for seed in range(args.samples)]
     held_out = evenly(model_io.sequences(encoded(source, documents, "held-out"), SEQ_LEN), args.tokens or tokens)
-    there = report.read(args.results) if args.results.exists() else {}
-    done = {row[:5] for rows in there.values() for row in rows}
-    cells = [dict(model=path.name, table=args.table, line=line, column=column, seed=seed)
-             for line in lines for column in columns for seed in range(args.samples)]
-    missing = [cell for cell in cells if tuple(cell.values()) not in done]
+    missing = missing_cells(args, lines, columns)
     bar = model_io.progress_bar()
     with args.results.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, report.Row._fields, lineterminator="\n")
@@ -213,11 +254,12 @@ def run(args: argparse.Namespace) -> None:
             writer.writeheader()
         for at, cell in enumerate(missing):
             bar(at / len(missing))
-            found = measure(samples[cell["seed"]], held_out, lines[cell["line"]], columns[cell["column"]])
-            writer.writerow(cell | found | dict(version=hodgecover.__version__, samples=1, perplexity_sd=0, kl_sd=0))
+            figures = measure(samples[cell["seed"]], held_out, lines[cell["line"]], columns[cell["column"]])
+            row = cell | figures | dict(version=hodgecover.__version__, samples=1, perplexity_sd=0, kl_sd=0)
+            writer.writerow(row)
             file.flush()
     bar(None)
-    results = report.read(args.results)
+    results = report.read(args.results, [hodgecover.__version__])
     print(report.levels(results, [args.table], list(lines), list(columns), [path.name]))
     if len(lines) > 1 < args.samples:
         print("\n" + report.gaps(results, args.table, list(lines), list(columns), path.name))

@@ -32,7 +32,7 @@ import nested  # noqa: E402
 import rco  # noqa: E402
 import refit  # noqa: E402
 import wanda  # noqa: E402
-from hodgecover import Settings, Signals  # noqa: E402
+from hodgecover import Plan, Settings, Signals  # noqa: E402
 from model_io import InputError, Layer, LayerPass, Model  # noqa: E402
 
 CALIBRATION, SEQ_LEN = 2048, 512  # tokens of a sample, and of a sequence
@@ -40,6 +40,7 @@ MORE = refit.TOKENS  # of a refit, of rco's search, and of a choice "on 16,384 t
 TRAINED, NESTED_TRAINED = 131_072, 65_536  # of a training; of one for several sizes
 SEARCH_LENGTH = 128  # tokens of a sequence that rco or dot_moe.py sees
 GENERATIONS, STEPS = 6, 200  # of evo and of rco
+FIRST_RATE = 0.20  # r1: what a hybrid drops as experts (B.4)
 RATES = {"25%": 0.25, "50%": 0.5, "66%": 0.66}
 SPLIT = 16  # experts that a dense layer is split into
 
@@ -93,10 +94,16 @@ class Sample:
         return {self.source.layer_names[index]: signals for index, signals in measured}
 
     @cached_property
+    def signals_at_end(self) -> dict[str, Signals]:
+        """The same with barriers at the end of the model."""
+        measured = audit.signals_at_end(self.source, self.ids, self.settings, self.cache)
+        return {self.source.layer_names[index]: signals for index, signals in measured}
+
+    @cached_property
     def routing(self) -> dict[str, baselines.Routing]:
         """What a selector without barriers looks at, by layer name."""
-        return {step.name: baselines.measure_routing(step)
-                for step in baselines.routed_passes(self.source, self.ids)}
+        passes = baselines.routed_passes(self.source, self.ids)
+        return {step.name: baselines.measure_routing(step) for step in passes}
 
 
 Way = Callable[[Sample, float, Path], Model]
@@ -117,29 +124,45 @@ def uniform(source: Model, dropped: float) -> dict[str, int]:
     return dict.fromkeys(source.layer_names, survivors(source, dropped))
 
 
-def plans(sample: Sample, method: str, kept: dict[str, int]) -> dict[str, dict]:
+def plans(sample: Sample, method: str, kept: dict[str, int]) -> dict[str, Plan]:
     """The plans by layer name of HodgeCover or one of baselines.SELECTORS, with so many survivors in each layer."""
-    found, settings, source = {}, sample.settings, sample.source
-    on_barriers = method == "hodgecover" or method in baselines.ON_BARRIERS
-    for name, measured in (sample.signals if on_barriers else sample.routing).items():
-        if method == "hodgecover":
-            found[name] = hodgecover.plan_from_signals(measured, kept[name], settings)
-        else:
-            rows, index = source.checkpoint.load(f"{name}.mlp.gate.weight"), source.layer_names.index(name)
-            found[name] = baselines.choose(measured, rows, method, kept[name], settings, index)
-    return found
+    source, settings = sample.source, sample.settings
+    if method == "hodgecover":
+        return plans_of(sample.signals, settings, kept)
+    measured = sample.routing
+    if method in baselines.ON_BARRIERS:
+        measured = sample.signals
+    chosen = {}
+    for name, signals in measured.items():
+        rows = source.checkpoint.load(f"{name}.mlp.gate.weight")
+        index = source.layer_names.index(name)
+        chosen[name] = baselines.choose(signals, rows, method, kept[name], settings, index)
+    return chosen
 
 
-def export(sample: Sample, found: dict[str, dict], out: Path) -> Model:
+def plans_of(measured: dict[str, Signals], settings: Settings, kept: dict[str, int]) -> dict[str, Plan]:
+    """HodgeCover's plans of signals, by layer name."""
+    return {name: hodgecover.plan_from_signals(signals, kept[name], settings)
+            for name, signals in measured.items()}
+
+
+def export(sample: Sample, chosen: dict[str, Plan], out: Path) -> Model:
     """Write the checkpoint of plans by layer name."""
-    common.export(sample.source, found, out, {"command": "study.py"})
+    common.export(sample.source, chosen, out, {"command": "study.py"})
     return Model(out)
 
 
 def select(sample: Sample, dropped: float, out: Path, method: str, **changes: object) -> Model:
     """The survivors of one method, with changed settings."""
-    changed = replace(sample, settings=replace(sample.settings, **changes)) if changes else sample
-    return export(sample, plans(changed, method, uniform(sample.source, dropped)), out)
+    if changes:
+        sample = replace(sample, settings=replace(sample.settings, **changes))
+    return export(sample, plans(sample, method, uniform(sample.source, dropped)), out)
+
+
+def select_at_end(sample: Sample, dropped: float, out: Path) -> Model:
+    """HodgeCover's survivors by barriers at the end of the model."""
+    kept = uniform(sample.source, dropped)
+    return export(sample, plans_of(sample.signals_at_end, sample.settings, kept), out)
 
 
 def with_tokens(sample: Sample, value: float, out: Path, way: Way, tokens: int) -> Model:
@@ -149,9 +172,10 @@ def with_tokens(sample: Sample, value: float, out: Path, way: Way, tokens: int) 
 
 def merge(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:
     """The merged experts of one of baselines.MERGING."""
-    found = baselines.merge_model(sample.source, sample.ids, method, survivors(sample.source, dropped),
-                                  all_slots=all_slots)
-    baselines.export_merges(sample.source, dict(found), out, {}, all_slots)
+    source = sample.source
+    merges = baselines.merge_model(source, sample.ids, method, survivors(source, dropped), all_slots=all_slots,
+                                   settings=sample.settings, cache=sample.cache)
+    baselines.export_merges(source, dict(merges), out, {}, all_slots)
     return Model(out)
 
 
@@ -159,10 +183,11 @@ class Folded(Model):
     """A model of which the survivors of plans by layer name run alone, p'_j = p_j + the sum of p_i over the dropped i
     that are redirected to j (4.1; the paper says logits). It runs in memory: no stock loader takes a fold."""
 
-    def __init__(self, path: Path, found: dict[str, dict]):
+    def __init__(self, path: Path, chosen: dict[str, Plan]):
         super().__init__(path)
-        self.targets = {name: torch.tensor([plan["redirect"].get(e, e) for e in sorted(plan["order"])])
-                        for name, plan in found.items()}
+        self.targets = {}
+        for name, plan in chosen.items():
+            self.targets[name] = torch.tensor([plan.redirect.get(e, e) for e in sorted(plan.order)])
 
     def run(self, index: int, layer: Layer, *given: object) -> LayerPass:
         """Run a layer, and put what its folded gates give in place of what its own do."""
@@ -180,11 +205,14 @@ class Folded(Model):
 
 def fold(sample: Sample, dropped: float, out: Path, rule: str) -> Model:
     """HodgeCover's survivors with the router folded by one of audit.REDIRECTS."""
-    found, checkpoint = plans(sample, "hodgecover", uniform(sample.source, dropped)), sample.source.checkpoint
+    checkpoint = sample.source.checkpoint
+    chosen = plans(sample, "hodgecover", uniform(sample.source, dropped))
     for name, signals in sample.signals.items():
-        rows, parts = checkpoint.load(f"{name}.mlp.gate.weight"), hodgecover.decompose(signals, sample.settings)
-        found[name]["redirect"] = audit.REDIRECTS[rule](signals, parts, found[name]["survivors"], rows)
-    return Folded(checkpoint.path, found)
+        rows = checkpoint.load(f"{name}.mlp.gate.weight")
+        complex_ = hodgecover.decompose(signals, sample.settings)
+        targets = audit.REDIRECTS[rule](signals, complex_, chosen[name].survivors, rows)
+        chosen[name] = chosen[name]._replace(redirect=targets)
+    return Folded(checkpoint.path, chosen)
 
 
 # ------------------------------------------------------------------------------------------- narrower or sparse experts
@@ -225,8 +253,8 @@ def whole(sample: Sample, rate: float, out: Path) -> Model:
 
 
 def then_wanda(sample: Sample, rate: float, out: Path, way: Way) -> Model:
-    """A way at half of the rate, then Wanda until `rate` of the source's expert parameters is gone."""
-    model = way(sample, rate / 2, out)
+    """A way at FIRST_RATE, then Wanda until `rate` of the source's expert parameters is gone (4.2, B.4)."""
+    model = way(sample, FIRST_RATE, out)
     rest = wanda.rate_of_rest(rate, wanda.parameters(sample.source), wanda.parameters(model))
     wanda.prune(model, sample.ids, partial(wanda.keep_share, rate=rest))
     return model
@@ -242,7 +270,7 @@ def sparse_names(sample: Sample) -> list[str]:
 
 
 @functools.cache
-def ranked(sample: Sample) -> dict[str, dict]:
+def ranked(sample: Sample) -> dict[str, Plan]:
     """REAP's plan of a sample, by layer name; of its order every budget takes the first."""
     return plans(sample, "reap", uniform(sample.source, 0))
 
@@ -255,8 +283,8 @@ def by_barriers(sample: Sample, keep: int) -> budgets.Budget:
 
 def by_coverage(sample: Sample, keep: int) -> budgets.Budget:
     """The same by the mass of REAP's saliency."""
-    found = [ranked(sample)[name] for name in sparse_names(sample)]
-    saliencies = [[plan["saliency"][e] for e in plan["order"]] for plan in found]
+    ranks = [ranked(sample)[name] for name in sparse_names(sample)]
+    saliencies = [plan.saliency[plan.order].tolist() for plan in ranks]
     return budgets.coverage_budget(saliencies, sample.source.config.top_k, keep)
 
 
