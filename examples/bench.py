@@ -34,19 +34,22 @@ import estimate
 import heapr
 import hodgecover
 import mathx
+import model_io
 import refit
 from estimate import Shape
 from hodgecover import MoELayer
 from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, layer_shapes, mix_experts,
-                      read_config, rms_norm, run_layer)
+                      RMSNorm, read_config, run_layer)
 
 SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, sample=4)
+SEQ_LEN = 512  # of --gradients
 TOKENS = 64  # but of --selectors those of hodgecover.py
 UNUSED = {"scaling": ("experts", "hidden", "width", "vocab", "sample"), "refit": ("vocab", "tokens", "sample", "peak"),
           "gradients": ("vocab", "tokens", "sample", "peak"), "selectors": ("sample",)}
-MEASURED_BY = (dict.fromkeys(("hodgecover", *baselines.ON_BARRIERS), "barriers")  # what a method starts from
+ON_BARRIERS = ("hodgecover", *baselines.ON_BARRIERS, *baselines.MERGING_ON_BARRIERS)
+MEASURED_BY = (dict.fromkeys(ON_BARRIERS, "barriers")  # what a method starts from
                | dict.fromkeys(baselines.RECORDED, "routing") | dict.fromkeys(("man", "msan", "hope"), "norms")
-               | {"aimer": "weights"} | dict.fromkeys(baselines.MERGING, "facts"))
+               | {"aimer": "weights"} | dict.fromkeys(baselines.MERGING_ON_FACTS, "facts"))
 SCALED = dict(hidden=512, width=128)  # of --scaling, which varies one of the following, the others in the middle
 SCALED_SIZES = {"n": (16, 32, 64, 128, 256), "T": (16, 32, 64, 128), "V": (4096, 8192, 16384, 32768)}
 OUTCOMES = (256, 512, 1024, 4096)  # sizes of a sample of the vocabulary
@@ -68,9 +71,9 @@ def random_layer(shape: Shape, tokens: int, peak: float, dtype: torch.dtype) -> 
                     normal(vocab, d, std=peak * d**-0.5))
 
 
-def norm_in(d: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A final norm without a weight."""
-    return partial(rms_norm, weight=torch.ones(d, dtype=dtype), eps=1e-5)
+def norm_in(d: int, dtype: torch.dtype) -> RMSNorm:
+    """A final norm whose weights are 1."""
+    return RMSNorm(torch.ones(d, dtype=dtype), 1e-5)
 
 
 def in_dtype(layer: MoELayer, dtype: torch.dtype) -> MoELayer:
@@ -132,8 +135,8 @@ def timed_sweep(layer: MoELayer, simplices: torch.Tensor, rows: int, outcomes: i
 def timed_floor(layer: MoELayer, shape: Shape, simplices: torch.Tensor) -> tuple[int, float, float, float]:
     """Of a sweep on the shape's outcomes: touched pairs, operations, median seconds, and the floor of the seconds."""
     rows, outcomes = touched_pairs(layer, simplices), shape.outcomes % shape.vocab
-    count = estimate.product_operations(shape, len(layer.x), rows, simplices.shape[1])
-    spent, rate = timed_sweep(layer, simplices, max(1, rows // len(layer.x)), outcomes)
+    count = estimate.sweep_operations(shape, len(layer.x), rows)
+    spent, rate = timed_sweep(layer, simplices, shape.n + 1, outcomes)
     return rows, count, spent, count / rate
 
 
@@ -175,7 +178,8 @@ def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> dict[str, float
         rows, count, spent[name], floor = timed_floor(layer, shape, simplices)
         plain = sum(seconds(hodgecover.plain_barrier, narrow, s) for s in some.tolist()) / len(some) * len(simplices)
         exact = torch.stack([hodgecover.plain_barrier(wide, s) for s in some.tolist()])
-        error = ((estimate.sweep(layer, some) - exact).abs() / exact).max().item()
+        errors = (estimate.sweep(layer, some) - exact).abs() / exact
+        error = errors[exact > 0].max().item()  # experts that always go together cost nothing to merge
         print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {spent[name]:.1f} | {floor:.1f} | "
               f"{floor / spent[name]:.0%} | {plain:.0f} | {plain / spent[name]:.0f} x | {error:.1e} |", flush=True)
     return spent
@@ -258,7 +262,7 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the times of a layer's forward pass, of heapr.py's pass back, and of a step of distil.py --layerwise, Adam
     included, and the process's largest memory after each."""
     cfg, layer = random_decoder_layer(args, dtype)
-    length = min(512, args.gradients)
+    length = min(SEQ_LEN, args.gradients)
     h, target = torch.randn(2, args.gradients // length, length, args.hidden).to(dtype)
     weights = distil.layer_weights(layer)
     dtypes = dict.fromkeys(weights, dtype)
@@ -295,7 +299,9 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
 def own_work(method: str, found: tuple, keep: int, layer: Layer) -> None:
     """What a method does with what was measured: a plan, or groups and their merged experts."""
     if method in baselines.MERGING:
-        baselines.merged_layer(layer, baselines.Merge(*baselines.MERGING[method](found, keep), found.frequency))
+        settings = [hodgecover.Settings()] if method in baselines.MERGING_ON_BARRIERS else []
+        groups = baselines.MERGING[method](found, keep, *settings)
+        baselines.merged_layer(layer, baselines.Merge(*groups, found.frequency))
     elif method in baselines.SELECTORS:
         baselines.choose(found, layer.router, method, keep)
     else:

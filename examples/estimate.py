@@ -5,10 +5,13 @@
     python examples/estimate.py CKPT --vocab-sample 1024 --tokens 4096
     python examples/estimate.py CKPT --keep 32 --refit 16384
 
-Operations are counted: those of the matrix products of the barrier sweep, and of one forward pass. The count for pairs
-is exact, since each token touches the same number of them. That for triangles supposes that all experts are used alike.
-Time is the count over the rate of a short sweep of a made-up layer of the same shape. Memory is one layer's weights,
-the head, the residual stream and the buffers of --memory. Disk is the cache.
+Operations are counted: those of the matrix products of the barrier sweep, and of one forward pass. Most are of the
+tables: all experts on all tokens, the head on each output. The triangles read those of the pairs, as far as half of
+--memory holds them. The count for pairs is exact; that for triangles supposes that all experts are used alike. Time is
+the count over the rate of a short sweep of a made-up layer of the same shape. Memory is one layer's weights, the head,
+the residual stream and the buffers of --memory. Disk is the cache.
+
+It also prints the experts that stay in each layer of the paper's hybrid, whose first stage drops r1 = 0.20 (B.4).
 
 The estimate leaves out the time to read the checkpoint, which it prints in bytes, and the decomposition, which takes
 seconds a layer.
@@ -66,12 +69,17 @@ def shape_of(model: Model, vocab_sample: int = 0) -> Shape:
 
 # ---------------------------------------------------------------------------------------------- operations of the sweep
 
-def product_operations(shape: Shape, tokens: int, rows: float, members: int) -> float:
-    """Operations of the products in the barriers of simplices of so many members, if `rows` (token, simplex) pairs
-    touch: for each pair a readout and a down projection a member; for each token its own readout, the pre-activations
-    of all experts and the down projections of its own."""
-    n, k, d, f, vocab, outcomes = shape
-    return 2 * d * (rows * (outcomes + members * f) + tokens * (vocab + (2 * n + k) * f))
+def table_operations(shape: Shape) -> int:
+    """Operations a token of `mathx.read_tables`, and of its distribution: all experts, the head on y and on each
+    output, their inner products, and y's readout."""
+    n, _, d, f, vocab, outcomes = shape
+    return 2 * d * (3 * n * f + (n + 1) * (outcomes + n + 1) + vocab)
+
+
+def sweep_operations(shape: Shape, tokens: int, rows: float) -> float:
+    """Operations of the products in a sweep whose tables are not kept, if `rows` (token, simplex) pairs touch: the
+    tables, and for each pair two expectations over the outcomes."""
+    return tokens * table_operations(shape) + 4 * rows * shape.outcomes
 
 
 def touched_share(n: int, k: int, members: int) -> float:
@@ -83,9 +91,9 @@ def touched_share(n: int, k: int, members: int) -> float:
     return 1 - math.comb(n - k, members) / math.comb(n, members)
 
 
-def sweep_operations(shape: Shape, members: int, count: int) -> float:
-    """Operations a token of the barriers of `count` simplices under uniform routing."""
-    return product_operations(shape, 1, count * touched_share(shape.n, shape.k, members), members)
+def touched_simplices(shape: Shape, members: int, count: int) -> float:
+    """How many of `count` simplices touch a token under uniform routing."""
+    return count * touched_share(shape.n, shape.k, members)
 
 
 def sweep(layer: MoELayer, simplices: torch.Tensor, outcomes: int = 0) -> torch.Tensor:
@@ -100,27 +108,25 @@ def made_up(model: Model, *shape: int) -> torch.Tensor:
 
 
 def sweep_rate(model: Model, shape: Shape) -> float:
-    """Operations a second of a short sweep over pairs. As many of them are touched by a token as in the real one, but
-    of 2 k experts, so that little memory is needed."""
-    n, k, d, f, vocab, outcomes = shape
-    few = min(n, 2 * k)
-    real = sweep_operations(shape, 2, math.comb(n, 2))
-    tokens = int(min(max(TIMED_OPERATIONS / real, 1), 64))
-    per_round = math.comb(few, 2) * touched_share(few, k, 2)
-    rounds = max(1, round(math.comb(n, 2) * touched_share(n, k, 2) / per_round))
-    pairs = hodgecover.edges(few).repeat(rounds, 1)
+    """Operations a second of a short sweep over the pairs of 2 k experts, so that little memory is needed."""
+    _, k, d, f, vocab, outcomes = shape
+    few = min(shape.n, 2 * k)
+    shape = shape._replace(n=few)
+    pairs = hodgecover.edges(few)
+    rows = touched_simplices(shape, 2, len(pairs))  # of a token: each is routed to k
+    tokens = int(min(max(TIMED_OPERATIONS / sweep_operations(shape, 1, rows), 1), 64))
 
     filled = partial(made_up, model)
     x, gates = filled(tokens, d), filled(tokens, few)
     gates[:, k:] = 0
-    layer = MoELayer(Experts(filled(few, f, d), filled(few, f, d), filled(few, d, f)), x, gates, x,
-                     partial(model_io.rms_norm, weight=filled(d), eps=1.0), filled(vocab, d))
+    experts = Experts(filled(few, f, d), filled(few, f, d), filled(few, d, f))
+    layer = MoELayer(experts, x, gates, x, model_io.RMSNorm(filled(d), 1.0), filled(vocab, d))
     seconds = []
     for _ in range(2):  # a processor takes a moment to reach its speed
         started = time.perf_counter()
         sweep(layer, pairs, outcomes)
         seconds.append(time.perf_counter() - started)
-    return tokens * sweep_operations(shape._replace(n=few), 2, len(pairs)) / min(seconds)
+    return sweep_operations(shape, tokens, tokens * rows) / min(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -135,38 +141,31 @@ def layer_sizes(model: Model) -> tuple[list[float], float]:
 
 
 def estimate(model: Model, settings: Settings, tokens: int, memory: int = hodgecover.MEMORY) -> Cost:
-    """What `hodgecover.measure_model` costs on so many tokens, with `memory` bytes of buffers."""
-    sparse = hodgecover.sparse_layers(model)
-    shape = shape_of(model, settings.vocab_sample if settings.readout == "lens" else 0)
+    """What `hodgecover.measure_model` costs on so many tokens, with `memory` bytes of buffers: one forward pass, and
+    two sweeps in each sparse layer."""
+    layers = len(hodgecover.sparse_layers(model))
+    shape = shape_of(model, settings.vocab_sample)
     pairs, triangles = math.comb(shape.n, 2), min(settings.max_triangles, math.comb(shape.n, 3))
-    audited = AUDITED if shape.outcomes < shape.vocab else 0
-    disk = len(sparse) * 8 * (2 * shape.n + pairs + 4 * triangles + 2 * audited)
-    count, buffers = (model_readout, 0) if settings.readout == "model" else (lens_readout, memory)
-    operations, peak = count(model, shape, tokens, pairs, triangles)
-    return Cost(operations, operations / sweep_rate(model, shape), PROCESS_BYTES + peak + buffers, disk)
-
-
-def lens_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int) -> tuple[float, float]:
-    """(operations, peak bytes but for buffers) of the readout `lens`: one forward pass, and a sweep in each sparse
-    layer."""
+    touched = touched_simplices(shape, 2, pairs) + touched_simplices(shape, 3, triangles)
+    tables = 2 - kept_share(model, shape, tokens, memory)  # how often each token's are read
+    sweeps = tables * table_operations(shape) + 4 * touched * shape.outcomes
     held, active = layer_sizes(model)
-    sweep = sweep_operations(shape, 2, pairs) + sweep_operations(shape, 3, triangles)
-    operations = tokens * (len(hodgecover.sparse_layers(model)) * sweep + 2 * active)
+    operations = tokens * (layers * sweeps + 2 * active)
+
+    sample, audited = 0, 0
+    if shape.outcomes < shape.vocab:
+        sample, audited = 12 * tokens * shape.outcomes, AUDITED
     streams = 16 * tokens * shape.d
-    sample = 12 * tokens * shape.outcomes if shape.outcomes < shape.vocab else 0
-    return operations, max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + sample
+    weights = max(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams)
+    disk = layers * 8 * (2 * shape.n + pairs + 4 * triangles + 2 * audited)
+    return Cost(operations, operations / sweep_rate(model, shape), PROCESS_BYTES + weights + sample + memory, disk)
 
 
-def model_readout(model: Model, shape: Shape, tokens: int, pairs: int, triangles: int) -> tuple[float, float]:
-    """The same of the readout `model`: every merge runs all later layers twice, without it and with it."""
-    held, active = layer_sizes(model)
-    sparse, depth = hodgecover.sparse_layers(model), len(held)
-    later = sum((depth - 1 - index) / depth for index in sparse)
-    heads = len(sparse) * shape.vocab * shape.d
-    operations = 4 * tokens * (pairs + triangles) * (later * active + heads)
-    streams = tokens * (4 * shape.f + 100 * shape.d)
-    logits = 40 * tokens * shape.vocab  # five tensors of float64
-    return operations, sum(held) + model.dtype.itemsize * (shape.vocab * shape.d + streams) + logits
+def kept_share(model: Model, shape: Shape, tokens: int, memory: int) -> float:
+    """Share of the tokens whose tables are kept from the sweep of the pairs to that of the triangles."""
+    rows = shape.n + 1
+    of_token = model.dtype.itemsize * rows * shape.outcomes + model_io.widened(model.dtype).itemsize * rows**2
+    return min(1.0, memory // 2 / (of_token * tokens))
 
 
 def estimate_refit(model: Model, keep: int, tokens: int, memory: int = hodgecover.MEMORY) -> Cost:
@@ -212,9 +211,9 @@ def command_line() -> hodgecover.Parser:
     parser.add_argument("--keep", metavar="K", type=int, help="experts to keep: adds the size of the output")
     parser.add_argument("--tokens", metavar="T", type=int, default=model_io.TOKENS, help="calibration tokens "
                         "[%(default)s]")
-    parser.add_argument("--seq-len", metavar="L", type=int, default=512,
-                        help="tokens per sequence [%(default)s]")
-    hodgecover.add_settings(parser, "readout", "vocab_sample", "max_triangles")
+    parser.add_argument("--seq-len", metavar="L", type=int, help="tokens per sequence [the model's "
+                        "max_position_embeddings, at most T]")
+    hodgecover.add_settings(parser, "vocab_sample", "max_triangles")
     parser.add_argument("--refit", metavar="TOKENS", type=int, help="also refit.py on so many tokens; needs --keep")
     return parser
 
@@ -224,13 +223,10 @@ def check_options(args: argparse.Namespace) -> None:
     for name, tokens in (("tokens", args.tokens), ("refit", args.refit)):
         if tokens is not None:
             hodgecover.check_range(name, tokens, 2, 10**9)
-            if not 2 <= args.seq_len <= tokens:
+            if args.seq_len is not None and not 2 <= args.seq_len <= tokens:
                 raise InputError(f"seq_len {args.seq_len}: must be from 2 to {name} ({tokens})")
     if args.refit is not None and args.keep is None:
         raise InputError("refit: needs --keep K, the experts of the checkpoint that is refitted")
-    if args.readout == "model":
-        unused = ["vocab_sample", "memory"][:1 if args.refit else 2]
-        common.refuse_given(command_line(), args, unused, "--readout model")
 
 
 def in_units(size: float) -> str:
@@ -254,20 +250,23 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
     settings = common.settings_of(args)
-    dtype = model_io.choose_dtype(args.dtype, args.device, settings.readout)
+    dtype = model_io.choose_dtype(args.dtype, args.device)
     model = Model(args.checkpoint, dtype, args.device)
     hodgecover.sparse_layers(model)
     if args.keep is not None:
         hodgecover.check_keep(model, args.keep)
 
     def whole(tokens: int) -> int:
-        return tokens // args.seq_len * args.seq_len
+        length = args.seq_len or min(model.config.max_positions or 512, tokens)
+        return tokens // length * length
     show("barriers", model, estimate(model, settings, whole(args.tokens), args.memory), "sweep")
     if args.refit is not None:
         show("refit", model, estimate_refit(model, args.keep, whole(args.refit), args.memory), "refit")
     print(f"reading: {in_units(model.checkpoint.nbytes())}, once for the fingerprint and once to run; comes on top")
     if args.keep is not None:
         print(f"output: {in_units(output_bytes(model, args.keep))}")
+    n = model.config.num_experts
+    print(f"the paper's hybrid: hodgecover.py --keep {n - round(0.2 * n)} (r1 = 0.20 of {n} experts), then wanda.py")
 
 
 main = common.main_of(command_line, run)
