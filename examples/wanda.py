@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Prune the weights of a checkpoint's experts with Wanda (arXiv 2306.11695).
+"""Prune the weights of a checkpoint's experts with Wanda (arXiv 2306.11695): alone, or as the second stage of the
+hybrid HodgeCover+Wanda (4.2, B.4).
 
-    python examples/wanda.py CKPT --rate 0.5 --out DIR                          half of each row
-    python examples/wanda.py CKPT --total-rate 0.6 --source SOURCE --out DIR    60% of the source's expert parameters
-    python examples/wanda.py CKPT --nm 2:4 --out DIR                            2 of each 4 entries stay
+    python hodgecover.py SOURCE --keep 51                                         OLMoE: r1 = 0.20 of 64 experts go
+    python examples/wanda.py CKPT --total-rate 0.66 --source SOURCE --out DIR     the hybrid: CKPT is SOURCE-keep51
+    python examples/wanda.py CKPT --rate 0.5 --out DIR                            half of each row
+    python examples/wanda.py CKPT --nm 2:4 --out DIR                              2 of each 4 entries stay
 
 Of each row of the matrices of routed and shared experts, the entries with the smallest |W_ij| |X_j| become 0, |X_j|
-being the norm of input j over the calibration tokens that the expert gets. The files keep their size.
+being the norm of input j over the calibration tokens that the expert gets. int(rate * columns) entries of a row go, as
+in Wanda's published code, so that the rate that is reached is a little lower than the one asked for. --nm N:M keeps N
+of each M consecutive entries. The files keep their size.
 
-As in the published code, the layers are pruned in order: the norms of a layer are those that the pruned layers before
-it give, all from one pass of the layer before it is pruned; and int(rate * columns) entries of a row go, so that the
-rate that is reached is a little lower than the one asked for. --nm N:M keeps N of each M consecutive entries.
+--total-rate R, the paper's way (equation 33, algorithm 2): r1 is the share of the source's experts that are gone in
+CKPT, and each row loses r2 = max(0, (R - r1) / (1 - r1)). |X_j| are those of the source: one pass of it, and none of
+the pruned model. Ours: an expert of CKPT is known by its router row, which every selector and merger here leaves as it
+was; a merged expert has the norms of the expert whose row it has.
 
-Ours: --total-rate, which counts experts that are gone as pruned and prunes those that stay at the rate
-1 - (1 - R) P_source / P_ckpt; magnitude alone for an expert that no token is routed to. Left out: attention and dense
-layers, which the published code prunes too; the router, which its search for linear layers would find as well; and its
-variant that searches a rate for each row.
+--rate and --nm, Wanda's published way: the layers are pruned in order; the norms of a layer are those that the pruned
+layers before it give, all from one pass of the layer before it is pruned.
+
+Ours in both: magnitude alone for an expert that no token is routed to. Left out: attention and dense layers, which the
+published code prunes too; the router; and its variant that searches a rate for each row.
 
     n experts of a layer   d hidden size   f width of an expert   B sequences of L tokens   (o, i) shape of a matrix
 """
@@ -93,23 +99,56 @@ def matrices_of_layer(checkpoint: model_io.Checkpoint, layer: str, norms: dict[s
             yield from ((name, e, inputs) for e, inputs in enumerate(norms[reads]))
 
 
-def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = lambda share: None) -> int:
-    """Prune the experts of a checkpoint in its files, layer by layer, on the calibration tokens ids (B, L).
+def prune_layer(model: Model, layer: str, norms: dict[str, torch.Tensor], mask: Mask) -> int:
+    """Prune the experts of a layer in the checkpoint's files: entries outside mask(weight, norms) become 0, the others
+    keep their bits. Returns how many became 0 by the mask."""
+    pruned = 0
+    for name, row, inputs in matrices_of_layer(model.checkpoint, layer, norms):
+        weight = model.turned(name, model.checkpoint.load(name, row))
+        kept = mask(weight, inputs)
+        common.overwrite(model.checkpoint, name, model.turned(name, weight.masked_fill(~kept, 0)), row)
+        pruned += kept.logical_not().sum().item()
+    return pruned
 
-    Entries outside mask(weight, norms) become 0; the others keep their bits. Returns how many became 0 by the mask.
-    """
+
+def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = lambda share: None) -> int:
+    """Prune the experts of a checkpoint in its files on the calibration tokens ids (B, L), each layer on what the pruned
+    ones before it give. Returns how many entries became 0 by the mask."""
     pruned = 0
     for step in model.stream(ids):
         if step.gates is not None:
-            norms = activation_norms(step)
-            for name, row, inputs in matrices_of_layer(model.checkpoint, step.name, norms):
-                weight = model.turned(name, model.checkpoint.load(name, row))
-                kept = mask(weight, inputs)
-                common.overwrite(model.checkpoint, name, model.turned(name, weight.masked_fill(~kept, 0)), row)
-                pruned += kept.logical_not().sum().item()
+            pruned += prune_layer(model, step.name, activation_norms(step), mask)
             step.y.copy_(common.rerun(model, step).y)  # the next layer reads what the pruned one gives
         tick((step.index + 1) / len(model.layer_names))
     return pruned
+
+
+def prune_on_source(model: Model, source: Model, ids: torch.Tensor, mask: Mask,
+                    tick: hodgecover.Tick = lambda share: None) -> int:
+    """The same on the activations of one pass of the source (B.4). Raises InputError as `source_experts` does."""
+    names = [name for name, config in zip(model.layer_names, model.layer_configs) if config.sparse]
+    experts = {name: source_experts(model, source, name) for name in names}
+    pruned = 0
+    for step in source.stream(ids):
+        if step.name in experts:
+            norms = activation_norms(step)
+            for reads in ("inputs", "hidden"):
+                norms[reads] = norms[reads][experts[step.name]]
+            pruned += prune_layer(model, step.name, norms, mask)
+        tick((step.index + 1) / len(source.layer_names))
+    return pruned
+
+
+def source_experts(model: Model, source: Model, layer: str) -> list[int]:
+    """Return the expert of the source's layer that each expert of a layer comes from: the one with its router row.
+    Raises InputError if there is none, and if the experts have become narrower."""
+    rows, of_source = (each.checkpoint.load(f"{layer}.mlp.gate.weight") for each in (model, source))
+    same = (rows[:, None] == of_source).all(2)  # (n of the checkpoint, n of the source)
+    width = model.layer_configs[model.layer_names.index(layer)].expert_width
+    if not same.any(1).all() or width != source.layer_configs[source.layer_names.index(layer)].expert_width:
+        raise InputError(f"{model.checkpoint.path}: the experts of {layer} are not the source's: another router row or "
+                         "width; give a checkpoint that only lost experts, or merged them")
+    return same.int().argmax(1).tolist()
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -121,18 +160,21 @@ def parameters(model: Model) -> int:
     return sum(math.prod(tensors[name].shape) for name in common.expert_matrices(model.checkpoint))
 
 
-def rate_of_rest(total_rate: float, before: int, after: int) -> float:
-    """Return the rate at which `after` parameters are pruned so that the share total_rate of `before` is gone. Raises
-    InputError if more are gone already.
+def experts_gone(model: Model, source: Model) -> float:
+    """Return r1, the share of the source's routed experts that are gone, over the decoder's layers."""
+    def count(each: Model) -> int:
+        decoder = each.layer_configs[:each.config.num_layers]
+        return sum(config.num_experts for config in decoder if config.sparse)
+    return 1 - count(model) / count(source)
 
-    >>> round(rate_of_rest(0.6, 200, 100), 9)
-    0.2
+
+def residual_rate(total_rate: float, gone: float) -> float:
+    """Return r2, the sparsity of the survivors' rows that makes a total rate of `gone` experts, r1 (equation 33).
+
+    >>> round(residual_rate(0.66, 0.2), 9), residual_rate(0.1, 0.2)
+    (0.575, 0.0)
     """
-    rate = 1 - (1 - total_rate) * before / after
-    if rate < -1e-12:
-        raise InputError(f"total_rate {total_rate}: of the source's expert parameters {1 - after / before:.4f} are "
-                         "gone already; must be at least that")
-    return max(rate, 0.0)
+    return max(0.0, (total_rate - gone) / (1 - gone))
 
 
 def check_groups(model: Model, kept: int, group: int) -> None:
@@ -158,8 +200,8 @@ def command_line() -> hodgecover.Parser:
     parser = common.command_line(__file__, __doc__, memory=False)
     how_many = parser.add_mutually_exclusive_group(required=True)
     how_many.add_argument("--rate", metavar="R", type=float, help="share of each row that goes")
-    how_many.add_argument("--total-rate", metavar="R", type=float, help="share of the source's expert parameters that "
-                          "is gone in the end; needs --source")
+    how_many.add_argument("--total-rate", metavar="R", type=float,
+                          help="total rate of the hybrid (B.4); needs --source")
     how_many.add_argument("--nm", metavar="N:M", type=groups, help="keep N of each M consecutive entries of a row")
     parser.add_argument("--source", metavar="SOURCE", type=Path, help="folder of the checkpoint it was made from")
     return parser
@@ -178,8 +220,9 @@ def choose_mask(args: argparse.Namespace, model: Model, source: Model | None) ->
         hodgecover.check_range("rate", args.rate, 0, 0.99)
         return {"rate": args.rate}, partial(keep_share, rate=args.rate)
     hodgecover.check_range("total_rate", args.total_rate, 0, 0.99)
-    rate = rate_of_rest(args.total_rate, parameters(source), parameters(model))
-    return {"total_rate": args.total_rate, "rate": rate}, partial(keep_share, rate=rate)
+    gone = experts_gone(model, source)
+    rate = residual_rate(args.total_rate, gone)
+    return {"total_rate": args.total_rate, "experts_gone": gone, "rate": rate}, partial(keep_share, rate=rate)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -201,9 +244,15 @@ def run(args: argparse.Namespace) -> None:
 
     bar = model_io.progress_bar()
     with common.copied(model, args.out, entry) as output:
-        left = parameters(model) - prune(output, ids, mask, bar)
+        if source:
+            pruned = prune_on_source(output, source, ids, mask, bar)
+        else:
+            pruned = prune(output, ids, mask, bar)
+        left = parameters(model) - pruned
         entry["pruned"] = {role: 1 - left / parameters(each) for role, each in read.items()}
     bar(None)
+    if source:
+        print(f"r1 = {said['experts_gone']:.4f} of the experts, r2 = {said['rate']:.4f} of each row (equation 33)")
     for role, share in entry["pruned"].items():
         print(f"{share:.2%} of the {role}'s expert parameters are gone")
     print(f"output: {args.out}")

@@ -2,6 +2,7 @@
 """Wanda: its masks entry by entry, its layers in order, and the command on every family."""
 import json
 
+import baselines
 import common
 import model_io
 import pytest
@@ -45,7 +46,7 @@ def test_the_count_is_floored_as_in_the_published_code():
     assert wanda.keep_share(weight, torch.ones(5), 0.6).sum(1).tolist() == [2, 2]
     assert wanda.keep_share(weight, torch.zeros(5), 0.6).tolist() == [[False] * 3 + [True] * 2] * 2  # magnitude alone
     for before, after, total, columns, gone in ((64, 48, 0.5, 96, 32), (200, 100, 0.7, 80, 32)):  # not 31.999...
-        rate = wanda.rate_of_rest(total, before, after)
+        rate = wanda.residual_rate(total, 1 - after / before)
         assert wanda.keep_share(torch.ones(1, columns), torch.ones(columns), rate).sum() == columns - gone
 
 
@@ -126,6 +127,7 @@ def test_a_total_rate_counts_the_experts_that_are_gone(small, tmp_path, capsys):
     before = sum(weight.numel() for weight in matrices(small).values())
     entry = record(tmp_path / "out")
     assert entry["settings"]["rate"] == 0.5 and entry["settings"]["total_rate"] == 0.75
+    assert entry["settings"]["experts_gone"] == 0.5 and "r1 = 0.5000 of the experts, r2 = 0.5000" in said
     assert entry["pruned"] == {"checkpoint": 0.5, "source": 1 - left / before} and 1 - left / before == 0.75
     assert "50.00% of the checkpoint's expert parameters are gone" in said
     assert "75.00% of the source's expert parameters are gone" in said
@@ -139,15 +141,69 @@ def test_a_total_rate_counts_the_experts_that_are_gone(small, tmp_path, capsys):
                for name, weight in matrices(tmp_path / "more").items())  # zeros go first
 
 
-def test_a_total_rate_counts_shared_experts_whole(tmp_path):
-    """They do not go when routed ones do."""
+def test_the_rate_of_the_rest_is_equation_33(tmp_path):
+    """B.4: 0.1625 for 33% and 0.575 for 66% at r1 = 0.20; r1 counts routed experts alone."""
+    assert wanda.residual_rate(0.33, 0.20) == pytest.approx(0.1625)
+    assert wanda.residual_rate(0.66, 0.20) == pytest.approx(0.575)
+    assert wanda.residual_rate(0.1, 0.20) == 0
     source = Model(named("qwen2-renormalised"))
-    model = Model(dropped(source.checkpoint.path, tmp_path / "half"))
-    before, after = (sum(weight.numel() for name, weight in matrices(of.checkpoint.path).items() if "expert" in name)
-                     for of in (source, model))
+    model = Model(dropped(source.checkpoint.path, tmp_path / "few", (1, 2, 3, 4, 6, 7)))
     args = wanda.command_line().parse_args(["CKPT", "--total-rate", "0.6", "--source", "SOURCE", "--out", "DIR"])
     said, _ = wanda.choose_mask(args, model, source)
-    assert said["rate"] == pytest.approx(1 - 0.4 * before / after) and after > before / 2
+    assert said == {"total_rate": 0.6, "experts_gone": 0.25, "rate": pytest.approx(0.35 / 0.75)}
+
+
+@pytest.mark.parametrize("name", ["olmoe-plain", "qwen2-renormalised", "qwen3_5-vision-mtp", "qwen3_vl-published"])
+def test_the_hybrid_is_pruned_on_the_source_s_activations(tmp_path, name):
+    """Each matrix, of shared experts too, by the source's pass (B.4), though the pruned model's would say otherwise."""
+    source, kept = Model(named(name), torch.float64), [6, 0, 3, 5]
+    ids = torch.arange(24).view(2, 12)
+    for out in ("out", "other"):
+        dropped(source.checkpoint.path, tmp_path / out, kept)
+    output, other = Model(tmp_path / "out", torch.float64), Model(tmp_path / "other", torch.float64)
+    mask = lambda weight, norms: wanda.keep_share(weight, norms, 0.4)  # noqa: E731
+    pruned = wanda.prune_on_source(output, source, ids, mask)
+    assert pruned == sum((weight == 0).sum().item() for weight in matrices(tmp_path / "out").values())
+    wanda.prune(other, ids, mask)
+    differ = 0
+    for step in source.stream(ids):
+        if step.gates is None:
+            continue
+        layer, remeasured = output.layer(step.index), other.layer(step.index)
+        for e, own in enumerate(kept):
+            gate, up, down = (part[own] for part in step.layer.experts)
+            x = step.x[step.gates[:, own] > 0]
+            assert torch.equal(layer.experts.gate[e], zeroed(gate, x, 0.4))
+            assert torch.equal(layer.experts.up[e], zeroed(up, x, 0.4))
+            assert torch.equal(layer.experts.down[e], zeroed(down, step.layer.experts.hidden(own, x), 0.4))
+            differ += not torch.equal(layer.experts.gate[e], remeasured.experts.gate[e])
+        for key, weight in step.layer.weights.items():
+            if "shared_expert." in key:
+                x = model_io.gated(step.x, step.layer.weights, "mlp.shared_expert") if "down" in key else step.x
+                assert torch.equal(layer.weights[key], zeroed(weight, x, 0.4))
+    assert differ
+
+
+def test_a_merged_expert_has_the_norms_of_its_router_row(small, tmp_path):
+    work = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(baselines, small, "--keep", 4, "--method", "mc-smoe", *work, "--out", tmp_path / "merged") == 0
+    groups = record(tmp_path / "merged")["layers"][1]["groups"]
+    model, source = Model(tmp_path / "merged"), Model(small)
+    assert wanda.source_experts(model, source, "model.layers.1") == sorted(group[0] for group in groups)
+    total = ["--total-rate", 0.75, "--source", small]
+    assert run(wanda, tmp_path / "merged", *total, *work, "--out", tmp_path / "out") == 0
+    assert record(tmp_path / "out")["settings"]["rate"] == 0.5
+
+
+def test_experts_that_are_not_the_source_s_are_refused(small, tmp_path, capsys):
+    ckpt = dropped(small, tmp_path / "half")
+    checkpoint = model_io.Checkpoint(ckpt)
+    name = "model.layers.1.mlp.gate.weight"
+    common.overwrite(checkpoint, name, checkpoint.load(name) * 2)
+    work = ["--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out"]
+    status = run(wanda, ckpt, "--total-rate", 0.75, "--source", small, *work)
+    assert_refused(capsys, status, "the experts of model.layers.1 are not the source's")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_copy_is_run_in_the_dtype_of_the_checkpoint(small, tmp_path):
@@ -171,7 +227,6 @@ def test_on_another_device(small, tmp_path):
     (["--rate", "nan"], "--rate nan: must be"),
     (["--total-rate", 0.5], "--source: goes with --total-rate"),
     (["--rate", 0.5, "--source", "SMALL"], "--source: goes with --total-rate"),
-    (["--total-rate", 0.25, "--source", "SMALL"], "--total-rate 0.25: of the source's expert parameters 0.5000"),
     (["--total-rate", 1.5, "--source", "SMALL"], "--total-rate 1.5: must be from 0 to 0.99"),
     (["--nm", "4:2"], "--nm 4:2: N must be below M"), (["--nm", "0:4"], "--nm 0:4: N must be below M"),
     (["--nm", "2:5"], "every expert's matrices, 16, 32"), (["--nm", "2"], "two numbers such as 2:4"),

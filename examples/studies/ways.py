@@ -253,10 +253,10 @@ def whole(sample: Sample, rate: float, out: Path) -> Model:
 
 
 def then_wanda(sample: Sample, rate: float, out: Path, way: Way) -> Model:
-    """A way at FIRST_RATE, then Wanda until `rate` of the source's expert parameters is gone (4.2, B.4)."""
+    """A way at FIRST_RATE, then Wanda to a total of `rate` (B.4, equation 33)."""
     model = way(sample, FIRST_RATE, out)
-    rest = wanda.rate_of_rest(rate, wanda.parameters(sample.source), wanda.parameters(model))
-    wanda.prune(model, sample.ids, partial(wanda.keep_share, rate=rest))
+    rest = wanda.residual_rate(rate, wanda.experts_gone(model, sample.source))
+    wanda.prune_on_source(model, sample.source, sample.ids, partial(wanda.keep_share, rate=rest))
     return model
 
 
