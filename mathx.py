@@ -79,6 +79,7 @@ def sweep(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sample | 
         simplex = touched[chunk].nonzero()[:, 1]
         total.index_add_(0, simplex, kl.double())
         tick(min(chunk.stop / tokens, 1))
+        del tables, arguments  # before the next chunk is read
     return total / tokens
 
 
@@ -204,7 +205,8 @@ def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: t
     growth = products.sum((-2, -1))
 
     square = gram[:, 0, 0, None]  # of rms(y)
-    growth = torch.maximum(growth, -square)  # a mean square is not negative
+    least = torch.finfo(square.dtype).eps - 1
+    growth = torch.maximum(growth, least * square)  # a mean square is positive, also after rounding
     square = square + eps
     less_1 = torch.expm1(-torch.log1p(growth / square) / 2)  # scale - 1
     less_1 = less_1[..., None]

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the HodgeCover reference implementation's authors
 """Sparse Mixture-of-Experts checkpoints, and dense ones: run, read, check and write them, one layer at a time.
 
 A checkpoint is a folder with `config.json`, safetensors weights (one file, or shards with an index) and
@@ -50,17 +51,20 @@ TOKENS = 2048  # default calibration sample (A.11)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-FP8, SCALE = "F8_E4M3", "_scale_inv"  # dtype name of quantised weights; NAME_scale_inv multiplies NAME
-STORED = DTYPES | {FP8: torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}  # the last: of scales alone
+FP8 = "F8_E4M3"  # dtype name of quantised weights
+SCALE = "_scale_inv"  # the tensor NAME_scale_inv multiplies the quantised NAME
+STORED = DTYPES | {FP8: torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}  # the last: scales
 FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(STORED[FP8]).float()  # by their bytes
 PASS_TOKENS = 4096  # tokens that go through a layer at a time
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read at a time
-LEAST_TEXT, TEXT_BYTES = 1 << 22, 64  # a larger file is read in part: bytes in all, and for each token that is wanted
-WINDOW, PIECE = 1 << 14, 1 << 14  # bytes of such a part, characters that are encoded at a time
+LEAST_TEXT = 1 << 22  # bytes; a larger file is read in part, so much of it at least
+TEXT_BYTES = 64  # that are read of it for each token that is wanted
+WINDOW = 1 << 14  # bytes of such a part
+PIECE = 1 << 14  # characters that are encoded at a time
 CHATML = "<|im_start|>", "<|im_end|>"
-MODELING = "modeling_per_layer"  # the code by which transformers reads a checkpoint with a `per_layer_config`
-NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model described below; the "
-          "scores below are that model's.\n\n")
+MODELING = "modeling_per_layer"  # code by which transformers reads a checkpoint with `per_layer_config`
+NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model "
+          "described below; the scores below are that model's.\n\n")
 
 
 class InputError(ValueError):
@@ -75,6 +79,8 @@ def require(ok: object, says: str) -> None:
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raise InputError if a parameter is not a finite number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} {value!r}: must be a number")
     if not low <= value <= high or value == math.inf:
         allowed = f"from {low} to {high}" if high < math.inf else f"a finite number, at least {low}"
         raise InputError(f"{name} {value}: must be {allowed}")
@@ -83,7 +89,6 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 @dataclass(frozen=True)
 class Config:
     """What the forward pass needs of a `config.json`, under one set of names for all model families."""
-
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -140,7 +145,6 @@ def gated_units(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.
 @dataclass(eq=False)
 class Layer:
     """Weights of a decoder layer: experts and router (n, d), None if it is dense; all others by their name in it."""
-
     experts: Experts | None
     router: torch.Tensor | None
     weights: dict[str, torch.Tensor]
@@ -158,8 +162,9 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x / rms(x) * weight over the last dimension, in x's dtype. The mean square is in float32 or better."""
     wide = x.to(widened(x.dtype))
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
-    normed = wide * torch.rsqrt(mean_square + eps)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    normed = wide * torch.rsqrt(norm.square() / wide.shape[-1] + eps)
+    # A wide weight multiplies before the result is rounded to x's dtype
     return normed.to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
 
 
@@ -175,10 +180,12 @@ class RMSNorm(NamedTuple):
 def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Rotate x (B, H, L, D) by its positions 0..L-1, on the first `rotary_dim` dimensions in rotate-half layout.
     Multimodal sections have equal positions on text, and reduce to this."""
+    # The angle of each position in each plane, (L, rotary_dim / 2)
     half = cfg.rotary_dim // 2
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), frequency)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
+    # Dimensions i and half + i are a plane; those from rotary_dim on stay as they are
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
@@ -190,33 +197,42 @@ def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tens
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Causal attention with rotary positions: query (B, L, H, D), key, value (B, L, H of keys, D) -> (B, L, H D)."""
-    query, key, value = rope(query.transpose(1, 2), cfg), rope(key.transpose(1, 2), cfg), value.transpose(1, 2)
+    # (B, L, heads, D) -> (B, heads, L, D)
+    query = rope(query.transpose(1, 2), cfg)
+    key = rope(key.transpose(1, 2), cfg)
+    value = value.transpose(1, 2)
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
 def olmoe_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """OLMoE: q/k norms over the full width, then an optional clip. x (B, L, d), normed -> (B, L, d)."""
-    query = rms_norm(linear(x, w, "self_attn.q_proj"), w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
-    key = rms_norm(linear(x, w, "self_attn.k_proj"), w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
-    parts = query, key, linear(x, w, "self_attn.v_proj")
+    # All heads side by side, (B, L, heads D), normed together
+    query = linear(x, w, "self_attn.q_proj")
+    query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+    key = linear(x, w, "self_attn.k_proj")
+    key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
+    qkv = [query, key, linear(x, w, "self_attn.v_proj")]
     if cfg.clip_qkv is not None:
-        parts = (part.clamp(-cfg.clip_qkv, cfg.clip_qkv) for part in parts)
-    query, key, value = (part.unflatten(-1, (-1, cfg.head_dim)) for part in parts)
+        qkv = [projected.clamp(-cfg.clip_qkv, cfg.clip_qkv) for projected in qkv]
+    # Cut into heads, (B, L, heads, D)
+    query, key, value = [projected.unflatten(-1, (-1, cfg.head_dim)) for projected in qkv]
     return linear(attend(query, key, value, cfg), w, "self_attn.o_proj")
 
 
 def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
-    """Qwen: q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers, and in the others a gate
-    beside each head's query, whose sigmoid multiplies the head's output. x (B, L, d), normed -> (B, L, d)."""
+    """Qwen: q/k norms per head since Qwen3; since Qwen3-Next Gated DeltaNet in most layers. In the others a gate is
+    beside each head's query; its sigmoid multiplies the head's output. x (B, L, d), normed -> (B, L, d)."""
     if "linear_attn.A_log" in w:
         return gated_delta_net(x, w, cfg)
-    query, key, value = (linear(x, w, f"self_attn.{name}_proj").unflatten(-1, (count, -1))
-                         for name, count in zip("qkv", (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)))
+    # Cut into heads at once, (B, L, heads, D); a query with its gate has 2 D
+    query = linear(x, w, "self_attn.q_proj").unflatten(-1, (cfg.num_heads, -1))
+    key = linear(x, w, "self_attn.k_proj").unflatten(-1, (cfg.num_kv_heads, -1))
+    value = linear(x, w, "self_attn.v_proj").unflatten(-1, (cfg.num_kv_heads, -1))
     query, *gate = query.split(cfg.head_dim, dim=-1)
     if "self_attn.q_norm.weight" in w:
-        query, key = (rms_norm(part, w[f"self_attn.{name}_norm.weight"], cfg.rms_norm_eps)
-                      for name, part in (("q", query), ("k", key)))
+        query = rms_norm(query, w["self_attn.q_norm.weight"], cfg.rms_norm_eps)
+        key = rms_norm(key, w["self_attn.k_norm.weight"], cfg.rms_norm_eps)
     out = attend(query, key, value, cfg)
     if gate:
         out = out * gate[0].flatten(2).sigmoid()
@@ -226,42 +242,54 @@ def qwen_attention(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> 
 def gated_delta_net(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> torch.Tensor:
     """Gated DeltaNet (arXiv 2412.06464), with a short causal convolution over q, k and v. x (B, L, d) -> (B, L, d)."""
     wide = widened(x.dtype)
-    kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     qkv, z, b, a = delta_net_inputs(x, w, cfg)
+    # Each channel by itself; padded on the left, a token sees no later one
+    kernel = w["linear_attn.conv1d.weight"]  # (channels, 1, width)
     mixed = functional.pad(qkv.transpose(1, 2), (kernel.shape[-1] - 1, 0))
     mixed = functional.silu(functional.conv1d(mixed, kernel, groups=len(kernel))).transpose(1, 2)
-    key_dim = cfg.linear_key_heads * cfg.linear_key_head_dim
-    query, key, value = mixed.split((key_dim, key_dim, mixed.shape[-1] - 2 * key_dim), dim=-1)
-
-    def key_heads(part: torch.Tensor) -> torch.Tensor:
-        """(B, L, key_dim) -> (B, L, H, D) of unit length, repeated for the value heads that share a key head."""
-        part = part.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(wide)
-        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6)
-        return part.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
-    query = key_heads(query) * cfg.linear_key_head_dim ** -0.5
+    # Cut into heads, (B, L, H, D of keys or of values)
+    key_width = cfg.linear_key_heads * cfg.linear_key_head_dim
+    query, key, value = mixed.split((key_width, key_width, mixed.shape[-1] - 2 * key_width), dim=-1)
+    query = delta_net_heads(query, cfg) * cfg.linear_key_head_dim ** -0.5
+    key = delta_net_heads(key, cfg)
     value = value.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
-    log_decay = -w["linear_attn.A_log"].exp() * functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
-    out = chunked_gated_delta_rule(query, key_heads(key), value, log_decay, b.sigmoid().to(wide)).to(x.dtype)
+    # Per token and head, (B, L, H): how fast the state decays, how much of the token it takes
+    time_step = functional.softplus(a.to(wide) + w["linear_attn.dt_bias"])
+    log_decay = -w["linear_attn.A_log"].exp() * time_step
+    beta = b.sigmoid().to(wide)
+    out = chunked_gated_delta_rule(query, key, value, log_decay, beta).to(x.dtype)
+    # Each head's output is normed and gated by z
     gate = z.unflatten(-1, (-1, cfg.linear_value_head_dim)).to(wide)
     out = rms_norm(out, w["linear_attn.norm.weight"], cfg.rms_norm_eps) * functional.silu(gate)
     return linear(out.to(x.dtype).flatten(2), w, "linear_attn.out_proj")
+
+
+def delta_net_heads(flat: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Cut q or k (B, L, heads D) into unit vectors (B, L, H, D), repeated for the value heads that share a key head."""
+    heads = flat.unflatten(-1, (-1, cfg.linear_key_head_dim)).to(widened(flat.dtype))
+    heads = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
+    return heads.repeat_interleave(cfg.linear_value_heads // cfg.linear_key_heads, dim=2)
 
 
 def delta_net_inputs(x: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> list[torch.Tensor]:
     """Return q, k and v side by side, z, b and a of x (B, L, d), each (B, L, its width). Qwen3.5 has a matrix for each;
     Qwen3-Next has two in all, whose rows are sorted by key head."""
     if not FAMILIES[cfg.model_type].by_key_head:
-        return [linear(x, w, f"linear_attn.in_proj_{part}") for part in ("qkv", "z", "b", "a")]
-    qkvz, ba = (linear(x, w, f"linear_attn.in_proj_{part}").unflatten(-1, (cfg.linear_key_heads, -1))
-                for part in ("qkvz", "ba"))
-    key = cfg.linear_key_head_dim
-    value = qkvz.shape[-1] // 2 - key  # of the value heads that share the key head
-    *qkv, z = (part.flatten(2) for part in qkvz.split((key, key, value, value), dim=-1))
-    return [torch.cat(qkv, dim=-1), z, *(part.flatten(2) for part in ba.chunk(2, dim=-1))]
+        return [linear(x, w, f"linear_attn.in_proj_{name}") for name in ("qkv", "z", "b", "a")]
+    # (B, L, key heads, all that belongs to a key head)
+    qkvz = linear(x, w, "linear_attn.in_proj_qkvz").unflatten(-1, (cfg.linear_key_heads, -1))
+    ba = linear(x, w, "linear_attn.in_proj_ba").unflatten(-1, (cfg.linear_key_heads, -1))
+    key_dim = cfg.linear_key_head_dim
+    value_dim = qkvz.shape[-1] // 2 - key_dim  # of the value heads that share the key head
+    query, key, value, z = qkvz.split((key_dim, key_dim, value_dim, value_dim), dim=-1)
+    b, a = ba.chunk(2, dim=-1)
+    # All queries side by side, then all keys, then all values
+    qkv = torch.cat((query.flatten(2), key.flatten(2), value.flatten(2)), dim=-1)
+    return [qkv, z.flatten(2), b.flatten(2), a.flatten(2)]
 
 
-def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor,
-                             beta: torch.Tensor, size: int = 64) -> torch.Tensor:
+def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                             log_decay: torch.Tensor, beta: torch.Tensor, size: int = 64) -> torch.Tensor:
     """Run the gated delta rule on chunks of `size` tokens by matrix products: query, key (B, L, H, D of keys), value
     (B, L, H, D of values), log_decay, beta (B, L, H) -> the shape of value. Token by token it is
 
@@ -270,17 +298,23 @@ def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torc
 
     With the log decay cumulated since the start of the chunk, the corrections beta_i (value_i - exp(decay_i) state'
     key_i - sum_{j<i} exp(decay_i - decay_j) (key_i . key_j) correction_j) solve a triangular system."""
-    whole = query, key, value, log_decay[..., None], beta[..., None]
-    chunks = zip(*(part.transpose(1, 2).split(size, dim=2) for part in whole))
-    out, state = [], value.new_zeros(*key.shape[:1], *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
+    inputs = query, key, value, log_decay[..., None], beta[..., None]
+    chunks = zip(*(tensor.transpose(1, 2).split(size, dim=2) for tensor in inputs))
+    state = value.new_zeros(len(key), *key.shape[2:], value.shape[-1])  # (B, H, D of keys, of values)
+    out = []
     for query, key, value, log_decay, beta in chunks:  # (B, H, C, ...)
-        decay = log_decay.cumsum(2)
-        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j) for j <= i, (B, H, C, C)
+        decay = log_decay.cumsum(2)  # a logarithm, (B, H, C, 1)
+        between = (decay - decay.mT).tril().exp().tril()  # exp(decay_i - decay_j), j <= i
+        # The corrections of all tokens of the chunk, (B, H, C, D of values)
         system = beta * between * (key @ key.mT)
         wanted = beta * (value - decay.exp() * (key @ state))
         correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        # A token reads the state from before the chunk, then the chunk's corrections up to its own
         out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
-        state = decay[:, :, -1:].exp() * state + (key * (decay[:, :, -1:] - decay).exp()).mT @ correction
+        # What is left at the end of the chunk of the state and of each correction
+        state_left = decay[:, :, -1:].exp()
+        correction_left = (decay[:, :, -1:] - decay).exp()
+        state = state_left * state + (key * correction_left).mT @ correction
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
@@ -297,32 +331,37 @@ def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 def route(x: torch.Tensor, layer: Layer, cfg: Config) -> torch.Tensor:
     """Return the gate weights (T, n) of tokens x (T, d) exactly as the model applies them: zero off the top-k,
     renormalised if `norm_topk_prob`. The softmax is taken in float32 or better."""
-    p = (x @ layer.router.T).softmax(-1, dtype=widened(x.dtype))
-    top_p, top_i = p.topk(cfg.top_k)
+    p = (x @ layer.router.T).softmax(-1, dtype=widened(x.dtype))  # (T, n)
+    top_p, top_experts = p.topk(cfg.top_k)  # (T, k)
     if cfg.norm_topk_prob:
         top_p = top_p / top_p.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(1, top_i, top_p).to(x.dtype)
+    return torch.zeros_like(p).scatter(1, top_experts, top_p).to(x.dtype)
 
 
 def mix_experts(experts: Experts, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Return sum_e gates[:, e] experts(e, x), (T, d), with each expert computed only on the tokens routed to it. The
+    """Return sum_e gates[:, e] experts(e, x), (T, d). Each expert is computed only on the tokens routed to it. The
     experts and the columns of the gates are unbound once, so that a gradient of each is as large as it is once."""
     out = torch.zeros_like(x)
-    as_is = any(part.requires_grad for part in (x, *experts)) or experts.gate.dtype == x.dtype
-    room = None if as_is else [x.new_empty(part.shape[1:]) for part in experts]  # new memory costs more than widening
-    for own, *weights in zip(gates.T, *experts):
-        t = own.nonzero().squeeze(1)
-        if len(t):
-            gate, up, down = weights if as_is else map(torch.Tensor.copy_, room, weights)
-            out.index_add_(0, t, own[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
+    trained = any(tensor.requires_grad for tensor in (x, *experts))
+    widen = experts.gate.dtype != x.dtype and not trained
+    # Each expert is widened into the same memory: new memory costs more than widening
+    buffers = [x.new_empty(weight.shape[1:]) for weight in experts] if widen else None
+    for gate_column, gate, up, down in zip(gates.T, *experts):
+        t = gate_column.nonzero().squeeze(1)
+        if len(t) == 0:
+            continue
+        if widen:
+            gate, up, down = map(torch.Tensor.copy_, buffers, (gate, up, down))
+        out.index_add_(0, t, gate_column[t, None] * (gated_units(x[t], gate, up) @ down.to(x).T))
     return out
 
 
 def run_mixer(h: torch.Tensor, w: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the first half of a pre-norm decoder layer on the residual stream h (B, L, d): return the stream after the
     token mixer and the feed-forward input x, both (T, d)."""
-    h = h + FAMILIES[cfg.model_type].attention(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
-    h = h.flatten(0, 1)
+    mixer = FAMILIES[cfg.model_type].attention
+    h = h + mixer(rms_norm(h, w["input_layernorm.weight"], cfg.rms_norm_eps), w, cfg)
+    h = h.flatten(0, 1)  # from here on, no token sees another
     return h, rms_norm(h, w["post_attention_layernorm.weight"], cfg.rms_norm_eps)
 
 
@@ -336,13 +375,14 @@ def run_layer(h: torch.Tensor, layer: Layer, cfg: Config) -> tuple[torch.Tensor,
     gates = route(x, layer, cfg)
     out = mix_experts(layer.experts, x, gates)
     if "mlp.shared_expert_gate.weight" in w:
-        out = out + linear(x, w, "mlp.shared_expert_gate").sigmoid() * mlp(x, w, "mlp.shared_expert")
+        shared_gate = linear(x, w, "mlp.shared_expert_gate").sigmoid()  # (T, 1)
+        out = out + shared_gate * mlp(x, w, "mlp.shared_expert")
     return x, gates, h + out
 
 
 class Family(NamedTuple):
-    """What differs between model families."""
-    attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]  # token mixer of x (B, L, d)
+    """What differs between model families. `attention` is the token mixer of x (B, L, d)."""
+    attention: Callable[[torch.Tensor, dict[str, torch.Tensor], Config], torch.Tensor]
     width_key: str = "moe_intermediate_size"  # of config.json: the width of an expert
     rms_norm_eps: float = 1e-6  # unless config.json has it
     rope_theta: float = 10000.0  # likewise
@@ -357,7 +397,7 @@ class Family(NamedTuple):
     shared_expert: bool = False  # in every sparse layer
     dense: bool = False  # no layer has experts
     dense_layers: bool = False  # some layers have none, by mlp_only_layers and decoder_sparse_step
-    recurrent_layers: bool = False  # most layers have linear attention, by layer_types or full_attention_interval
+    recurrent_layers: bool = False  # most have linear attention: layer_types, full_attention_interval
 
 
 QWEN3_5 = Family(qwen_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
@@ -397,28 +437,27 @@ class Model:
     >>> model.logits(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 2048])
 
-    Attributes: `checkpoint`, `config`, `dtype`, `device`; by layer, first those of the decoder, then those of a
-    multi-token prediction head, `layer_names`, the prefix of its tensors, and `layer_configs`; `transposed`, the names
-    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported.
-    """
+    Attributes: `checkpoint`, `config`, `dtype`, `device`. By layer, first those of the decoder, then those of a
+    multi-token prediction head: `layer_names`, the prefix of its tensors, and `layer_configs`. `transposed`: the names
+    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported."""
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         self.checkpoint = Checkpoint(path)
-        self.dtype = dtype
-        self.device = torch.device(device)
-        names, raw = self.checkpoint.weights, self.checkpoint.raw_config
-        self.prefix = "model.language_model." if "model.language_model.norm.weight" in names else "model."
+        self.dtype, self.device = dtype, torch.device(device)
+        tensors, raw = self.checkpoint.weights, self.checkpoint.raw_config
+        multimodal = "model.language_model.norm.weight" in tensors
+        self.prefix = "model.language_model." if multimodal else "model."
         try:
             self.config = read_config(raw)
-            self.layer_names = find_layers(names, self.prefix, self.config.num_layers)
+            self.layer_names = find_layers(tensors, self.prefix, self.config.num_layers)
             self.layer_configs = layer_configs(raw, self.config, self.layer_names)
         except InputError as err:
             raise InputError(f"{self.checkpoint.path}/{err}") from None
-        self.transposed = check_tensors(self.checkpoint.path, names, self.prefix,
-                                        dict(zip(self.layer_names, self.layer_configs)))
+        by_name = dict(zip(self.layer_names, self.layer_configs))
+        self.transposed = check_tensors(self.checkpoint.path, tensors, self.prefix, by_name)
         check_scales(self.checkpoint)
         self._embedding = f"{self.prefix}embed_tokens.weight"
-        tied = self.config.tie_word_embeddings and "lm_head.weight" not in names  # a head that is stored counts
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in tensors  # a stored head counts
         self._head = self._embedding if tied else "lm_head.weight"
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -426,8 +465,10 @@ class Model:
         tensor = self.checkpoint.load(name).to(self.device)
         if self._less_1(name):
             return tensor.to(widened(self.dtype)) + 1
-        wide = FAMILIES[self.config.model_type].norms_less_1 and name.endswith(("norm.weight", "A_log", "dt_bias"))
-        return tensor.to(widened(self.dtype) if wide else self.dtype)
+        stays_wide = name.endswith(("norm.weight", "A_log", "dt_bias"))
+        if stays_wide and FAMILIES[self.config.model_type].norms_less_1:
+            return tensor.to(widened(self.dtype))
+        return tensor.to(self.dtype)
 
     def _less_1(self, name: str) -> bool:
         """Return whether a tensor is a norm weight stored less 1, as some families store all but the recurrence's."""
@@ -444,35 +485,38 @@ class Model:
 
     def _experts(self, index: int) -> Experts:
         """Read a layer's experts, fused or one by one: bfloat16 if stored so, or FP8, half a float32 run's memory."""
-        layer, config = self.layer_names[index], self.layer_configs[index]
+        layer_name, config = self.layer_names[index], self.layer_configs[index]
         n, d, f = config.num_experts, config.hidden_size, config.expert_width
-        prefix, load, tensors = f"{layer}.mlp.experts.", self.checkpoint.load, self.checkpoint.weights
-        stored = {info.dtype for name, info in tensors.items() if name.startswith(prefix)}
+        prefix, tensors = f"{layer_name}.mlp.experts.", self.checkpoint.weights
+        stored = {tensors[name].dtype for name in tensors if name.startswith(prefix)}
         dtype = torch.bfloat16 if stored <= {"BF16", FP8} else self.dtype
-        experts = Experts(*(torch.empty(n, *shape, dtype=dtype, device=self.device)
-                            for shape in ((f, d), (f, d), (d, f))))
-        for e, own in enumerate(zip(*experts)):
-            if f"{prefix}gate_up_proj" in tensors:
-                parts = [self.turned(prefix + name, load(prefix + name, e)) for name in ("gate_up_proj", "down_proj")]
-                parts = *parts[0].chunk(2), parts[1]
-            else:
-                parts = (load(f"{prefix}{e}.{part}_proj.weight") for part in Experts._fields)
-            for weight, part in zip(own, parts):
-                weight.copy_(self._finite(part, f"expert {e} of {layer}"))  # even if no token goes there
+        empty = partial(torch.empty, dtype=dtype, device=self.device)
+        experts = Experts(gate=empty(n, f, d), up=empty(n, f, d), down=empty(n, d, f))
+        for e in range(n):  # all are checked, even those that no token reaches
+            for projection, weight in zip(experts, self._projections(prefix, e)):
+                projection[e].copy_(self._finite(weight, f"expert {e} of {layer_name}"))
         return experts
 
+    def _projections(self, prefix: str, e: int) -> Iterator[torch.Tensor]:
+        """Yield gate (f, d), up (f, d) and down (d, f) of expert e, each as it is read."""
+        load, gate_up, down = self.checkpoint.load, f"{prefix}gate_up_proj", f"{prefix}down_proj"
+        if gate_up in self.checkpoint.weights:  # fused: gate above up in a stack (n, 2 f, d)
+            yield from self.turned(gate_up, load(gate_up, e)).chunk(2)
+            yield self.turned(down, load(down, e))
+        else:
+            yield from (load(f"{prefix}{e}.{name}_proj.weight") for name in Experts._fields)
+
     def turned(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
-        """Return an expert's matrix, or a stack of them, transposed if the tensor `name` is stored so: from the file's
-        layout to that of `Experts`, and back."""
+        """Return a matrix or stack of the tensor `name`, transposed if stored so: to the layout of `Experts`, or back."""
         return matrix.mT if name in self.transposed else matrix
 
     def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
         """Return the embeddings (B, L, d) of ids (B, L), the stream before the first layer; `empty` makes it."""
-        rows, at = ids.cpu().unique(return_inverse=True)
-        table = self.checkpoint.load(self._embedding, rows.tolist())
+        distinct_ids, row_of = ids.cpu().unique(return_inverse=True)
+        rows = self.checkpoint.load(self._embedding, distinct_ids.tolist())
         h = empty(ids.numel(), self.config.hidden_size, dtype=self.dtype, device=self.device)
-        for part, own in zip(h.split(PASS_TOKENS), at.flatten().split(PASS_TOKENS)):
-            part.copy_(table[own])
+        for h_chunk, chunk_rows in zip(h.split(PASS_TOKENS), row_of.flatten().split(PASS_TOKENS)):
+            h_chunk.copy_(rows[chunk_rows])
         return h.view(*ids.shape, -1)
 
     def norm(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -484,18 +528,19 @@ class Model:
         return self._finite(self.tensor(self._head), self._head)
 
     def _finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        if not all(map(math.isfinite, tensor.aminmax())):
-            raise InputError(f"{self.checkpoint.path}: {what} has NaN or infinity in it")
+        finite = all(map(math.isfinite, tensor.aminmax()))  # NaN, if it has NaN
+        require(finite, f"{self.checkpoint.path}: {what} has NaN or infinity in it")
         return tensor
 
     def stream(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> Iterator[LayerPass]:
         """Run ids (B, L) through the decoder layers, then through those of a multi-token prediction head if there is
-        one, and yield each one's LayerPass. A layer is unloaded before the next is read, so that one layer's weights at
-        most are in memory. A change of y in place goes on into the next layer. `empty` makes h, x and y."""
-        h, step = self.embed(ids, empty), None
+        one, and yield each one's LayerPass. A layer is unloaded before the next is read: one at most is in memory. A
+        change of y in place goes on into the next layer. `empty` makes h, x and y."""
+        h = self.embed(ids, empty)
         norm = self.norm(f"{self.prefix}norm.weight")
+        step = None
         for index, name in enumerate(self.layer_names):
-            if step:
+            if step is not None:
                 step.layer.unload()
             if name.startswith("mtp."):
                 h = self._mtp_input(h, norm, ids)
@@ -509,30 +554,33 @@ class Model:
             empty: Callable[..., torch.Tensor] = torch.empty) -> LayerPass:
         """Run a layer on h (B, L, d), about PASS_TOKENS tokens at a time, so that the memory of what lies between h
         and y is bounded. Raises InputError if y is not finite."""
-        name, (count, length, d) = self.layer_names[index], h.shape
-        x, y = (empty(count * length, d, dtype=h.dtype, device=h.device) for _ in range(2))
+        name = self.layer_names[index]
+        batch, length, d = h.shape
+        x = empty(batch * length, d, dtype=h.dtype, device=h.device)
+        y = empty(batch * length, d, dtype=h.dtype, device=h.device)
         gates = []
-        at_once = max(1, PASS_TOKENS // length)  # sequences
-        for h_part, x_part, y_part in zip(h.split(at_once), x.split(at_once * length), y.split(at_once * length)):
-            x_new, gates_new, y_new = run_layer(h_part, layer, self.layer_configs[index])
-            if not all(map(math.isfinite, y_new.aminmax())):
-                raise InputError(f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
-                                 f"in its weights, or an overflow of {self.dtype}")
-            x_part.copy_(x_new)
-            y_part.copy_(y_new)
+        sequences = max(1, PASS_TOKENS // length)  # of a chunk
+        tokens = sequences * length
+        for h_chunk, x_chunk, y_chunk in zip(h.split(sequences), x.split(tokens), y.split(tokens)):
+            x_new, gates_new, y_new = run_layer(h_chunk, layer, self.layer_configs[index])
+            require(all(map(math.isfinite, y_new.aminmax())),
+                    f"{self.checkpoint.path}: {name} gives values that are not finite: NaN or infinity "
+                    f"in its weights, or an overflow of {self.dtype}")
+            x_chunk.copy_(x_new)
+            y_chunk.copy_(y_new)
             gates.append(gates_new)
-        return LayerPass(index, name, layer, h, x, None if layer.router is None else torch.cat(gates), y, norm)
+        all_gates = None if layer.router is None else torch.cat(gates)
+        return LayerPass(index, name, layer, h, x, all_gates, y, norm)
 
     def _mtp_input(self, h: torch.Tensor, norm: Callable, ids: torch.Tensor) -> torch.Tensor:
         """Return what a layer of the multi-token prediction head reads at position t, (B, L - 1, d): the embedding of
         token t + 1 beside the last hidden state at t, each normed, projected to the width of the stream."""
-        pair = (self.norm("mtp.pre_fc_norm_embedding.weight")(self.embed(ids[:, 1:])),
-                self.norm("mtp.pre_fc_norm_hidden.weight")(norm(h[:, :-1])))
-        return torch.cat(pair, dim=-1) @ self.tensor("mtp.fc.weight").T
+        embedded = self.norm("mtp.pre_fc_norm_embedding.weight")(self.embed(ids[:, 1:]))
+        hidden = self.norm("mtp.pre_fc_norm_hidden.weight")(norm(h[:, :-1]))
+        return torch.cat((embedded, hidden), dim=-1) @ self.tensor("mtp.fc.weight").T
 
     def hidden(self, ids: torch.Tensor, tick: Callable[[float], None] = lambda share: None) -> torch.Tensor:
-        """Return the normed residual stream that the head reads, (B, L, d), for ids (B, L) int64. `tick` is told the
-        share of the layers that are done."""
+        """Return the normed stream (B, L, d) that the head reads, for ids (B, L). `tick` is told the share done."""
         for step in islice(self.stream(ids), self.config.num_layers):
             tick((step.index + 1) / self.config.num_layers)
         return step.norm(step.y).view(*ids.shape, -1)
@@ -545,45 +593,51 @@ class Model:
     def predictions(self, hidden: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (log-probabilities of the next token (C, V), sum of the losses of those in ids (B, L), nats), float64,
         for what the head reads, hidden (B, L, d), so many positions at a time that they stay in a processor's cache."""
-        head, logits, at_once = self.unembedding(), None, PASS_TOKENS // 4
-        few = max(1, (1 << (18 if head.is_cpu else 24)) // len(head))
-        following = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)  # -100 has no loss
-        for rows, tokens in zip(hidden.flatten(0, 1).split(at_once), following.split(at_once)):
-            logits = torch.mm(rows, head.T, out=logits if len(rows) == at_once else None)
-            for part, own in zip(logits.split(few), tokens.split(few)):
-                log_p = part.double().log_softmax(-1)
-                yield log_p, functional.nll_loss(log_p, own, reduction="sum")
+        head = self.unembedding()
+        at_once = PASS_TOKENS // 4  # positions of a product, of which these stay in the cache:
+        in_cache = max(1, (1 << 18 if head.is_cpu else 1 << 24) // len(head))
+        targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)  # -100: no loss
+        logits = None
+        for h, h_targets in zip(hidden.flatten(0, 1).split(at_once), targets.split(at_once)):
+            logits = torch.mm(h, head.T, out=logits if len(h) == at_once else None)  # one buffer
+            for chunk, chunk_targets in zip(logits.split(in_cache), h_targets.split(in_cache)):
+                log_p = chunk.double().log_softmax(-1)
+                yield log_p, functional.nll_loss(log_p, chunk_targets, reduction="sum")
 
     def perplexity(self, ids: torch.Tensor) -> float:
         """Return exp of the mean next-token loss in nats over ids (B, L); infinity if that is beyond a float."""
-        loss = sum(loss for _, loss in self.predictions(self.hidden(ids), ids)) / ids[:, 1:].numel()
-        return loss.exp().item()  # math.exp would overflow
+        total = sum(loss for _, loss in self.predictions(self.hidden(ids), ids))
+        return (total / ids[:, 1:].numel()).exp().item()  # math.exp would overflow
 
     def encode(self, documents: Iterable[str]) -> torch.Tensor:
         """Return the token ids (T,) of the documents, one after the other, each ended by the end-of-text token if any.
         Raises InputError if the tokenizer is missing, unreadable or has ids beyond the vocabulary."""
         end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
-        parts = ((piece, end * last) for document in documents for piece, last in pieces(document))
+        text_pieces = (piece for document in documents for piece in pieces(document))
 
-        def batches(tokenizer) -> Iterator[torch.Tensor]:  # of bounded size: an encoding takes 80 times its text
-            while batch := [*islice(parts, 32)]:
-                texts, ends = zip(*batch)
-                found = tokenizer.encode_batch(texts, add_special_tokens=False)
-                yield torch.tensor([i for own, after in zip(found, ends) for i in own.ids + after], dtype=torch.int64)
-        ids = torch.cat(self.use_tokenizer(lambda tokenizer: [torch.zeros(0, dtype=torch.int64), *batches(tokenizer)]))
+        def encode_batches(tokenizer) -> Iterator[torch.Tensor]:  # an encoding takes 80 times its text
+            yield torch.zeros(0, dtype=torch.int64)
+            while batch := [*islice(text_pieces, 32)]:
+                texts, are_last = zip(*batch)
+                encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+                batch_ids = []
+                for encoding, is_last in zip(encodings, are_last):
+                    batch_ids += encoding.ids + (end if is_last else [])
+                yield torch.tensor(batch_ids, dtype=torch.int64)
+        ids = torch.cat(self.use_tokenizer(lambda tokenizer: [*encode_batches(tokenizer)]))
         if len(ids) and ids.max() >= self.config.vocab_size:
-            raise InputError(f"{self.checkpoint.path / 'tokenizer.json'}: token id {ids.max()} is beyond the "
-                             f"vocabulary of {self.config.vocab_size}")
+            raise InputError(f"{self.checkpoint.path / 'tokenizer.json'}: token id {ids.max()} is beyond "
+                             f"the vocabulary of {self.config.vocab_size}")
         return ids
 
     def encode_file(self, path: str | os.PathLike, tokens: int | None = None) -> torch.Tensor:
-        """Return the token ids (T,) of a file's documents; of a large file, if no more than some `tokens` are wanted,
-        those of windows spread over it. Raises InputError as `read_documents` and `encode` do, and for chats if the
-        tokenizer lacks their markers."""
+        """Return the token ids (T,) of a file's documents; of a large file, if some `tokens` do, of windows spread over
+        it. Raises InputError as `read_documents` and `encode` do, and for chats if the tokenizer lacks their markers."""
         documents = read_documents(path, tokens)
-        if any(document.startswith(CHATML[0]) for document in documents) and self.use_tokenizer(
-                lambda tokenizer: None in map(tokenizer.token_to_id, CHATML)):
-            raise InputError(f"{path}: has chats; {self.checkpoint.path / 'tokenizer.json'} lacks {CHATML}; give text")
+        if any(document.startswith(CHATML[0]) for document in documents):
+            markers = self.use_tokenizer(lambda tokenizer: [*map(tokenizer.token_to_id, CHATML)])
+            require(None not in markers, f"{path}: has chats; {self.checkpoint.path / 'tokenizer.json'} "
+                                         f"lacks {CHATML}; give text")
         return self.encode(documents)
 
     def use_tokenizer(self, use: Callable):
@@ -614,9 +668,11 @@ def cause(path: Path, err: BaseException) -> object:
 def beside(path: str | os.PathLike, suffix: str) -> Path:
     """Return the default place of what is made of a checkpoint: its path with a suffix; of a repository in the cache of
     the Hugging Face hub, whose folders are not ours to write in, its name with the suffix in the current folder."""
-    whole = os.path.abspath(path)
-    repository = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots(?:/|$)", Path(whole).as_posix())
-    return Path(os.path.abspath((repository[1] if repository else whole) + suffix))
+    place = os.path.abspath(path)
+    repository = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots(?:/|$)", Path(place).as_posix())
+    if repository:
+        place = repository[1]
+    return Path(os.path.abspath(place + suffix))
 
 
 def read_json(path: Path) -> dict:
@@ -642,8 +698,10 @@ class TensorInfo(NamedTuple):
 
     def range(self, row: int | None = None) -> tuple[int, int]:
         """Return the byte range of one row of the first dimension (None: of the whole tensor)."""
-        size = (self.end - self.start) // (self.shape[0] if row is not None else 1)
-        return self.start + size * (row or 0), self.start + size * ((row or 0) + 1)
+        if row is None:
+            return self.start, self.end
+        size = (self.end - self.start) // self.shape[0]
+        return self.start + size * row, self.start + size * (row + 1)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -657,8 +715,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except (OSError, ValueError, RecursionError, SafetensorError) as err:
         raise InputError(f"{path}: not a readable safetensors file ({cause(path, err)})") from None
     header.pop("__metadata__", None)
-    infos = {name: TensorInfo(path.name, of["dtype"], of["shape"], *(8 + length + at for at in of["data_offsets"]))
-             for name, of in sorted(header.items(), key=lambda item: item[1]["data_offsets"])}
+    infos = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]  # after the 8 bytes of the length, and the header
+        start, end = 8 + length + start, 8 + length + end
+        infos[name] = TensorInfo(path.name, entry["dtype"], entry["shape"], start, end)
     return infos, metadata
 
 
@@ -671,14 +732,17 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise InputError(f"{self.path}: not a folder; expected one with config.json and safetensors weights")
+        require(self.path.is_dir(),
+                f"{self.path}: not a folder; expected one with config.json and safetensors weights")
         self.raw_config = read_json(self.path / "config.json")
         self.sharded = not (self.path / WEIGHTS).is_file()
         self.tensors, self.metadata, self._fingerprint = {}, {}, None
-        for file in self._shards() if self.sharded else [WEIGHTS]:
+        files = self._shards() if self.sharded else [WEIGHTS]
+        for file in files:
             infos, self.metadata[file] = read_header(self.path / file)
-            for name in infos.keys() & self.tensors.keys():
+            twice = infos.keys() & self.tensors.keys()
+            if twice:
+                name = min(twice)
                 raise InputError(f"{self.path}: {name} is in {self.tensors[name].file} and in {file}")
             self.tensors |= infos
         self.weights = {name: info for name, info in self.tensors.items() if not name.endswith(SCALE)}
@@ -686,16 +750,15 @@ class Checkpoint:
     def _shards(self) -> list[str]:
         """Return the names of the shards that the index lists."""
         path = self.path / INDEX
-        if not path.is_file():
-            raise InputError(f"{self.path}: no weights; expected {WEIGHTS} or {INDEX}")
+        require(path.is_file(), f"{self.path}: no weights; expected {WEIGHTS} or {INDEX}")
         index = read_json(path)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata") or {}, dict):
-            raise InputError(f"{path}: no weight_map, or metadata that is no object")
+        weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
+        require(isinstance(weight_map, dict) and weight_map and isinstance(metadata, dict),
+                f"{path}: no weight_map, or metadata that is no object")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
-            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-                raise InputError(f"{path}: {file!r} is not the name of a safetensors file in the folder")
+            require(re.fullmatch(r"[\w-][\w.-]*\.safetensors", file),
+                    f"{path}: {file!r} is not the name of a safetensors file in the folder")
         return files
 
     def load(self, name: str, row: int | list[int] | None = None, as_stored: bool = False) -> torch.Tensor:
@@ -703,30 +766,34 @@ class Checkpoint:
         times its scales, bfloat16, unless `as_stored` (no activation is quantised, as FP8 kernels do). Read rather than
         mapped, so that no page of a file stays in this process's memory. Raises InputError for a tensor that is
         missing, of no floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
-        if name not in self.tensors:
-            raise InputError(f"{self.path}: the weights have no tensor {name!r}")
-        info, rows = self.tensors[name], row if isinstance(row, list) else [row]
-        path, shape, dtype = self.path / info.file, info.shape, STORED.get(info.dtype)
-        there = row is None or info.dtype != FP8 and all(at in range((shape or [0])[0]) for at in rows)
-        if not dtype or not there:
-            raise InputError(f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
-                             f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
-        wanted = shape if row is None else [len(rows), *shape[1:]] if row is rows else shape[1:]
-        out = torch.empty(wanted, dtype=dtype)
+        require(name in self.tensors, f"{self.path}: the weights have no tensor {name!r}")
+        info = self.tensors[name]
+        path, shape = self.path / info.file, info.shape
+        rows = row if isinstance(row, list) else [row]
+        first = shape[0] if shape else 0
+        readable = row is None or (info.dtype != FP8 and all(at in range(first) for at in rows))
+        require(info.dtype in STORED and readable,
+                f"{path}: {name} is stored as {info.dtype} of shape {shape}; supported: "
+                f"{', '.join(STORED)}, and a row from 0 unless {FP8}")
+
+        # The whole tensor, one row without its first dimension, or a stack of rows.
+        if row is rows:
+            shape = [len(rows), *shape[1:]]
+        elif row is not None:
+            shape = shape[1:]
+        tensor = torch.empty(shape, dtype=STORED[info.dtype])
+        as_bytes = tensor.view(len(rows), -1).view(torch.uint8).numpy()
         with open(path, "rb") as file:
-            for part, (start, end) in zip(out.view(len(rows), -1).view(torch.uint8).numpy(), map(info.range, rows)):
+            for buffer, at in zip(as_bytes, rows):
+                start, end = info.range(at)
                 file.seek(start)
-                if file.readinto(part) != end - start:
-                    raise InputError(f"{path}: ends within {name}")
+                require(file.readinto(buffer) == end - start, f"{path}: ends within {name}")
         if info.dtype != FP8 or as_stored:
-            return out
-        if not (scale := self.load(name + SCALE).float()).isfinite().all():
-            raise InputError(f"{path}: {name}{SCALE} has NaN or infinity in it")
-        high, wide = map(min, quantisation(self.raw_config)["weight_block_size"] or shape, shape)  # of a whole block
-        values = FP8_VALUES.index_select(0, out.flatten().view(torch.uint8).int()).view(shape)
-        for rows, own in zip(values.split(high), scale.view(-1, -(-shape[1] // wide))):
-            rows.mul_(own.repeat_interleave(wide)[:shape[1]])
-        return values.bfloat16()
+            return tensor
+        scale = self.load(name + SCALE).float()
+        require(scale.isfinite().all(), f"{path}: {name}{SCALE} has NaN or infinity in it")
+        block = quantisation(self.raw_config)["weight_block_size"] or shape
+        return dequantised(tensor, scale, block)
 
     def nbytes(self) -> int:
         """Return the size of the weight files."""
@@ -739,9 +806,23 @@ class Checkpoint:
                 return hashlib.file_digest(opened, "sha256").hexdigest()
         if self._fingerprint is None:
             with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter's lock
-                listed = json.dumps(list(zip(self.metadata, threads.map(digest, self.metadata)))).encode()
-            self._fingerprint = hashlib.sha256(listed + (self.path / "config.json").read_bytes()).hexdigest()
+                digests = list(threads.map(digest, self.metadata))
+            listed = json.dumps(list(zip(self.metadata, digests))).encode()
+            config = (self.path / "config.json").read_bytes()
+            self._fingerprint = hashlib.sha256(listed + config).hexdigest()
         return self._fingerprint
+
+
+def dequantised(tensor: torch.Tensor, scale: torch.Tensor, block: list[int]) -> torch.Tensor:
+    """Return an FP8 matrix times its scales, one a block, (height, width) each, in bfloat16."""
+    rows, columns = tensor.shape
+    height, width = min(block[0], rows), min(block[1], columns)
+    numbers = tensor.flatten().view(torch.uint8).int()
+    values = FP8_VALUES.index_select(0, numbers).view(rows, columns)
+    scale = scale.view(-1, -(-columns // width))  # a row for each row of blocks
+    for rows_of_block, scales in zip(values.split(height), scale):
+        rows_of_block.mul_(scales.repeat_interleave(width)[:columns])
+    return values.bfloat16()
 
 
 # ---------------------------------------------------------------------------------------------------- checking
@@ -749,26 +830,36 @@ class Checkpoint:
 def value_of(text: dict, key: str, kind: type, default: float | None = None):
     """Return text[key], or default if absent or null. Raises InputError if there is neither, if the value is not of the
     `kind`, and for a number that is not above 0, below 2^31 if it is whole, else below 3e38."""
-    value = text.get(key) if text.get(key) is not None else default
-    fits = kind is bool or isinstance(value, (int, kind)) and 0 < value < (2**31 if kind is int else 3e38)
-    if fits and isinstance(value, bool) == (kind is bool):
-        return value
-    what = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
-    says = f"the key {key!r} is missing" if value is None else f"{key} is {value!r}; it must be {what}"
-    raise InputError(f"config.json: {says}")
+    value = text.get(key)
+    if value is None:
+        value = default
+    require(value is not None, f"config.json: the key {key!r} is missing")
+    if kind is bool:
+        fits, what = isinstance(value, bool), "true or false"
+    elif kind is int:
+        fits, what = isinstance(value, int) and 0 < value < 2**31, "a positive whole number"
+    else:
+        fits, what = isinstance(value, (int, float)) and 0 < value < 3e38, "a positive number"
+    fits = fits and isinstance(value, bool) == (kind is bool)  # True is an int to Python
+    require(fits, f"config.json: {key} is {value!r}; it must be {what}")
+    return value
+
+
+FLAT_CONFIG = "config.json: text_config and rope_parameters must be JSON objects, the latter a flat one"
 
 
 def read_config(raw: dict) -> Config:
     """Return the Config of the object in `config.json` (the key names of transformers 4 and 5; a nested `text_config`).
     Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind."""
     kind = str(raw.get("model_type"))
-    if not (family := FAMILIES.get(kind)):
-        raise InputError(f"config.json: model_type {kind!r} is not supported{REFUSED.get(kind, '')}; supported: "
-                         f"{', '.join(FAMILIES)}")
+    require(kind in FAMILIES, f"config.json: model_type {kind!r} is not supported{REFUSED.get(kind, '')}; supported: "
+            f"{', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     text = raw.get("text_config") or raw
-    rope = isinstance(text, dict) and (text.get("rope_scaling") or text.get("rope_parameters") or {})
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise InputError("config.json: text_config and rope_parameters must be JSON objects, the latter a flat one")
+    require(isinstance(text, dict), FLAT_CONFIG)
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    require(isinstance(rope, dict), FLAT_CONFIG)
+    require(not any(isinstance(value, dict) for value in rope.values()), FLAT_CONFIG)
     refuse_unsupported(raw, text, rope)
     whole, number = partial(value_of, text, kind=int), partial(value_of, text | rope, kind=float)
 
@@ -777,30 +868,52 @@ def read_config(raw: dict) -> Config:
 
     def of_experts(key: str) -> int:
         return 0 if family.dense else whole(key)
+
+    # The heads of the attention, and how much of each rotates.
     num_heads = whole("num_attention_heads")
     head_dim = whole("head_dim", default=whole("hidden_size") // num_heads)
-    factor = family.partial_rotary_factor  # other families rotate the whole head, whatever the configuration says
-    rotary_dim = int(head_dim * number("partial_rotary_factor", default=factor)) if factor else head_dim
+    rotary_dim = head_dim  # whatever the configuration says
+    if family.partial_rotary_factor:
+        rotary_dim = int(head_dim * number("partial_rotary_factor", default=family.partial_rotary_factor))
+    biased = ""
+    if kind == "qwen2_moe":
+        if value_of(text, "qkv_bias", bool, True):
+            biased = "qkv"
+    elif value_of(text, "attention_bias", bool, False):
+        biased = "qkvo"
+
     eos = text.get("eos_token_id", raw.get("eos_token_id"))
+    if isinstance(eos, list):
+        eos = eos[0] if eos else None
+    tied = [value_of(config, "tie_word_embeddings", bool, False) for config in (raw, text)]
+    renormalised = family.always_renormalised or value_of(text, "norm_topk_prob", bool, family.norm_topk_prob)
     config = Config(
-        model_type=kind, vocab_size=whole("vocab_size"), hidden_size=whole("hidden_size"), num_heads=num_heads,
-        num_layers=whole("num_hidden_layers"), num_kv_heads=whole("num_key_value_heads", default=num_heads),
-        head_dim=head_dim, rotary_dim=rotary_dim, rope_theta=number("rope_theta", default=family.rope_theta),
-        rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps), clip_qkv=optional("clip_qkv", float),
-        num_experts=of_experts(expert_count_keys(text)[0]), expert_width=of_experts(family.width_key),
-        top_k=of_experts("num_experts_per_tok"), dense_width=optional("intermediate_size", int),
+        model_type=kind,
+        vocab_size=whole("vocab_size"),
+        hidden_size=whole("hidden_size"),
+        num_layers=whole("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=whole("num_key_value_heads", default=num_heads),
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        rope_theta=number("rope_theta", default=family.rope_theta),
+        rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps),
+        num_experts=of_experts(expert_count_keys(text)[0]),
+        expert_width=of_experts(family.width_key),
         shared_width=optional("shared_expert_intermediate_size", int),
-        norm_topk_prob=family.always_renormalised or value_of(text, "norm_topk_prob", bool, family.norm_topk_prob),
-        tie_word_embeddings=any(value_of(each, "tie_word_embeddings", bool, False) for each in (raw, text)),
-        eos_token_id=(eos or [None])[0] if isinstance(eos, list) else eos,
+        dense_width=optional("intermediate_size", int),
+        top_k=of_experts("num_experts_per_tok"),
+        norm_topk_prob=renormalised,
+        tie_word_embeddings=any(tied),
+        eos_token_id=eos,
         max_positions=optional("max_position_embeddings", int),
+        clip_qkv=optional("clip_qkv", float),
         linear_key_heads=whole("linear_num_key_heads", default=16),
         linear_key_head_dim=whole("linear_key_head_dim", default=128),
         linear_value_heads=whole("linear_num_value_heads", default=32),
         linear_value_head_dim=whole("linear_value_head_dim", default=128),
         linear_conv_width=whole("linear_conv_kernel_dim", default=4),
-        biased="qkv" * value_of(text, "qkv_bias", bool, True) if kind == "qwen2_moe" else
-        "qkvo" * value_of(text, "attention_bias", bool, False))
+        biased=biased)
     check_config(config)
     return config
 
@@ -809,130 +922,165 @@ def layer_configs(raw: dict, config: Config, names: list[str]) -> list[Config]:
     """Return the Config of each layer by the object in `config.json`: of the decoder's whether they have experts, and
     linear attention, and how many experts and how wide (`per_layer_config`). Raises InputError for another form."""
     text, family = raw.get("text_config") or raw, FAMILIES[config.model_type]
-    dense, kinds, own = text.get("mlp_only_layers") or [], text.get("layer_types"), text.get("per_layer_config") or {}
-    sparse_step, full_step = (value_of(text, key, int, default) for key, default in (
-        ("decoder_sparse_step", 1), ("full_attention_interval", 4)))
-    places, keys = range(config.num_layers), {"num_experts", "num_local_experts", family.width_key}
-    for fits, says in (
-            (isinstance(dense, list), f"mlp_only_layers is {dense!r}; it must be a list"),
-            (not kinds or isinstance(kinds, list) and len(kinds) == len(places), "layer_types must be a list of all"),
-            (isinstance(own, dict) and all(re.fullmatch(r"\d{1,9}", i) and int(i) in places and isinstance(of, dict)
-                                           and of.keys() <= keys for i, of in own.items()),
-             f"per_layer_config must have an object for each of some layers, of {', '.join(sorted(keys))}")):
-        if not fits:
-            raise InputError(f"config.json: {says}")
-    own, configs = {int(i): of for i, of in own.items()}, []
-    for i in places:
-        sparse = not family.dense and not (family.dense_layers and (i in dense or (i + 1) % sparse_step))
-        recurrent = kinds[i] != "full_attention" if kinds else (i + 1) % full_step > 0
-        configs.append(replace(config, sparse=sparse, recurrent=recurrent and family.recurrent_layers))
-        if of := own.get(i):
-            n = value_of(of, expert_count_keys(of)[0], int, config.num_experts)
-            f = value_of(of, family.width_key, int, config.expert_width)
-            configs[i] = replace(configs[i], num_experts=n, expert_width=f)
-            check_config(configs[i])
-    return configs + [config] * (len(names) - len(places))
+    count = config.num_layers
+    dense = text.get("mlp_only_layers") or []
+    mixers = text.get("layer_types")
+    per_layer = text.get("per_layer_config") or {}
+    sparse_step = value_of(text, "decoder_sparse_step", int, 1)
+    full_step = value_of(text, "full_attention_interval", int, 4)
+    require(isinstance(dense, list), f"config.json: mlp_only_layers is {dense!r}; it must be a list")
+    require(not mixers or (isinstance(mixers, list) and len(mixers) == count),
+            "config.json: layer_types must be a list of all")
+    check_per_layer(per_layer, count, {"num_experts", "num_local_experts", family.width_key})
+
+    per_layer = {int(index): layer for index, layer in per_layer.items()}  # "07" is a stranger's 7
+    configs = []
+    for i in range(count):
+        sparse = not family.dense
+        if family.dense_layers:
+            sparse = i not in dense and (i + 1) % sparse_step == 0
+        recurrent = (i + 1) % full_step > 0
+        if mixers:
+            recurrent = mixers[i] != "full_attention"
+        of_layer = replace(config, sparse=sparse, recurrent=recurrent and family.recurrent_layers)
+        if layer := per_layer.get(i):
+            n = value_of(layer, expert_count_keys(layer)[0], int, config.num_experts)
+            width = value_of(layer, family.width_key, int, config.expert_width)
+            of_layer = replace(of_layer, num_experts=n, expert_width=width)
+            check_config(of_layer)
+        configs.append(of_layer)
+    return configs + [config] * (len(names) - count)
+
+
+def check_per_layer(per_layer: object, count: int, keys: set[str]) -> None:
+    """Raise InputError unless `per_layer_config` has objects of these keys for some of `count` layers."""
+    says = f"config.json: per_layer_config must have an object for each of some layers, of {', '.join(sorted(keys))}"
+    require(isinstance(per_layer, dict), says)
+    for index, layer in per_layer.items():
+        require(re.fullmatch(r"\d{1,9}", index) and int(index) < count, says)
+        require(isinstance(layer, dict) and layer.keys() <= keys, says)
 
 
 def check_config(config: Config) -> None:
     """Raise InputError if two values of the configuration do not fit together."""
-    eos, rotary = config.eos_token_id, config.rotary_dim
-    for fits, says in (
-            (eos is None or eos in range(config.vocab_size),
-             f"eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}"),
-            (rotary % 2 == 0 and rotary <= config.head_dim,
-             f"{rotary} of the {config.head_dim} dimensions of a head rotate; it must be an even number of them"),
-            (config.top_k <= config.num_experts,
-             f"num_experts_per_tok {config.top_k} is above {config.num_experts} experts"),
-            (config.num_heads % config.num_kv_heads == 0,
-             f"num_key_value_heads is {config.num_kv_heads}; it must divide {config.num_heads}"),
-            (config.linear_value_heads % config.linear_key_heads == 0,
-             f"linear_num_key_heads is {config.linear_key_heads}; it must divide {config.linear_value_heads}")):
-        if not fits:
-            raise InputError(f"config.json: {says}")
+    eos, rotary, heads = config.eos_token_id, config.rotary_dim, config.num_heads
+    require(eos is None or eos in range(config.vocab_size),
+            f"config.json: eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}")
+    require(rotary % 2 == 0 and rotary <= config.head_dim, f"config.json: {rotary} of the {config.head_dim} "
+            "dimensions of a head rotate; it must be an even number of them")
+    require(config.top_k <= config.num_experts, f"config.json: num_experts_per_tok {config.top_k} is above "
+            f"{config.num_experts} experts")
+    require(heads % config.num_kv_heads == 0,
+            f"config.json: num_key_value_heads is {config.num_kv_heads}; it must divide {heads}")
+    require(config.linear_value_heads % config.linear_key_heads == 0, "config.json: linear_num_key_heads is "
+            f"{config.linear_key_heads}; it must divide {config.linear_value_heads}")
 
 
 def expert_count_keys(text: dict) -> list[str]:
     """Return the key of the expert count, transformers 5's for Qwen3-MoE, or both. Raises InputError if they differ."""
     keys = [key for key in ("num_experts", "num_local_experts") if key in text] or ["num_experts"]
-    if text.get(keys[0]) != text.get(keys[-1]):
-        raise InputError("config.json: num_experts and num_local_experts differ")
+    require(text.get(keys[0]) == text.get(keys[-1]),
+            "config.json: num_experts and num_local_experts differ")
     return keys
 
 
 def quantisation(raw: dict) -> dict:
     """Return the quantization_config of a config.json, at the top or in `text_config`, with its default block size."""
-    found = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config") or {}
-    return {"weight_block_size": [128, 128]} | (found if isinstance(found, dict) else {"quant_method": found})
+    text = raw.get("text_config") or {}
+    quantised = raw.get("quantization_config") or text.get("quantization_config") or {}
+    if not isinstance(quantised, dict):
+        quantised = {"quant_method": quantised}
+    return {"weight_block_size": [128, 128]} | quantised
 
 
 def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
     """Raise InputError for what would give a wrong number: quantised but to FP8, other rope, window or activation."""
     quantised = quantisation(raw)
-    block, method = repr(quantised["weight_block_size"]), ", ".join(
-        str(quantised[key]) for key in ("quant_method", "quant_algo", "format") if key in quantised)
+    said = [str(quantised[key]) for key in ("quant_method", "quant_algo", "format") if key in quantised]
+    method = ", ".join(said)
+    require(method == "fp8" or len(quantised) == 1,
+            f"config.json: quantised weights ({method}); fp8 and plain ones are supported")
+    block = repr(quantised["weight_block_size"])
+    require(re.fullmatch(r"None|\[[1-9]\d*, [1-9]\d*\]", block),
+            f"config.json: weight_block_size {block}: must be 2 above 0")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    require(rope_type == "default", f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
     window = text.get("use_sliding_window") and text.get("sliding_window", "by default") is not None
+    require(not window and "sliding_attention" not in str(text.get("layer_types")),
+            "config.json: a sliding window is in use; only full attention is supported")
     act = text.get("hidden_act", "silu")
-    for found, says in (
-            (method != "fp8" and len(quantised) > 1, f"quantised weights ({method}); fp8 and plain ones are supported"),
-            (not re.fullmatch(r"None|\[[1-9]\d*, [1-9]\d*\]", block), f"weight_block_size {block}: must be 2 above 0"),
-            (rope_type != "default", f"rope type {rope_type!r} is not supported; only 'default' is"),
-            (window or "sliding_attention" in str(text.get("layer_types")),
-             "a sliding window is in use; only full attention is supported"),
-            (act not in ("silu", "swish"), f"hidden_act {act!r} is not supported; only 'silu' is")):
-        if found:
-            raise InputError(f"config.json: {says}")
+    require(act in ("silu", "swish"), f"config.json: hidden_act {act!r} is not supported; only 'silu' is")
 
 
 def find_layers(tensors: Iterable[str], prefix: str, count: int) -> list[str]:
     """Return the names of `count` decoder layers, then of those of a multi-token prediction head. Raises InputError if
     the tensors are of another number of decoder layers."""
-    stored = {match[1] for match in map(re.compile(r"(.*?layers\.\d+)\.").match, tensors) if match}
-    found = sum(name.startswith(f"{prefix}layers.") for name in stored)
-    names = [f"{prefix}layers.{i}" for i in range(min(count, found + 1))]  # a stranger's number may be huge
-    if found != count or not stored.issuperset(names):
-        raise InputError(f"config.json: num_hidden_layers is {count}; the weights have {found} layers")
+    stored = set()
+    for tensor in tensors:
+        match = re.match(r"(.*?layers\.\d+)\.", tensor)
+        if match:
+            stored.add(match[1])
+    decoder = [name for name in stored if name.startswith(f"{prefix}layers.")]
+    names = [f"{prefix}layers.{i}" for i in range(min(count, len(decoder) + 1))]  # a stranger's number may be huge
+    require(len(decoder) == count and stored.issuperset(names),
+            f"config.json: num_hidden_layers is {count}; the weights have {len(decoder)} layers")
     return names + sorted(name for name in stored if name.startswith("mtp."))
 
 
 def mixer_shapes(cfg: Config) -> dict[str, list[int]]:
     """Return the shapes of the weights of a layer's token mixer, by name in the layer without `.weight`."""
     d, family = cfg.hidden_size, FAMILIES[cfg.model_type]
+    shapes = {}
     if cfg.recurrent:
-        value_heads = cfg.linear_value_heads
-        key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, value_heads * cfg.linear_value_head_dim
-        projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * value_heads} if family.by_key_head else {
-            "qkv": 2 * key + value, "z": value, "a": value_heads, "b": value_heads}
-        return {f"linear_attn.in_proj_{part}": [rows, d] for part, rows in projections.items()} \
-            | {"linear_attn.conv1d": [2 * key + value, 1, cfg.linear_conv_width],
-               "linear_attn.norm": [cfg.linear_value_head_dim], "linear_attn.out_proj": [d, value]}
+        heads = cfg.linear_value_heads
+        key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, heads * cfg.linear_value_head_dim
+        projections = {"qkv": 2 * key + value, "z": value, "a": heads, "b": heads}
+        if family.by_key_head:
+            projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * heads}
+        for projection, rows in projections.items():
+            shapes[f"linear_attn.in_proj_{projection}"] = [rows, d]
+        shapes["linear_attn.conv1d"] = [2 * key + value, 1, cfg.linear_conv_width]
+        shapes["linear_attn.norm"] = [cfg.linear_value_head_dim]
+        shapes["linear_attn.out_proj"] = [d, value]
+        return shapes
+
     query, key = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    norms = [cfg.head_dim] * 2 if family.attention is qwen_attention else [query, key]
-    return {"self_attn.q_proj": [query * (1 + family.gated_query), d], "self_attn.k_proj": [key, d],
-            "self_attn.v_proj": [key, d], "self_attn.o_proj": [d, query]} \
-        | {f"self_attn.{name}_norm": [size] for name, size in zip("qk", norms) if family.head_norms}
+    shapes["self_attn.q_proj"] = [2 * query if family.gated_query else query, d]
+    shapes["self_attn.k_proj"] = shapes["self_attn.v_proj"] = [key, d]
+    shapes["self_attn.o_proj"] = [d, query]
+    if family.head_norms and family.attention is qwen_attention:  # per head
+        shapes["self_attn.q_norm"] = shapes["self_attn.k_norm"] = [cfg.head_dim]
+    elif family.head_norms:
+        shapes["self_attn.q_norm"], shapes["self_attn.k_norm"] = [query], [key]
+    return shapes
 
 
 def layer_shapes(cfg: Config, fused: bool) -> dict[str, list[int | None]]:
     """Return the shapes of the tensors that a layer must have, by name in the layer; `fused` experts or single ones."""
     n, d, f = cfg.num_experts, cfg.hidden_size, cfg.expert_width
     shapes = {"input_layernorm": [d], "post_attention_layernorm": [d]} | mixer_shapes(cfg)
-    blocks = {} if cfg.sparse else {"mlp": cfg.dense_width}
+    widths = {}  # of each SwiGLU block
     if cfg.sparse:
         shapes["mlp.gate"] = [n, d]
-    if cfg.sparse and FAMILIES[cfg.model_type].shared_expert:
-        shapes["mlp.shared_expert_gate"] = [1, d]
-        blocks["mlp.shared_expert"] = cfg.shared_width
-    if cfg.sparse and not fused:
-        blocks |= {f"mlp.experts.{e}": f for e in range(n)}
-    for block, width in blocks.items():
-        shapes |= {f"{block}.gate_proj": [width, d], f"{block}.up_proj": [width, d], f"{block}.down_proj": [d, width]}
-    shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
-    if cfg.recurrent:
-        shapes |= {"linear_attn.A_log": [cfg.linear_value_heads], "linear_attn.dt_bias": [cfg.linear_value_heads]}
+        if FAMILIES[cfg.model_type].shared_expert:
+            shapes["mlp.shared_expert_gate"] = [1, d]
+            widths["mlp.shared_expert"] = cfg.shared_width
+        if not fused:
+            widths |= {f"mlp.experts.{e}": f for e in range(n)}
     else:
-        shapes |= {f"self_attn.{part}_proj.bias": shapes[f"self_attn.{part}_proj.weight"][:1] for part in cfg.biased}
+        widths["mlp"] = cfg.dense_width
+    for block, width in widths.items():
+        shapes[f"{block}.gate_proj"] = shapes[f"{block}.up_proj"] = [width, d]
+        shapes[f"{block}.down_proj"] = [d, width]
+    shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
+
+    # What is no weight.
+    if cfg.recurrent:
+        shapes["linear_attn.A_log"] = shapes["linear_attn.dt_bias"] = [cfg.linear_value_heads]
+    else:
+        for projection in cfg.biased:
+            rows = shapes[f"self_attn.{projection}_proj.weight"][:1]
+            shapes[f"self_attn.{projection}_proj.bias"] = rows
     if cfg.sparse and fused:
         shapes |= {"mlp.experts.gate_up_proj": [n, 2 * f, d], "mlp.experts.down_proj": [n, d, f]}
     return shapes
@@ -943,56 +1091,80 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
     does not follow from config.json, and if a layer has one that it does not ask for. `layers` : name -> its Config.
     Return the names of fused experts that are stored transposed. Reads no weight."""
     def check(name: str, shape: list[int | None]) -> None:
-        info = tensors.get(name)
-        says = (f"the weights have no tensor {name!r}, which config.json asks for" if info is None else
-                f"config.json does not say how wide {name} is" if None in shape else
-                f"{name} has shape {info.shape}; by config.json it must be {shape}" if info.shape != shape else
-                f"{name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}, {FP8}")
-        if info is None or info.shape != shape or info.dtype not in (*DTYPES, FP8):
-            raise InputError(f"{path}: {says}")
+        require(name in tensors, f"{path}: the weights have no tensor {name!r}, which config.json asks for")
+        info = tensors[name]
+        require(None not in shape, f"{path}: config.json does not say how wide {name} is")
+        require(info.shape == shape, f"{path}: {name} has shape {info.shape}; by config.json it must be {shape}")
+        require(info.dtype in (*DTYPES, FP8),
+                f"{path}: {name} is stored as {info.dtype}; supported: {', '.join(DTYPES)}, {FP8}")
     cfg = next(iter(layers.values()))
     d = cfg.hidden_size
+
+    # The shapes of the tensors of each layer, as they are stored, by their name in it.
+    stored = {layer: {} for layer in layers}
+    for name, info in tensors.items():
+        match = re.match(r"(.*?layers\.\d+)\.(.*)", name)
+        if match and match[1] in stored:
+            stored[match[1]][match[2]] = info.shape
+
+    # Those that config.json asks for.
     expected = {f"{prefix}embed_tokens.weight": [cfg.vocab_size, d], f"{prefix}norm.weight": [d]}
     if not cfg.tie_word_embeddings or "lm_head.weight" in tensors:  # a head that is stored is the one that counts
         expected["lm_head.weight"] = [cfg.vocab_size, d]
     if any(layer.startswith("mtp.") for layer in layers):
-        expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d], "mtp.pre_fc_norm_embedding.weight": [d],
-                     "mtp.pre_fc_norm_hidden.weight": [d]}
-    stored, transposed = {layer: {} for layer in layers}, set()
-    for name, info in tensors.items():
-        layer = re.match(r"(.*?layers\.\d+)\.(.*)", name)
-        if layer and layer[1] in stored:
-            stored[layer[1]][layer[2]] = info.shape
+        expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d],
+                     "mtp.pre_fc_norm_embedding.weight": [d], "mtp.pre_fc_norm_hidden.weight": [d]}
+    transposed = set()
     for layer, names in stored.items():
         if layers[layer].sparse:  # before a stranger's number of experts is counted up to
             check(f"{layer}.mlp.gate.weight", [layers[layer].num_experts, d])
         shapes = layer_shapes(layers[layer], "mlp.experts.gate_up_proj" in names)
-        turned = {name: [shape[0], *shape[:0:-1]] for name, shape in shapes.items() if ".experts." in name}
-        if FAMILIES[cfg.model_type].may_be_transposed and any(
-                names.get(name) == shape != shapes[name] for name, shape in turned.items()):
-            shapes |= turned
-            transposed |= {f"{layer}.{name}" for name in turned}
-        expected |= {f"{layer}.{name}": shape for name, shape in shapes.items()}
+        turned = turned_shapes(cfg, names, shapes)
+        transposed |= {f"{layer}.{name}" for name in turned}
+        for name, shape in (shapes | turned).items():
+            expected[f"{layer}.{name}"] = shape
     for name, shape in expected.items():
         check(name, shape)
-    more = {f"{layer}.{name}" for layer, names in stored.items() for name in names
-            if re.match(r"(mlp|self_attn|linear_attn)\.(?!rotary_emb)", name)}
-    for name in sorted(more - expected.keys()):
-        raise InputError(f"{path}: {name} is none of the tensors that config.json asks for")
+
+    # And no other in a mixer or a block.
+    for layer, names in stored.items():
+        for name in sorted(names):
+            if re.match(r"(mlp|self_attn|linear_attn)\.(?!rotary_emb)", name):
+                require(f"{layer}.{name}" in expected,
+                        f"{path}: {layer}.{name} is none of the tensors that config.json asks for")
     return transposed
+
+
+def turned_shapes(cfg: Config, stored: dict[str, list[int]], shapes: dict[str, list[int | None]]) -> dict[str, list[int]]:
+    """Return the shapes of a layer's fused experts if they are stored transposed, by name in it; else none."""
+    turned = {}
+    if not FAMILIES[cfg.model_type].may_be_transposed:
+        return turned
+    for name, shape in shapes.items():
+        if ".experts." in name:
+            turned[name] = [shape[0], *shape[:0:-1]]
+    if any(stored.get(name) == shape != shapes[name] for name, shape in turned.items()):
+        return turned
+    return {}
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
     """Raise InputError for an FP8 tensor that is no matrix, or one of which rows are read, and for a scale that is
     missing, of another shape than follows from config.json, or of no FP8 tensor. Reads no weight."""
     tensors, block = checkpoint.tensors, quantisation(checkpoint.raw_config)["weight_block_size"]
-    for name in (name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE) or tensors[name].dtype == FP8):
-        own, scale = (tensors.get(each) or TensorInfo("", "missing", [], 0, 0) for each in (name, name + SCALE))
-        wanted = [-(-size // side) for size, side in zip(own.shape, block)] if block else [1] * min(len(scale.shape), 2)
-        whole = len(own.shape) == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
-        if not whole or own.dtype != FP8 or scale.dtype not in STORED or scale.shape != wanted:
-            raise InputError(f"{checkpoint.path}: {name} is {own.dtype} {own.shape}, {name}{SCALE} {scale.dtype} "
-                             f"{scale.shape}; only a matrix read whole can be {FP8}: blocks {block}, scales {wanted}")
+    missing = TensorInfo("", "missing", [], 0, 0)
+    for stored in tensors:
+        if not stored.endswith(SCALE) and tensors[stored].dtype != FP8:
+            continue
+        name = stored.removesuffix(SCALE)
+        info, scale = tensors.get(name, missing), tensors.get(name + SCALE, missing)
+        wanted = [1] * min(len(scale.shape), 2)  # one scale of the whole matrix
+        if block:
+            wanted = [-(-size // side) for size, side in zip(info.shape, block)]
+        matrix = len(info.shape) == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
+        require(matrix and info.dtype == FP8 and scale.dtype in STORED and scale.shape == wanted,
+                f"{checkpoint.path}: {name} is {info.dtype} {info.shape}, {name}{SCALE} {scale.dtype} "
+                f"{scale.shape}; only a matrix read whole can be {FP8}: blocks {block}, scales {wanted}")
 
 
 # -------------------------------------------------------------------------------------------------------- text
@@ -1003,11 +1175,14 @@ def read_documents(path: str | os.PathLike, tokens: int | None = None) -> list[s
     InputError if the file cannot be read as that, or has no text."""
     path, documents = Path(path), []
     lines = path.suffix.lower() in (".jsonl", ".json")
-    for start, whole, text in windows(path, max(LEAST_TEXT, TEXT_BYTES * tokens) if tokens else sys.maxsize, lines):
-        found = json_documents(path, start, text) if lines else [text]
-        documents += found if whole else [part[start % max(1, len(part) - WINDOW):][:WINDOW] for part in found]
-    if not any(map(str.strip, documents)):
-        raise InputError(f"{path}: no text in it")
+    most = max(LEAST_TEXT, TEXT_BYTES * tokens) if tokens else sys.maxsize
+    for start, whole, text in windows(path, most, lines):
+        for document in json_documents(path, start, text) if lines else [text]:
+            if not whole:  # a part of it, not always the first
+                at = start % max(1, len(document) - WINDOW)
+                document = document[at:at + WINDOW]
+            documents.append(document)
+    require(any(map(str.strip, documents)), f"{path}: no text in it")
     return documents
 
 
@@ -1018,17 +1193,21 @@ def windows(path: Path, most: int, lines: bool) -> Iterator[tuple[int, bool, str
         with open(path, "rb") as file:
             size, end = file.seek(0, os.SEEK_END), 0
             count, width = (1, size) if size <= most else (most // WINDOW, WINDOW)
-            for start in (i * (size - width) // max(1, count - 1) for i in range(count)):
+            for window in range(count):
+                start = window * (size - width) // max(1, count - 1)
                 if start < end:  # within the last line that was read
                     continue
                 file.seek(start)
                 if lines and start:
                     file.readline()
                 data = file.read(width) + (file.readline() if lines else b"")
-                if cut := count > 1 and not lines:
+                cut = count > 1 and not lines
+                if cut:
                     data = data.lstrip(bytes(range(0x80, 0xc0)))  # of a character that starts before
-                end, decoder = file.tell(), codecs.getincrementaldecoder("utf-8-sig")()
-                yield start, count == 1, io.IncrementalNewlineDecoder(decoder, True).decode(data, final=not cut)
+                end = file.tell()
+                decoder = codecs.getincrementaldecoder("utf-8-sig")()
+                decoder = io.IncrementalNewlineDecoder(decoder, True)
+                yield start, count == 1, decoder.decode(data, final=not cut)
     except (OSError, ValueError) as err:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(err, 'strerror', err)})") from None
 
@@ -1038,14 +1217,20 @@ def json_documents(path: Path, start: int, text: str) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
-                of = json.loads(line)
-                document = of["text"] if "text" in of else "".join(
-                    f"{CHATML[0]}{message['role']}\n{message['content'] + CHATML[1]}\n" for message in of["messages"])
+                row = json.loads(line)
+                document = row["text"] if "text" in row else chat_text(row["messages"])
                 document.encode()  # neither a number nor a lone surrogate is text
                 yield document
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f'{path}, line {number}{f" after byte {start}" * (start > 0)}: expected a JSON object '
-                             'with "text", or "messages", each with a "role" and a "content", all strings') from None
+            place = f"{path}, line {number} after byte {start}" if start else f"{path}, line {number}"
+            raise InputError(f'{place}: expected a JSON object with "text", or "messages", each with a "role" '
+                             'and a "content", all strings') from None
+
+
+def chat_text(messages: list[dict]) -> str:
+    """Return a chat's messages in ChatML."""
+    turns = [f"{CHATML[0]}{each['role']}\n{each['content'] + CHATML[1]}\n" for each in messages]
+    return "".join(turns)
 
 
 def pieces(document: str) -> Iterator[tuple[str, bool]]:
@@ -1062,8 +1247,10 @@ def pieces(document: str) -> Iterator[tuple[str, bool]]:
 def python_documentation(part: str) -> tuple[str, ...]:
     """Return English that every Python carries, of a part as in `python_sources`: the language reference in pydoc and
     the standard library's docstrings, a topic or a module a document."""
-    found = python_sources(part).values()
-    return tuple(filter(None, (docstrings(each) if isinstance(each, Path) else each for each in found)))
+    texts = []
+    for source in python_sources(part).values():
+        texts.append(docstrings(source) if isinstance(source, Path) else source)
+    return tuple(filter(None, texts))
 
 
 def python_sources(part: str) -> dict[str, str | Path]:
@@ -1071,13 +1258,17 @@ def python_sources(part: str) -> dict[str, str | Path]:
     to a part ("train" 80%, "calibration" 10%, "held-out" 10%). A hash of its name puts each into its part and in its
     place there, so that neither moves when others come and go."""
     from pydoc_data.topics import topics
-    library, parts = Path(sysconfig.get_paths()["stdlib"]), ("calibration", "held-out", *["train"] * 8)
+    sources = {f"topic {name}": text for name, text in topics.items()}
+    library = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "_vendor", "__pycache__"}
-    files = {path.relative_to(library): path for path in library.rglob("*.py")}
-    found = {f"topic {name}": text for name, text in topics.items()} | {
-        f"module {name.as_posix()}": path for name, path in files.items() if not skip & set(name.parts)}
-    places = {hashlib.sha256(name.encode()).hexdigest(): name for name in found}
-    return {places[at]: found[places[at]] for at in sorted(places) if parts[int(at, 16) % 10] == part}
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library)
+        if not skip & set(name.parts):
+            sources[f"module {name.as_posix()}"] = path
+    parts = ("calibration", "held-out", *["train"] * 8)
+    places = {hashlib.sha256(name.encode()).hexdigest(): name for name in sources}
+    here = [places[at] for at in sorted(places) if parts[int(at, 16) % 10] == part]
+    return {name: sources[name] for name in here}
 
 
 def docstrings(path: Path) -> str:
@@ -1087,16 +1278,16 @@ def docstrings(path: Path) -> str:
     except (SyntaxError, ValueError):
         return ""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))))
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, texts))
 
 
 def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: int = 0) -> torch.Tensor:
     """Cut ids (T,) into sequences (B, seq_len), leaving out an incomplete last one: all of them in order, or `count`
     sampled without replacement. Raises InputError if there is not one."""
     check_range("seq_len", seq_len, 2)
-    if len(ids) < seq_len:
-        raise InputError(f"the text has {len(ids)} tokens, too few for one sequence of seq_len {seq_len}; give more "
-                         "text")
+    require(len(ids) >= seq_len,
+            f"the text has {len(ids)} tokens, too few for one sequence of seq_len {seq_len}; give more text")
     whole = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     if count is None:
         return whole
@@ -1104,28 +1295,36 @@ def sequences(ids: torch.Tensor, seq_len: int, count: int | None = None, seed: i
     return whole[pick.sort().values]
 
 
-def calibration_ids(model: Model, files: "Sequence[Path]" = (), tokens: int = TOKENS, seq_len: int | None = None,
-                    seed: int = 42, parts: "Sequence[str]" = ("calibration",)) -> torch.Tensor:
-    """Sequences (tokens // seq_len, seq_len) of text files, of each as many, or of parts of Python's documentation; if
-    the one text is short, fewer with a warning. Raises InputError for a bad number, and if one of several is short."""
+def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKENS,
+                    seq_len: int | None = None, seed: int = 42,
+                    parts: Sequence[str] = ("calibration",)) -> torch.Tensor:
+    """Sequences (tokens // seq_len, seq_len) of text files, of each as many, or of parts of Python's documentation,
+    whose documents stand one after the other (A.11, D.3); if the one text is short, fewer with a warning. seq_len None
+    is the model's max_position_embeddings (512 if it has none), at most the tokens of a file. Raises InputError for a
+    bad number, and if one of several is short."""
     check_range("tokens", tokens, 2, 10**9)
+    of_file = tokens // max(1, len(files))
     if seq_len is None:
-        seq_len = min(model.config.max_positions or 512, tokens // max(1, len(files)))
-    if len(files) > 1 and seq_len > tokens // len(files):
-        raise InputError(f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
+        seq_len = min(model.config.max_positions or 512, of_file)
+    require(len(files) < 2 or seq_len <= of_file,
+            f"tokens {tokens}: too few for a sequence of {seq_len} from each of {len(files)} files")
     check_range("seq_len", seq_len, 2, tokens)
     check_range("seed", seed, 0, 2**63 - 1)
     warn_of_length(model, seq_len)
     count, samples = tokens // seq_len, []
-    for file, share in zip(files or [None], shares_of(count, len(files) or 1)):
-        text = model.encode_file(file, share * seq_len) if file else model.encode(
-            sum(map(python_documentation, parts), ()))
-        if len(files) > 1 and len(text) < share * seq_len:
-            raise InputError(f"{file}: has {len(text)} tokens, its share of tokens {share * seq_len}; give more")
+    if not files:
+        documents = [text for part in parts for text in python_documentation(part)]
+        samples.append(sequences(model.encode(documents), seq_len, count, seed))
+    for file, share in zip(files, shares_of(count, len(files))):
+        wanted = share * seq_len
+        text = model.encode_file(file, wanted)
+        require(len(files) == 1 or len(text) >= wanted,
+                f"{file}: has {len(text)} tokens, its share of tokens {wanted}; give more")
         samples.append(sequences(text, seq_len, share, seed))
-    if sum(map(len, samples)) < count:
-        warn(f"the text has only {len(samples[0]) * seq_len} tokens in whole sequences, all used; {tokens} were asked")
-    return torch.cat(samples)
+    ids = torch.cat(samples)
+    if len(ids) < count:
+        warn(f"the text has only {ids.numel()} tokens in whole sequences, all used; {tokens} were asked")
+    return ids
 
 
 def shares_of(count: int, files: int) -> list[int]:
@@ -1135,13 +1334,14 @@ def shares_of(count: int, files: int) -> list[int]:
 
 def warn_of_length(model: Model, seq_len: int) -> None:
     """Warn if a sequence is longer than those that the model was trained on."""
-    if (most := model.config.max_positions) and seq_len > most:
+    most = model.config.max_positions
+    if most and seq_len > most:
         warn(f"seq_len {seq_len}: the model is made for at most {most} tokens (max_position_embeddings)")
 
 
 def warn(message: str, kind: str = "warning") -> None:
     """Print a single line on stderr, whatever a stranger's file names have in it."""
-    says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    says = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
     print(f"{kind}: {says}", file=sys.stderr, flush=True)
 
 
@@ -1183,7 +1383,8 @@ class Piece(NamedTuple):
 
     def nbytes(self) -> int:
         """Return its size in the output."""
-        return math.prod(self.shape) * int((re.search(r"\d+", self.dtype) or [8])[0]) // 8  # I64, BOOL, ..., too
+        bits = re.search(r"\d+", self.dtype)  # of BF16, I64, ...; BOOL has none
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
 
 
 def copied(checkpoint: Checkpoint, name: str, rows: list[int] | None = None) -> Piece:
@@ -1192,11 +1393,13 @@ def copied(checkpoint: Checkpoint, name: str, rows: list[int] | None = None) -> 
 
     def read() -> Iterator[bytes]:
         with open(checkpoint.path / info.file, "rb") as file:
-            for start, end in map(info.range, [None] if rows is None else rows):
+            for row in [None] if rows is None else rows:
+                start, end = info.range(row)
                 file.seek(start)
                 for at in range(start, end, BLOCK_BYTES):
                     yield file.read(min(BLOCK_BYTES, end - at))
-    return Piece(name, rows, info.file, info.dtype, info.shape if rows is None else [len(rows), *info.shape[1:]], read)
+    shape = info.shape if rows is None else [len(rows), *info.shape[1:]]
+    return Piece(name, rows, info.file, info.dtype, shape, read)
 
 
 def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -> dict[str, Piece]:
@@ -1210,7 +1413,8 @@ def surviving_tensors(checkpoint: Checkpoint, survivors: dict[str, list[int]]) -
         if not rows or match[2] is None:
             kept[name] = copied(checkpoint, name, rows or None)
         elif int(match[2]) in rows:
-            kept[f"{match[1]}.mlp.experts.{rows.index(int(match[2]))}.{match[3]}"] = copied(checkpoint, name)
+            number = rows.index(int(match[2]))
+            kept[f"{match[1]}.mlp.experts.{number}.{match[3]}"] = copied(checkpoint, name)
     return kept
 
 
@@ -1218,13 +1422,21 @@ def with_keys(config: dict, changes: dict[str, int], per_layer: dict[int, dict[s
     """Return the object of config.json with other values of some keys, at the top or in `text_config`: one for all
     layers, or a layer's own, which transformers reads by the code that `auto_map` names."""
     text = config.get("text_config") or config
-    own = {int(i): {key: value for key, value in of.items() if key not in changes}
-           for i, of in (text.get("per_layer_config") or {}).items()}
-    own = {str(i): of for i in sorted({*own, *per_layer}) if (of := own.get(i, {}) | per_layer.get(i, {}))}
-    text = {key: value for key, value in (text | changes).items() if key != "per_layer_config"}
-    text |= {"per_layer_config": own} if own else {}
+    layers = {}
+    for index, layer in (text.get("per_layer_config") or {}).items():
+        layers[int(index)] = {key: value for key, value in layer.items() if key not in changes}
+    for index, layer in per_layer.items():
+        layers[index] = layers.get(index, {}) | layer
+    layers = {str(index): layers[index] for index in sorted(layers) if layers[index]}
+
+    text = text | changes
+    text.pop("per_layer_config", None)
+    if layers:
+        text["per_layer_config"] = layers
     config = config | {"text_config": text} if config.get("text_config") else text
-    return {key: value for key, value in config.items() if own or key != "auto_map" or MODELING not in str(value)}
+    if not layers and MODELING in str(config.get("auto_map")):  # of a layer's own no longer
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+    return config
 
 
 def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str, str]) -> None:
@@ -1248,11 +1460,13 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
     folder `out`, which appears whole or not at all. Names, dtypes and shards are the source's; unsorted indices permute
     the experts. Empty: a plain copy. Raises InputError if the layers keep different numbers, and as `new_folder` does.
     """
-    counts, raw = {len(kept) for kept in survivors.values()}, checkpoint.raw_config
-    if len(counts) > 1:
-        raise InputError(f"survivors: the layers keep {sorted(counts)} experts; all must keep the same number")
-    changes = {key: count for key in expert_count_keys(raw.get("text_config") or raw) for count in counts}
-    write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), with_keys(raw, changes), files)
+    config = checkpoint.raw_config
+    counts = sorted({len(kept) for kept in survivors.values()})
+    require(len(counts) < 2, f"survivors: the layers keep {counts} experts; all must keep the same number")
+    if counts:
+        keys = expert_count_keys(config.get("text_config") or config)
+        config = with_keys(config, dict.fromkeys(keys, counts[0]))
+    write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), config, files)
 
 
 def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], config: dict, files: dict[str, bytes]
@@ -1269,12 +1483,14 @@ def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], con
             shard = {name: piece for name, piece in kept.items() if piece.file == file}
             write_safetensors(staging / file, shard, metadata)
         if checkpoint.sharded:
-            index, parts = read_json(checkpoint.path / INDEX), kept.values()
-            index["metadata"] = (index.get("metadata") or {}) | {
-                "total_size": sum(map(Piece.nbytes, parts)), "total_parameters": sum(math.prod(p.shape) for p in parts)}
+            index = read_json(checkpoint.path / INDEX)
+            parameters = sum(math.prod(piece.shape) for piece in kept.values())
+            sizes = {"total_size": sum(map(Piece.nbytes, kept.values())), "total_parameters": parameters}
+            index["metadata"] = (index.get("metadata") or {}) | sizes
             index["weight_map"] = {name: piece.file for name, piece in sorted(kept.items())}
             written[INDEX] = index
-        files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in written.items()} | files
+        for name, value in written.items():
+            (staging / name).write_text(json.dumps(value, indent=2) + "\n")
         for name, content in files.items():
             (staging / name).write_bytes(content)
         copy_small_files(checkpoint.path, staging)
@@ -1288,14 +1504,16 @@ def copy_small_files(source: Path, out: Path) -> None:
     weights = {".safetensors", ".st", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
-        if not file.is_file() or any(part.startswith(".") for part in name.parts) or file.suffix in weights \
-                or file.name.endswith((".bin.index.json", INDEX)) or (out / name).exists():
+        hidden = any(folder.startswith(".") for folder in name.parts)
+        weight = file.suffix in weights or file.name.endswith((".bin.index.json", INDEX))
+        if not file.is_file() or hidden or weight or (out / name).exists():
             continue
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out / name)
         if str(name) == "README.md":
             front, card = re.fullmatch(rb"(---\n.*?\n---\n|)(.*)", file.read_bytes(), re.DOTALL).groups()
-            (out / name).write_bytes(front + NOTICE.encode() * (not card.startswith(NOTICE.encode())) + card)
+            if not card.startswith(NOTICE.encode()):
+                (out / name).write_bytes(front + NOTICE.encode() + card)
 
 
 @contextlib.contextmanager

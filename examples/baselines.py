@@ -300,8 +300,12 @@ def triplet_hypergraph(signals: Signals, keep: int, settings: Settings = Setting
     return most_frequent_first(groups, signals.frequency), signals.frequency
 
 
-def union_find_groups(cost: torch.Tensor, keep: int,
-                      allowed: Callable[[list[int]], bool] = lambda component: True) -> Groups:
+def no_veto(component: list[int]) -> bool:
+    """True: any component is allowed."""
+    return True
+
+
+def union_find_groups(cost: torch.Tensor, keep: int, allowed: Callable[[list[int]], bool] = no_veto) -> Groups:
     """The `keep` components that are left when edges join experts in ascending order of cost (E,).
 
     Ties go in lexicographic order. An edge is passed over if its new component, experts in ascending
@@ -317,7 +321,7 @@ def union_find_groups(cost: torch.Tensor, keep: int,
     pairs = hodgecover.edges(n)[cost.sort(stable=True).indices].tolist()
     components = [[e] for e in range(n)]  # of each expert; the members of one share a list
     count = n
-    for may_join in (allowed, lambda component: True):
+    for may_join in (allowed, no_veto):
         for i, j in pairs:
             if count == keep:
                 break

@@ -258,7 +258,7 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the times of a layer's forward pass, of heapr.py's pass back, and of a step of distil.py --layerwise, Adam
     included, and the process's largest memory after each."""
     cfg, layer = random_decoder_layer(args, dtype)
-    length = min(hodgecover.SEQ_LEN, args.gradients)
+    length = min(512, args.gradients)
     h, target = torch.randn(2, args.gradients // length, length, args.hidden).to(dtype)
     weights = distil.layer_weights(layer)
     dtypes = dict.fromkeys(weights, dtype)
@@ -339,7 +339,7 @@ def command_line() -> hodgecover.Parser:
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", default=value,
                             help=f"{meaning[name]} [%(default)s]")
-    parser.add_argument("--tokens", type=int, metavar="N", help=f"T, tokens [{TOKENS}, selectors: {hodgecover.TOKENS}]")
+    parser.add_argument("--tokens", type=int, metavar="N", help=f"T, tokens [{TOKENS}, selectors: {model_io.TOKENS}]")
     parser.add_argument("--peak", type=float, default=4.0, metavar="STD", help="standard deviation of the logits [4, "
                         "about a trained model's entropy]")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
@@ -380,8 +380,8 @@ def check_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
-    args.tokens = args.tokens or (hodgecover.TOKENS if args.selectors else TOKENS)
-    MODES[mode_of(args)](args, hodgecover.choose_dtype(args.dtype, "cpu"))
+    args.tokens = args.tokens or (model_io.TOKENS if args.selectors else TOKENS)
+    MODES[mode_of(args)](args, model_io.choose_dtype(args.dtype, "cpu"))
 
 
 main = common.main_of(command_line, run)

@@ -93,7 +93,8 @@ def experts_to_go(rate: float, counts: Sequence[int]) -> int:
 
 def uniform_budget(counts: Sequence[int], least: int, total: int) -> Budget:
     """How many of the experts of each layer go, `total` in all: as many of each layer, and one more of
-    each of the first (equation 32). A layer keeps `least`, and loses no more than it can.
+    each of the first (equation 32). A layer keeps `least`. Equation 32 has min(n - d, n - 1), which
+    would take an expert even of a layer with d = 0; we read d <= n - 1, as the text has it (ours).
 
     >>> uniform_budget([8, 8, 8], 1, 11), uniform_budget([8, 4, 8], 3, 8)
     ((4, 4, 3), (4, 1, 3))
@@ -140,12 +141,14 @@ def reported(path: Path, names: Iterable[str], keys: Sequence[str], most: float,
     Raises InputError, which says `what` is missing, if a layer has none."""
     entry = model_io.read_history(path)[-1]
     values = {layer["name"]: layer.get("diagnostics") for layer in entry["layers"]}
-    for key in keys:
-        values = {name: value.get(key) if isinstance(value, dict) else None for name, value in values.items()}
-    numbers = [values[name] for name in names]
-    for number in numbers:
-        require(type(number) in (int, float) and 0 <= number <= most,
+    numbers = []
+    for name in names:
+        value = values[name]
+        for key in keys:
+            value = isinstance(value, dict) and value.get(key)
+        require(type(value) in (int, float) and 0 <= value <= most,
                 f"{path}: has no {what}; give a plan of hodgecover.py")
+        numbers.append(value)
     return numbers
 
 
@@ -163,15 +166,19 @@ def in_proportion(weights: Sequence[float], low: int, high: Sequence[int], total
     few, many = 0.0, max(high) / min(weights)
     for _ in range(100):
         middle = (few + many) / 2
-        few, many = (middle, many) if sum(shares(middle)) < total else (few, middle)
+        if sum(shares(middle)) < total:
+            few = middle
+        else:
+            many = middle
     return largest_remainder(shares(many), high, total)
 
 
 def barrier_budget(means: Sequence[float], counts: Sequence[int], top_k: int, keep: int) -> Budget:
     """How many of the experts of each layer go, by the layers' mean barriers: `keep` stay on average."""
     largest = max(means) or 1.0
-    kept = in_proportion([max(each / largest, 1e-6)**0.5 for each in means], top_k, counts, keep * len(means))
-    return tuple(n - each for n, each in zip(counts, kept))
+    weights = [max(mean / largest, 1e-6)**0.5 for mean in means]
+    kept = in_proportion(weights, top_k, counts, keep * len(means))
+    return tuple(n - count for n, count in zip(counts, kept))
 
 
 def coverage_budget(saliencies: Sequence[Sequence[float]], top_k: int, keep: int) -> Budget:
@@ -181,10 +188,14 @@ def coverage_budget(saliencies: Sequence[Sequence[float]], top_k: int, keep: int
     >>> coverage_budget([[8.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], 1, 2)
     (3, 1)
     """
-    marginal = [(held / (sum(each) or 1.0), layer) for layer, each in enumerate(saliencies)
-                for held in [0.0, *itertools.accumulate(each)][top_k:-1]]
-    kept = Counter(layer for _, layer in sorted(marginal)[:(keep - top_k) * len(saliencies)])
-    return tuple(len(each) - top_k - kept[layer] for layer, each in enumerate(saliencies))
+    marginal = []  # of each expert beyond the top-k: the share that those before it hold, its layer
+    for layer, saliency in enumerate(saliencies):
+        mass = sum(saliency) or 1.0
+        held = [0.0, *itertools.accumulate(saliency)]
+        marginal += [(before / mass, layer) for before in held[top_k:-1]]
+    first = sorted(marginal)[:(keep - top_k) * len(saliencies)]
+    kept = Counter(layer for _, layer in first)
+    return tuple(len(saliency) - top_k - kept[layer] for layer, saliency in enumerate(saliencies))
 
 
 def mean_barriers(path: Path, names: Iterable[str]) -> list[float]:
@@ -204,12 +215,14 @@ def largest_remainder(weights: Sequence[float], capacity: Sequence[int], total: 
     ((3, 2, 5), (2, 4, 4))
     """
     wanted = [total * weight / sum(weights) for weight in weights]
-    shares = [min(int(each), most) for each, most in zip(wanted, capacity)]
+    shares = [min(int(share), most) for share, most in zip(wanted, capacity)]
     by_remainder = sorted(range(len(weights)), key=lambda i: shares[i] - wanted[i])
-    for i in itertools.chain(by_remainder, itertools.cycle(range(len(weights)))):
+    in_turn = itertools.cycle(range(len(weights)))
+    for i in itertools.chain(by_remainder, in_turn):
         if sum(shares) == total:
             return tuple(shares)
-        shares[i] += shares[i] < capacity[i]
+        if shares[i] < capacity[i]:
+            shares[i] += 1
 
 
 def first_weights(layers: int, rng: random.Random) -> list[list[float]]:
@@ -258,16 +271,21 @@ def remembered(worth: Callable[[list[Budget]], list[float]], cache: Path | None 
                ) -> Callable[[list[Budget]], list[float]]:
     """The worth of budgets, each measured once; what is known lies in a folder, if there is one, so that a killed
     search repeats its way without measuring."""
-    saved = model_io.read_cached(cache, "budgets-evo", key) if cache else None
-    known = dict(zip(map(tuple, saved["budgets"].tolist()), saved["worth"].tolist())) if saved else {}
+    saved, known = None, {}
+    if cache:
+        saved = model_io.read_cached(cache, "budgets-evo", key)
+    if saved:
+        budgets = map(tuple, saved["budgets"].tolist())
+        known = dict(zip(budgets, saved["worth"].tolist()))
 
     def of(budgets: list[Budget]) -> list[float]:
         new = [budget for budget in dict.fromkeys(budgets) if budget not in known]
         if new:
             known.update(zip(new, worth(new)))
         if new and cache:
-            values = torch.tensor([*known.values()], dtype=torch.float64)
-            model_io.write_cached(cache, "budgets-evo", key, {"budgets": torch.tensor([*known]), "worth": values})
+            values = torch.tensor(list(known.values()), dtype=torch.float64)
+            tensors = {"budgets": torch.tensor(list(known)), "worth": values}
+            model_io.write_cached(cache, "budgets-evo", key, tensors)
         return [known[budget] for budget in budgets]
     return of
 
@@ -276,17 +294,26 @@ def last_streams(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], 
                  ) -> list[torch.Tensor]:
     """What the head reads on ids (B, L) if each of several budgets cuts the ends of the orders, by layer name:
     (B, L, d) each. A layer is read once; budgets that agree up to it share their stream."""
-    at_once, depth = max(1, model_io.PASS_TOKENS // ids.shape[1]), 0
-    streams = {(): model.embed(ids)}
+    at_once = max(1, model_io.PASS_TOKENS // ids.shape[1])
+
+    def through(layer: model_io.Layer, stream: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for h in stream.split(at_once):
+            outputs.append(model_io.run_layer(h, layer, model.config)[2].view_as(h))
+        return torch.cat(outputs)
+    streams = {(): model.embed(ids)}  # by the part of a budget that was spent
+    depth = 0
     for index in range(model.config.num_layers):
-        layer, name, before = model.layer(index), model.layer_names[index], depth
-        if name in orders:
-            layer, depth = common.cut(layer, orders[name]), depth + 1
+        layer, name = model.layer(index), model.layer_names[index]
+        if name not in orders:
+            streams = {spent: through(layer, stream) for spent, stream in streams.items()}
+            continue
+        depth += 1
+        ranked = common.cut(layer, orders[name])
         after = {}
-        for start in dict.fromkeys(budget[:depth] for budget in budgets):
-            own = common.cut(layer, slice(len(orders[name]) - start[-1])) if name in orders else layer
-            after[start] = torch.cat([model_io.run_layer(h, own, model.config)[2].view_as(h)
-                                      for h in streams[start[:before]].split(at_once)])
+        for spent in dict.fromkeys(budget[:depth] for budget in budgets):
+            kept = len(orders[name]) - spent[-1]
+            after[spent] = through(common.cut(ranked, slice(kept)), streams[spent[:-1]])
         streams = after
     norm = model.norm(f"{model.prefix}norm.weight")
     return [norm(streams[budget]) for budget in budgets]
@@ -318,8 +345,11 @@ def esap_of(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], memor
     at_once = max(1, memory // (2 * source.numel() * source.element_size()))
 
     def of(budgets: list[Budget]) -> list[float]:
-        parts = (budgets[start:start + at_once] for start in range(0, len(budgets), at_once))
-        return [each for part in parts for each in esap(source, last_streams(model, ids, orders, part), head)]
+        worth = []
+        for start in range(0, len(budgets), at_once):
+            outputs = last_streams(model, ids, orders, budgets[start:start + at_once])
+            worth += esap(source, outputs, head)
+        return worth
     return of
 
 
@@ -432,9 +462,10 @@ def run_evo(model: Model, ids: torch.Tensor, orders: dict[str, list[int]], args:
     """Search a number for each layer; print each generation's best."""
     counts = expert_counts(model)
     uniform = tuple(max(0, n - args.keep) for n in counts)
+    capacity = [n - model.config.top_k for n in counts]
+    total = sum(counts) - args.keep * len(counts)
     worth = remembered(esap_of(model, ids, orders, args.memory), cache, search_key(model, ids, "evo", orders))
-    search = evolve(worth, [n - model.config.top_k for n in counts], sum(counts) - args.keep * len(counts),
-                    args.generations, args.seed)
+    search = evolve(worth, capacity, total, args.generations, args.seed)
     for number, (best, value) in enumerate(search, 1):
         bar(None)
         kept = " ".join(str(n - gone) for n, gone in zip(counts, best))

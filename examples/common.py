@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -422,14 +423,23 @@ def rerun(model: Model, step: LayerPass, empty: Callable[..., torch.Tensor] = to
     return model.run(step.index, step.layer, step.h, step.norm, empty)
 
 
+class Routing(NamedTuple):
+    """How a model uses its experts on a text: means over its sparse layers (paper E.5; the formulas are ours)."""
+
+    entropy: float  # of the experts' shares of the tokens' choices, over log n
+    dead: float  # share of the experts that no token is routed to
+
+
 class Comparison(NamedTuple):
-    """How far a model is from its source: perplexities of both, the mean KL(source || output) in nats a position, and
-    the share of positions whose most likely next token is the same."""
+    """How far a model is from its source: perplexities of both, the mean KL(source || output) in nats a position, the
+    share of positions whose most likely next token is the same, and the routing of both, None of a dense one."""
 
     source_perplexity: float
     output_perplexity: float
     kl: float
     top_1: float
+    source_routing: Routing | None
+    output_routing: Routing | None
 
 
 def compare(source: Model, output: Model, ids: torch.Tensor, tick: Callable[[float], None] = lambda share: None
@@ -439,17 +449,45 @@ def compare(source: Model, output: Model, ids: torch.Tensor, tick: Callable[[flo
     if output.config.vocab_size != source.config.vocab_size:
         raise InputError(f"output: its vocabulary has {output.config.vocab_size} tokens; it must have the source's "
                          f"{source.config.vocab_size}")
-    source_loss = output_loss = kl = agreements = 0.0
-    hidden = (source.hidden(ids, lambda share: tick(share / 2)),
-              output.hidden(ids, lambda share: tick((1 + share) / 2)))
-    parts = zip(*(model.predictions(each, ids) for model, each in zip((source, output), hidden)))
-    for (log_p, loss_p), (log_q, loss_q) in parts:
-        source_loss += loss_p
-        output_loss += loss_q
+    hidden_p, routing_p = run_counted(source, ids, lambda share: tick(share / 2))
+    hidden_q, routing_q = run_counted(output, ids, lambda share: tick((1 + share) / 2))
+    loss_p = loss_q = kl = agreements = 0.0
+    both = zip(source.predictions(hidden_p, ids), output.predictions(hidden_q, ids))
+    for (log_p, loss_of_p), (log_q, loss_of_q) in both:
+        loss_p += loss_of_p
+        loss_q += loss_of_q
         kl += (log_p.exp() * (log_p - log_q)).sum()
         agreements += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-    loss = torch.stack((source_loss, output_loss)) / ids[:, 1:].numel()
-    return Comparison(*loss.exp().tolist(), kl.item() / ids.numel(), agreements.item() / ids.numel())
+    loss = torch.stack((loss_p, loss_q)) / ids[:, 1:].numel()
+    positions = ids.numel()
+    return Comparison(*loss.exp().tolist(), kl.item() / positions, agreements.item() / positions, routing_p, routing_q)
+
+
+def run_counted(model: Model, ids: torch.Tensor, tick: Callable[[float], None]) -> tuple[torch.Tensor, Routing | None]:
+    """What `Model.hidden` returns for ids (B, L), and the routing on the way."""
+    count, counts = model.config.num_layers, []
+    for step in islice(model.stream(ids), count):
+        if step.gates is not None:
+            counts.append((step.gates > 0).sum(0).cpu())
+        tick((step.index + 1) / count)
+    return step.norm(step.y).view(*ids.shape, -1), routing_of(counts)
+
+
+def routing_of(counts: list[torch.Tensor]) -> Routing | None:
+    """The routing by the tokens that each expert gets, (n,) of each sparse layer; None if there is no such layer.
+
+    >>> routing_of([torch.tensor([5, 5, 0, 0])])
+    Routing(entropy=0.5, dead=0.5)
+    """
+    if not counts:
+        return None
+    entropies, dead = [], []
+    for tokens in counts:
+        share = tokens.double() / tokens.sum()
+        entropy = -torch.xlogy(share, share).sum().item()
+        entropies.append(entropy / math.log(max(len(tokens), 2)))
+        dead.append((tokens == 0).double().mean().item())
+    return Routing(sum(entropies) / len(counts), sum(dead) / len(counts))
 
 
 def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

@@ -556,12 +556,12 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
     trained = ids[:len(ids) - held_out]
-    entry = hodgecover.record_entry("distil.py", settings, trained, args.calib, source=source, checkpoint=model)
+    entry = model_io.record_entry("distil.py", settings, trained, args.calib, source=source, checkpoint=model)
     check_memory(model, args, ids.numel())
     if len(model.layer_names) > model.config.num_layers:
         print("the multi-token head stays as it is")
 
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     plan = Plan(args.epochs, args.lr, args.kl_weight, args.train, args.seed, args.memory, cache,
                 common.work_key(settings, ids, source, model), args.prefixes)
     with common.made(cache, "distil-*.safetensors"), common.copied(model, args.out, entry) as output:

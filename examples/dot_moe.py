@@ -409,17 +409,17 @@ def run(args: argparse.Namespace) -> None:
     model = common.open_model(args.checkpoint, args)
     check_options(model, args)
     cache = common.folder_beside(args.out, "dot-moe", model)
-    hodgecover.check_out(model, args.out, cache)
+    model_io.check_out(model, args.out, cache)
     ids, held_out = distil.read_ids(model, args)
     count = len(ids) - held_out
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"dtype": common.dtype_name(model), "held_out_sequences": held_out}
-    entry = hodgecover.record_entry("dot_moe.py", settings, ids[:count], args.calib, source=model)
+    entry = model_io.record_entry("dot_moe.py", settings, ids[:count], args.calib, source=model)
     distil.check_memory(model, args, ids.numel(), sinkhorn_bytes(model.config.dense_width, args.experts),
                         "give fewer --experts")
     common.warn_of_width(model.config.dense_width // args.experts)
 
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     want = Want(args.experts, args.top_k, args.split)
     plan = distil.Plan(args.epochs, args.lr, KL / (KL + NEXT_TOKEN), [], args.seed, args.memory, cache,
                        common.work_key(settings, ids, model))
@@ -436,7 +436,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"held-out KL {found.kl:.4f}, perplexity {found.output_perplexity:.2f} (dense "
                   f"{found.source_perplexity:.2f})")
             entry["held_out"] = [found._asdict()]
-        (folder / hodgecover.RECORD).write_bytes(hodgecover.record_bytes(model.checkpoint, entry))
+        (folder / model_io.RECORD).write_bytes(model_io.record_bytes(model.checkpoint, entry))
     print(f"feed-forward neurons a token meets: {args.top_k * model.config.dense_width // args.experts} of "
           f"{model.config.dense_width}, by {args.split}")
     print(f"output: {args.out}")

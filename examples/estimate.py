@@ -210,9 +210,9 @@ def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.command_line(__file__, __doc__, out=False, text=0, seed=False)
     parser.add_argument("--keep", metavar="K", type=int, help="experts to keep: adds the size of the output")
-    parser.add_argument("--tokens", metavar="T", type=int, default=hodgecover.TOKENS, help="calibration tokens "
+    parser.add_argument("--tokens", metavar="T", type=int, default=model_io.TOKENS, help="calibration tokens "
                         "[%(default)s]")
-    parser.add_argument("--seq-len", metavar="L", type=int, default=hodgecover.SEQ_LEN,
+    parser.add_argument("--seq-len", metavar="L", type=int, default=512,
                         help="tokens per sequence [%(default)s]")
     hodgecover.add_settings(parser, "readout", "vocab_sample", "max_triangles")
     parser.add_argument("--refit", metavar="TOKENS", type=int, help="also refit.py on so many tokens; needs --keep")
@@ -254,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     check_options(args)
     settings = common.settings_of(args)
-    dtype = hodgecover.choose_dtype(args.dtype, args.device, settings.readout)
+    dtype = model_io.choose_dtype(args.dtype, args.device, settings.readout)
     model = Model(args.checkpoint, dtype, args.device)
     hodgecover.sparse_layers(model)
     if args.keep is not None:

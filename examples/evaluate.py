@@ -13,6 +13,10 @@ Size: bytes of the weight files; all parameters; those that one token of text me
 experts and all the rest, without a vision tower or a multi-token head; zeros in the experts if one of the two has more
 than 1%. A zero is still stored and counted.
 
+Routing, as the paper's table 7 (E.5) reports it of the compressed layers; the formulas are ours. Entropy is that of the
+experts' shares of the tokens' choices over log n, 1 if all are used alike; dead experts get no token of the text; both
+are means over the sparse layers.
+
 Speech: both continue the first 16 tokens of the text, sampled at temperature 1 with the same seed, until the end of the
 text. There is no cache of keys and values: each token reads the whole checkpoint again.
 """
@@ -104,7 +108,7 @@ def read_text(model: Model, file: Path, seq_len: int, max_tokens: int | None) ->
     """The sequences (B, L) of a text that are to be predicted. Raises InputError if there is none."""
     if max_tokens is not None and max_tokens < seq_len:
         raise InputError(f"max_tokens {max_tokens}: must be at least seq_len ({seq_len})")
-    hodgecover.warn_of_length(model, seq_len)
+    model_io.warn_of_length(model, seq_len)
     ids = model_io.sequences(model.encode_file(file, max_tokens), seq_len)
     return ids if max_tokens is None else common.evenly_spaced(ids, max_tokens // seq_len)
 
@@ -124,6 +128,10 @@ def table(source: Model, output: Model, found: common.Comparison) -> list[str]:
              line("active for a token", [count.active for count in parameters], "{:,}")]
     if max(zeros) > ZEROS_WORTH_A_LINE:
         lines.append(line("zeros in the experts", zeros, "{:.1%}", share=False))
+    routings = [found.source_routing, found.output_routing]
+    if None not in routings:
+        lines.append(line("routing entropy", [each.entropy for each in routings], "{:.3f}", share=False))
+        lines.append(line("dead experts", [each.dead for each in routings], "{:.1%}", share=False))
     return [*lines,
             line("perplexity", [found.source_perplexity, found.output_perplexity], "{:,.2f}", share=False),
             f"{'KL(source || output)':22}{'':16}{found.kl:16.4f}  nats a token",
@@ -135,8 +143,7 @@ def command_line() -> hodgecover.Parser:
     parser = common.command_line(__file__, __doc__, out=False, text=0, source=True, seed=False, memory=False)
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="held-out text: UTF-8, or .jsonl with "
                         "a text field on each line")
-    parser.add_argument("--seq-len", metavar="L", type=int, default=hodgecover.SEQ_LEN,
-                        help="tokens per sequence [%(default)s]")
+    parser.add_argument("--seq-len", metavar="L", type=int, default=512, help="tokens per sequence [%(default)s]")
     parser.add_argument("--max-tokens", metavar="N", type=int, help="tokens of the text to predict [all]")
     parser.add_argument("--sample", metavar="N", type=int, default=24, help="tokens to sample; 0: none [%(default)s]")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampled tokens [0]")
@@ -153,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
     ids = read_text(source, args.text, args.seq_len, args.max_tokens)
     prompt = ids[0, :PROMPT]
 
-    found = common.compare(source, output, ids, bar := hodgecover.progress_bar())
+    found = common.compare(source, output, ids, bar := model_io.progress_bar())
     bar(None)
     print(*table(source, output, found), sep="\n")
     print(f"on {ids.numel():,} tokens of {args.text.name}, in sequences of {args.seq_len}, "
@@ -161,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sample:
         print(f"\nprompt: {decoded(source, prompt.tolist())!r}")
         for name, model in (("source", source), ("output", output)):
-            drawn = sample(model, prompt, args.sample, args.seed, bar := hodgecover.progress_bar())
+            drawn = sample(model, prompt, args.sample, args.seed, bar := model_io.progress_bar())
             bar(None)
             print(f"{name}: {decoded(model, drawn)!r}", flush=True)
 

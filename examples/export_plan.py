@@ -67,6 +67,8 @@ def read_orders(model: Model, path: Path) -> dict[str, hodgecover.Plan]:
 
 def check_origin(model: Model, entry: dict) -> None:
     """Raise InputError if a record's last entry is not a plan made from the checkpoint's weights and layers."""
+    if tuple(map(int, entry["version"].split("."))) < (0, 4):
+        raise InputError(f"a plan of version {entry['version']}, whose constants were not the paper's; make it again")
     if entry["command"] not in PLANNERS or "survivors" not in entry["layers"][0]:
         step = " ".join([str(entry["command"]), *filter(None, [entry["settings"].get("method")])])
         raise InputError(f"its last step is {step}, which a plan cannot repeat; give the record of hodgecover.py, of a "

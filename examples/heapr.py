@@ -354,19 +354,19 @@ def run(args: argparse.Namespace) -> None:
     model = common.open_model(args.checkpoint, args)
     width, before = choose_width(model, args.rate, args.width), max(each.expert_width for each in model.layer_configs)
     cache = common.folder_beside(args.out, "heapr", model)
-    hodgecover.check_out(model, args.out, cache)
+    model_io.check_out(model, args.out, cache)
     settings = {"score": args.score, "width": width, "source_width": before, "rate": 1 - width / before,
                 "dtype": common.dtype_name(model)} | ({} if args.score == "magnitude" else {"seed": args.seed})
     ids = common.calibration_ids(model, args) if args.score in ("heapr", "camera") else None
-    entry = hodgecover.record_entry("heapr.py", settings, ids, args.calib, source=model)
-    bar = hodgecover.progress_bar()
+    entry = model_io.record_entry("heapr.py", settings, ids, args.calib, source=model)
+    bar = model_io.progress_bar()
     with common.made(cache, "heapr-*.safetensors"), model_io.new_folder(args.out) as folder:
         size = activation_bytes(model, ids.numel()) if args.score == "heapr" else 0
         empty = common.stream_maker(model, size, args.memory, folder)
         scores = score_units(model, args.score, ids, args.seed, empty, bar, cache)
         bar(None)
         export(model, {name: best_units(score, width) for name, score in scores.items()}, folder,
-               {hodgecover.RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
+               {model_io.RECORD: model_io.record_bytes(model.checkpoint, entry)})
     print(f"hidden units of each expert: {before} -> {width}, by {args.score}")
     common.show_output(model, args.out)
 

@@ -36,7 +36,8 @@ import heapr
 import hodgecover
 import model_io
 import torch
-from hodgecover import RECORD, Tick
+from hodgecover import Tick
+from model_io import RECORD
 from model_io import InputError, Model
 from torch.nn import functional
 
@@ -67,7 +68,7 @@ def best_first(score: torch.Tensor, sides: set[int] = set()) -> torch.Tensor:
     return units
 
 
-def measure(model: Model, ids: torch.Tensor, plans: dict[str, dict] | None = None,
+def measure(model: Model, ids: torch.Tensor, plans: dict[str, hodgecover.Plan] | None = None,
             tick: Tick = lambda share: None) -> Iterator[tuple[str, Order]]:
     """Yield (name, order) of each sparse layer, from one forward pass over ids (B, L). The experts' orders are those of
     plans by layer name, REAP's if there are none. Raises InputError for scores that are not finite."""
@@ -78,7 +79,7 @@ def measure(model: Model, ids: torch.Tensor, plans: dict[str, dict] | None = Non
         score = heapr.settled(heapr.camera(step), experts, step.name)
         units = best_first(score, sides)
         best = baselines.descending(hodgecover.reap_saliency(experts, step.x, step.gates))
-        yield step.name, Order(plans[step.name]["order"] if plans else best, units)
+        yield step.name, Order(plans[step.name].order if plans else best, units)
 
 
 def write_ordered(model: Model, orders: dict[str, Order], out: Path, files: dict[str, bytes]) -> None:
@@ -118,12 +119,12 @@ def cut(model: Model, args: argparse.Namespace) -> None:
     except InputError as err:
         raise InputError(f"slice: {err}") from None
     path = model.checkpoint.path / RECORD
-    history = hodgecover.read_history(path) if path.exists() else []
+    history = model_io.read_history(path) if path.exists() else []
     if not any(isinstance(entry, dict) and entry.get("command") == COMMAND for entry in history):
         hodgecover.warn(f"{model.checkpoint.path}: its record has no {COMMAND}, so that its experts may be in no "
                         "order; cutting all the same")
-    entry = hodgecover.record_entry(COMMAND, {"keep": keep, "width": width}, None, (), source=model)
-    write_slice(model, keep, width, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
+    entry = model_io.record_entry(COMMAND, {"keep": keep, "width": width}, None, (), source=model)
+    write_slice(model, keep, width, args.out, {RECORD: model_io.record_bytes(model.checkpoint, entry)})
 
 
 def order(model: Model, args: argparse.Namespace) -> None:
@@ -133,15 +134,15 @@ def order(model: Model, args: argparse.Namespace) -> None:
     if args.plan:
         settings |= {"experts": "plan", "plan_sha256": hashlib.sha256(args.plan.read_bytes()).hexdigest()}
     ids = common.calibration_ids(model, args)
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     orders = dict(measure(model, ids, plans, bar))
     bar(None)
     layers = [{"layer": model.layer_names.index(name), "name": name, "order": found.experts}
               for name, found in orders.items()]
     for layer in layers:
         print(f"layer {layer['layer']}: experts {' '.join(map(str, layer['order'][:8]))} ...")
-    entry = hodgecover.record_entry(COMMAND, settings, ids, args.calib, source=model) | {"layers": layers}
-    write_ordered(model, orders, args.out, {RECORD: hodgecover.record_bytes(model.checkpoint, entry)})
+    entry = model_io.record_entry(COMMAND, settings, ids, args.calib, source=model) | {"layers": layers}
+    write_ordered(model, orders, args.out, {RECORD: model_io.record_bytes(model.checkpoint, entry)})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         common.refuse_given(command_line(), args, unused, "--slice")
     model = common.open_model(args.checkpoint, args)
     hodgecover.sparse_layers(model)
-    hodgecover.check_out(model, args.out)
+    model_io.check_out(model, args.out)
     (cut if args.slice else order)(model, args)
     common.show_output(model, args.out)
 

@@ -97,7 +97,7 @@ def write(config: dict, out: Path, hollow: bool = False, device: str = "cpu") ->
     parameters = sum(math.prod(shape) for shape in shapes.values())
     generator = None if hollow else torch.Generator(device).manual_seed(0)
     norms_less_1 = model_io.FAMILIES[config["model_type"]].norms_less_1
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     with model_io.new_folder(out) as folder:
         weight_map = {}
         for number, shard in enumerate(shards, 1):

@@ -309,9 +309,9 @@ def run(args: argparse.Namespace) -> None:
     ids = common.calibration_ids(source, args)
     settings = {"ridge": RIDGE, "sweeps": SWEEPS, "dtype": common.dtype_name(model), "seed": args.seed}
     key = common.work_key(settings, ids, source, model)
-    entry = hodgecover.record_entry("refit.py", settings, ids, args.calib, source=source, checkpoint=model)
+    entry = model_io.record_entry("refit.py", settings, ids, args.calib, source=source, checkpoint=model)
 
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     done = [model_io.cache_file(cache, f"refit-{name}", key).name for name in model.layer_names]
     with common.made(cache, *done), common.copied(model, args.out, entry) as output:
         fit = resumable(partial(refit_layer, memory=args.memory), cache, key,

@@ -187,19 +187,19 @@ def run(args: argparse.Namespace) -> None:
     model = common.open_model(args.checkpoint, args)
     source = common.open_model(args.source, args) if args.source else None
     hodgecover.sparse_layers(model)  # refuses a dense one
-    hodgecover.check_out(model, args.out)
+    model_io.check_out(model, args.out)
     read = {"checkpoint": model}
     if source:
         hodgecover.sparse_layers(source)
         common.check_source(model, source)
-        hodgecover.refuse_inside(source, args.out, "out")
+        model_io.refuse_inside(source, args.out, "out")
         read["source"] = source
     said, mask = choose_mask(args, model, source)
     ids = common.calibration_ids(model, args)
     settings = said | {"dtype": common.dtype_name(model), "seed": args.seed}
-    entry = hodgecover.record_entry("wanda.py", settings, ids, args.calib, **read)
+    entry = model_io.record_entry("wanda.py", settings, ids, args.calib, **read)
 
-    bar = hodgecover.progress_bar()
+    bar = model_io.progress_bar()
     with common.copied(model, args.out, entry) as output:
         left = parameters(model) - prune(output, ids, mask, bar)
         entry["pruned"] = {role: 1 - left / parameters(each) for role, each in read.items()}

@@ -29,7 +29,7 @@ THREADS = torch.get_num_threads()
 from conftest import PROSE, QUICK, ROOT, named, with_tokenizer  # noqa: E402  (sets the path, and one thread)
 from fake_device import Accelerator, Counter  # noqa: E402
 from peak import peak_memory  # noqa: E402
-from strategies import moved  # noqa: E402
+from strategies import converted, fast_barriers, plain_barriers  # noqa: E402
 torch.set_num_threads(THREADS)
 
 import baselines  # noqa: E402
@@ -53,6 +53,7 @@ OLMOE = Shape(n=64, k=8, d=2048, f=1024, vocab=50304, outcomes=50304)
 REDUCED = Shape(n=16, k=4, d=256, f=128, vocab=4096, outcomes=4096)
 REDUCED_MODEL = dict(vocab_size=2048, hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
                      num_key_value_heads=4, head_dim=16, num_experts=16, num_experts_per_tok=4)
+PASS_LENGTH = 512  # of the sequences of a pass
 SAMPLES = {"sampled": 512, "exact": 0}  # outcomes of the vocabulary
 MAKING, PLANNING = 60, 30  # seconds that 13.8 GB take to make, and that are left to plan them at least
 
@@ -61,7 +62,7 @@ class Device:
     """A device, the time that is left on it, and the table of what it did. Raises InputError if torch cannot use it."""
 
     def __init__(self, name: str, minutes: float):
-        self.dtype = hodgecover.choose_dtype("auto", name)
+        self.dtype = model_io.choose_dtype("auto", name)
         self.name, self.kind = name, torch.device(name).type
         self.real = self.kind not in ("cpu", "fake")
         self.module = torch.get_device_module(self.kind) if self.real else None
@@ -112,54 +113,63 @@ class Device:
 def logits(device: Device) -> None:
     """Of every golden checkpoint: float32 against transformers', bfloat16 against float32. The latter moves a few
     tokens to other experts; the median token's error does not see those."""
-    worst = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    elsewhere = products = 0
+    elsewhere, single, half = 0, 0.0, 0.0
     paths = sorted(path for path in named("").iterdir() if path.is_dir())
     for path in paths:
         reference = load_file(path / "golden.safetensors")
-        for dtype in worst:
-            found = []
-            counter = device.counted(lambda: found.append(Model(path, dtype, device.name).logits(reference["ids"])))
-            elsewhere += counter.elsewhere
-            products += found[0].device.type != device.kind
-            error = found[0].cpu().double() - reference["logits"].double()
-            if dtype == torch.bfloat16:
-                error = (error.norm(dim=-1) / reference["logits"].double().norm(dim=-1)).median()
-            worst[dtype] = max(worst[dtype], error.abs().max().item())
-    device.line(f"logits of {len(paths)} checkpoints, float32", f"largest error {worst[torch.float32]:.1e}", "<= 1e-4",
-                worst[torch.float32] <= 1e-4)
-    device.line("the same in bfloat16", f"largest median error {worst[torch.bfloat16]:.1%} of the logits", "<= 10%",
-                worst[torch.bfloat16] <= 0.1)
-    device.line("products and logits on another device", str(elsewhere + products), "0", not elsewhere + products)
+        expected = reference["logits"].double()
+        for dtype in (torch.float32, torch.bfloat16):
+            made, counter = counted_logits(device, path, dtype, reference["ids"])
+            elsewhere += counter.elsewhere + (made.device.type != device.kind)
+            error = made.cpu().double() - expected
+            if dtype == torch.float32:
+                single = max(single, error.abs().max().item())
+            else:
+                of_tokens = error.norm(dim=-1) / expected.norm(dim=-1)
+                half = max(half, of_tokens.median().item())
+    device.line(f"logits of {len(paths)} checkpoints, float32", f"largest error {single:.1e}", "<= 1e-4",
+                single <= 1e-4)
+    device.line("the same in bfloat16", f"largest median error {half:.1%} of the logits", "<= 10%", half <= 0.1)
+    device.line("products and logits on another device", str(elsewhere), "0", elsewhere == 0)
+
+
+def counted_logits(device: Device, path: Path, dtype: torch.dtype, ids: torch.Tensor) -> tuple[torch.Tensor, Counter]:
+    """A checkpoint's logits, and what their computation does on the device."""
+    made = []
+    counter = device.counted(lambda: made.append(Model(path, dtype, device.name).logits(ids)))
+    return made[0], counter
 
 
 def barriers(device: Device) -> None:
     """Of some pairs and triangles of a trained layer, by the sweep, against their definition, on the device."""
     model = Model(ROOT / "examples" / "tiny-olmoe", torch.float32, device.name)
-    step = next(model.stream(hodgecover.calibration_ids(model, (), 128, 64)))
+    step = next(model.stream(model_io.calibration_ids(model, (), 128, 64)))
     layer = MoELayer(step.layer.experts, step.x, step.gates, step.y, step.norm, model.unembedding())
     for size, name in ((2, "pairs"), (3, "triangles")):
         simplices = torch.combinations(torch.arange(12), size)[::8**(size - 1)]
-        found = estimate.sweep(layer, simplices)
-        plain = torch.stack([hodgecover.plain_barrier(layer, simplex) for simplex in simplices.tolist()]).cpu()
-        error = ((found - plain).abs() / plain).max().item()
+        plain = plain_barriers(layer, simplices).cpu()
+        error = ((fast_barriers(layer, simplices) - plain).abs() / plain).max().item()
         device.line(f"barriers of {len(plain)} {name}", f"largest relative error {error:.1e}", "<= 1e-3", error <= 1e-3)
 
 
 def plans(device: Device) -> None:
     """Of both trained checkpoints, exact: a sample of the vocabulary changes where rounding moves a draw."""
-    settings = Settings(vocab_sample=0, max_triangles=200)
     for name in ("tiny-olmoe", "tiny-qwen3-moe"):
-        found = []
-        for place in (device.name, "cpu"):
-            model = Model(ROOT / "examples" / name, torch.float32, place)
-            ids = hodgecover.calibration_ids(model, (), 64, 32)
-            plan = hodgecover.plan_model(model, ids, model.config.num_experts // 2, settings, memory=device.memory)
-            found.append({layer: [own[part] for part in ("survivors", "order", "redirect")] for layer, own in plan})
-        there, here = found
-        same = sum(there[layer] == here[layer] for layer in here)
+        there, here = (exact_plans(name, place, device.memory) for place in (device.name, "cpu"))
+        same = 0
+        for layer, plan in here.items():
+            other = there[layer]
+            same += (other.survivors, other.order, other.redirect) == (plan.survivors, plan.order, plan.redirect)
         device.line(f"plan of {name}", f"survivors, order, redirect the CPU's in {same} of {len(here)} layers", "all",
                     same == len(here))
+
+
+def exact_plans(name: str, place: str, memory: int) -> dict[str, hodgecover.Plan]:
+    """Plans of a trained checkpoint's layers for half of its experts, on a device."""
+    model = Model(ROOT / "examples" / name, torch.float32, place)
+    ids = model_io.calibration_ids(model, (), 64, 32)
+    settings = Settings(vocab_sample=0, max_triangles=200)
+    return dict(hodgecover.plan_model(model, ids, model.config.num_experts // 2, settings, memory=memory))
 
 
 def commands(device: Device) -> None:
@@ -213,7 +223,7 @@ def distance(there: model_io.Checkpoint, here: model_io.Checkpoint) -> float:
 def sweeps(device: Device) -> None:
     """Of a random layer: shares of the rate of the bare product, launches and waits, memory."""
     shape, tokens = (OLMOE, 1024) if device.real else (REDUCED, 16)
-    layer = moved(bench.random_layer(shape, tokens, 4.0, device.dtype), device.name)
+    layer = converted(bench.random_layer(shape, tokens, 4.0, device.dtype), device.name)
     rows = torch.randn(8192 if device.real else 512, shape.d, device=device.name).to(device.dtype)
     spent = min(device.seconds(lambda: rows @ layer.unembedding.T) for _ in range(5))
     rate = 2 * len(rows) * shape.d * shape.vocab / spent
@@ -240,7 +250,7 @@ def sweeps(device: Device) -> None:
 def passes(device: Device) -> None:
     """Forward through a random layer, and back."""
     shape, count = (OLMOE, PASS_TOKENS) if device.real else (REDUCED, 256)
-    length = min(hodgecover.SEQ_LEN, count)
+    length = min(PASS_LENGTH, count)
     sizes = argparse.Namespace(experts=shape.n, top_k=shape.k, hidden=shape.d, width=shape.f)
     config, layer = bench.random_decoder_layer(sizes, device.dtype)
     layer = Layer(Experts(*(part.to(device.name) for part in layer.experts)), layer.router.to(device.name),
@@ -272,7 +282,7 @@ def whole(device: Device) -> None:
 def plan_whole(device: Device, path: Path, kind: str, settings: Settings) -> None:
     """Print where the time of a plan goes, by layer; stop when the next layer would not end in time."""
     model = Model(path, device.dtype, device.name)
-    ids = hodgecover.calibration_ids(model, (), *((2048, 512) if device.real else (64, 32)))
+    ids = model_io.calibration_ids(model, (), *((2048, 512) if device.real else (64, 32)))
     started = last = time.perf_counter()
     layers = model.config.num_layers
     with clocked(device, model_io.Model, "layer", "unembedding", "embed") as reading, \

@@ -3,14 +3,13 @@
 import itertools
 import math
 from fractions import Fraction
-from functools import partial
 
 import hypothesis
 import mathx
 import torch
-from hodgecover import MoELayer, Signals, edges, merge_weights
+from hodgecover import MoELayer, Signals, edges, merge_weights, plain_barrier
 from hypothesis import strategies as st
-from model_io import Experts, rms_norm
+from model_io import Experts, RMSNorm
 
 PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 9)}
 TRIPLES = {n: list(itertools.combinations(range(n), 3)) for n in range(2, 9)}
@@ -99,8 +98,8 @@ def rational_rank(matrix: torch.Tensor) -> int:
 
 
 def random_layer(seed: int = 0, n: int = 7, k: int = 2, renormalise: bool = False, unreached: int | None = None,
-                 tokens: int = 40, d: int = 12, f: int = 5, vocab: int = 30) -> MoELayer:
-    """A float64 layer in memory."""
+                 tokens: int = 40, d: int = 12, f: int = 5, vocab: int = 30, spread: float = 0.1) -> MoELayer:
+    """A float64 layer in memory; the weights of its norm are spread about 1."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -111,49 +110,84 @@ def random_layer(seed: int = 0, n: int = 7, k: int = 2, renormalise: bool = Fals
     p, index = logits.softmax(-1).topk(k)
     if renormalise:
         p = p / p.sum(-1, keepdim=True)
-    weight = 1 + 0.1 * normal(d)
+    norm = RMSNorm(1 + spread * normal(d), 1e-5)
     gates = torch.zeros(tokens, n, dtype=torch.float64).scatter(1, index, p)
-    return MoELayer(Experts(normal(n, f, d) / 3, normal(n, f, d) / 3, normal(n, d, f) / 3), normal(tokens, d), gates,
-                    normal(tokens, d), lambda y: rms_norm(y, weight, 1e-5), normal(vocab, d))
+    experts = Experts(normal(n, f, d) / 3, normal(n, f, d) / 3, normal(n, d, f) / 3)
+    return MoELayer(experts, normal(tokens, d), gates, normal(tokens, d), norm, normal(vocab, d))
 
 
-def moved(layer: MoELayer, device: str) -> MoELayer:
-    """A layer on a device, with a norm without a weight."""
-    weight = torch.ones(layer.x.shape[1], dtype=layer.x.dtype).to(device)
-    return layer._replace(experts=Experts(*(part.to(device) for part in layer.experts)),
-                          norm=partial(rms_norm, weight=weight, eps=1e-5),
-                          **{name: getattr(layer, name).to(device) for name in ("x", "gates", "y", "unembedding")})
+@st.composite
+def layers(draw):
+    """Layers of any shape and routing: one expert for a token or all, an expert that no token uses, tokens that are
+    routed nowhere, and weights of the norm from -30 to 30."""
+    n = draw(st.integers(3, 7))
+    k = draw(st.integers(1, n))
+    unreached = draw(st.sampled_from([None, 0, n - 1])) if k < n else None
+    tokens, d, vocab = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(2, 40))
+    layer = random_layer(draw(SEEDS), n, k, draw(st.booleans()), unreached, tokens, d, vocab=vocab,
+                         spread=draw(st.sampled_from([0.1, 10.0])))
+    nowhere = draw(st.integers(0, tokens - 1))
+    layer.gates[:nowhere] = 0
+    return layer
 
 
-def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: tuple | None = None, **more) -> torch.Tensor:
+def converted(layer: MoELayer, *to: object) -> MoELayer:
+    """The layer with every tensor on another device or in another dtype."""
+    return MoELayer(Experts(*(weight.to(*to) for weight in layer.experts)), layer.x.to(*to), layer.gates.to(*to),
+                    layer.y.to(*to), layer.norm._replace(weight=layer.norm.weight.to(*to)),
+                    layer.unembedding.to(*to))
+
+
+def fast_barriers(layer: MoELayer, simplices: torch.Tensor, sample: mathx.Sample | None = None, **more
+                  ) -> torch.Tensor:
     """Barriers of simplices (M, 2 or 3) by the sweep."""
     rates = (layer.gates > 0).sum(0).cpu()
     return mathx.sweep(layer, simplices, merge_weights(simplices, rates), sample, **more)
+
+
+def plain_barriers(layer: MoELayer, simplices: torch.Tensor) -> torch.Tensor:
+    """The same by their definition."""
+    return torch.stack([plain_barrier(layer, simplex) for simplex in simplices.tolist()])
 
 
 def kl_of_logit_change(log_p: torch.Tensor, delta: torch.Tensor, width: int = 10**9, careful: bool = True
                        ) -> torch.Tensor:
     """KL (R,) of changes of logits (R, V) by `mathx.kl_of_blocks`, less that of the most likely outcome, in blocks of
     so many outcomes; log-probabilities (V,) for all rows, or (R, V)."""
-    delta = delta - delta.gather(1, log_p.argmax(-1, keepdim=True).expand(len(delta), 1))
-    delta = delta if log_p.dim() == 1 else delta[:, None]
-    blocks = zip(log_p.split(width, -1), delta.split(width, -1))
-    return mathx.kl_of_blocks(blocks, careful).view(len(delta))
+    likely = log_p.argmax(-1, keepdim=True)
+    delta = delta - delta.gather(1, likely.expand(len(delta), 1))
+    delta = delta[None] if log_p.dim() == 1 else delta[:, None]  # (t, R, V)
+    blocks = zip(log_p.view(len(delta), -1).split(width, -1), delta.split(width, -1))
+    return mathx.kl_of_blocks(blocks, careful).flatten()
+
+
+def output_by_hand(layer: MoELayer, e: int, x: torch.Tensor) -> torch.Tensor:
+    """E_e(x) of one token x (d,), from the weights."""
+    gate, up, down = (weight[e] for weight in layer.experts)
+    pre = gate @ x
+    return down @ (pre / (1 + torch.exp(-pre)) * (up @ x))
+
+
+def kl_by_hand(layer: MoELayer, y: torch.Tensor, change: torch.Tensor) -> float:
+    """KL of one token's next-token distributions, at the stream y (d,) and at y + change."""
+    logs = []
+    for stream in (y, y + change):
+        rms = (stream.square().mean() + layer.norm.eps).sqrt()
+        logits = layer.unembedding @ (stream / rms * layer.norm.weight)
+        logs.append(logits.log_softmax(0))
+    log_p, log_q = logs
+    return (log_p.exp() * (log_p - log_q)).sum().item()
 
 
 def barrier_by_hand(layer: MoELayer, simplex: list[int]) -> float:
-    """A barrier token by token, from nothing but the weights and softmaxes."""
-    experts, counts = layer.experts, [(layer.gates[:, e] > 0).sum().item() for e in simplex]
-    shares = [count / sum(counts) if sum(counts) else 1 / len(counts) for count in counts]
-    merged = [sum(share * part[e] for share, e in zip(shares, simplex)) for part in experts]
-
-    def out(weights, x: torch.Tensor) -> torch.Tensor:
-        gate, up, down = weights
-        pre = gate @ x
-        return down @ (pre / (1 + torch.exp(-pre)) * (up @ x))
+    """A barrier token by token, from nothing but the weights and softmaxes (equations 2 and 30)."""
+    counts = [(layer.gates[:, e] > 0).sum().item() for e in simplex]
+    if sum(counts) == 0:
+        counts = [1] * len(simplex)
     total = 0.0
     for x, gates, y in zip(layer.x, layer.gates, layer.y):
-        change = sum(gates[e] * (out(merged, x) - out([part[e] for part in experts], x)) for e in simplex)
-        p, q = ((layer.unembedding @ layer.norm(stream)).softmax(0) for stream in (y, y + change))
-        total += (p * (p / q).log()).sum().item()
+        outputs = [output_by_hand(layer, e, x) for e in simplex]
+        merged = sum(count * output for count, output in zip(counts, outputs)) / sum(counts)
+        change = sum(gates[e] * (merged - output) for e, output in zip(simplex, outputs))
+        total += kl_by_hand(layer, y, change)
     return total / len(layer.x)

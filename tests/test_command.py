@@ -44,7 +44,7 @@ def layers_in(cache: Path) -> list[str]:
 
 
 def text_ids(path: Path) -> torch.Tensor:
-    return hodgecover.calibration_ids(Model(path), [path.parent / "text.txt"], 64, 32, 0)
+    return model_io.calibration_ids(Model(path), [path.parent / "text.txt"], 64, 32)
 
 
 # -------------------------------------------------------------------------------------------------- what it writes
@@ -54,10 +54,10 @@ def test_the_record_says_what_was_done(small):
     assert compress(small) == 0
     out = small.parent / "out"
     raw, done = json.loads((out / "hodgecover.json").read_text()), record(out)
-    assert raw["schema_version"] == 2 and len(raw["history"]) == 1 and done["command"] == "hodgecover.py"
+    assert raw["schema_version"] == 3 and len(raw["history"]) == 1 and done["command"] == "hodgecover.py"
     settings = done["settings"]
     assert (settings["keep"], settings["tokens"], settings["seq_len"], settings["dtype"]) == (4, 64, 32, "float32")
-    assert settings["text"] == ["text.txt"] and settings["vocab_sample"] == 512 and settings["alpha"] == 1
+    assert settings["text"] == ["text.txt"] and settings["vocab_sample"] == 512 and settings["alpha"] == 3
     assert settings["text_sha256"] == hashlib.sha256(text_ids(small).numpy().tobytes()).hexdigest()
     assert done["source"] == {"name": "small", "model_type": "olmoe", "num_experts": 8, "top_k": 3,
                               "fingerprint": Checkpoint(small).fingerprint()}
@@ -76,12 +76,12 @@ def test_the_record_says_what_was_done(small):
 
 def test_a_list_of_numbers_is_one_line(small):
     value = {"a": [1, 2.5], "b": [[1, 2], [3]], "c": {"x": 1, "y": None}, "d": ["a [1,  2]"], "e": [], "f": {}}
-    text = hodgecover.record_bytes(Checkpoint(small), value).decode()
+    text = model_io.record_bytes(Checkpoint(small), value).decode()
     assert json.loads(text)["history"] == [value]
     for line in ('"a": [1, 2.5],', '"b": [[1, 2], [3]],', '"e": [],'):
         assert line in [found.strip() for found in text.splitlines()]
     with pytest.raises(ValueError):
-        hodgecover.record_bytes(Checkpoint(small), {"a": [float("nan")]})
+        model_io.record_bytes(Checkpoint(small), {"a": [float("nan")]})
 
 
 def test_the_record_of_the_input_goes_on(small):
@@ -93,6 +93,15 @@ def test_the_record_of_the_input_goes_on(small):
     histories = [json.loads((path / "hodgecover.json").read_text())["history"] for path in outputs]
     assert histories[1][:1] == histories[0] and histories[1][1]["settings"]["keep"] == 3
     assert histories[1][1]["source"]["fingerprint"] == Checkpoint(out).fingerprint()
+
+
+def test_the_record_of_version_03_goes_on(small):
+    """Its entries have other fields, which nothing reads."""
+    old = {"command": "hodgecover.py", "layers": [{"retained": {"harmonic": {"some": 1.0, "all": 0.5}}}]}
+    (small / "hodgecover.json").write_text(json.dumps({"schema_version": 2, "history": [old]}))
+    assert compress(small) == 0
+    raw = json.loads((small.parent / "out" / "hodgecover.json").read_text())
+    assert raw["schema_version"] == 3 and raw["history"][0] == old and len(raw["history"]) == 2
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1, "layers": []}',
@@ -235,10 +244,10 @@ def test_other_choices_read_the_same_barriers(small, monkeypatch, capsys):
     assert compress(small) == 0
     monkeypatch.setattr(mathx, "sweep", refuse)
     monkeypatch.setattr(Model, "layer", refuse)
-    for number, other in enumerate((["--keep", 5], ["--edge-percent", 20, "--triangle-percent", 1],
+    for number, other in enumerate((["--keep", 5], ["--edge-percent", 5, "--triangle-percent", 1],
                                     ["--lambda-edge", 3, "--lambda-triangle", 0, "--alpha", 0],
-                                    ["--order", "index"], ["--order", "random:3"],
-                                    ["--thresholds", 9, "--margin", 0.2])):
+                                    ["--order", "saliency"], ["--order", "random:3"],
+                                    ["--thresholds", 9, "--margin", 0.1])):
         assert compress(small, *other, "--plan-only", "--out", small.parent / f"{number}.json") == 0
     assert capsys.readouterr().err == ""
 
@@ -255,7 +264,7 @@ def test_a_copied_checkpoint_shares_the_cache(small, monkeypatch, capsys):
 
 @pytest.mark.parametrize("other", [
     ["--seed", 1], ["--tokens", 96], ["--seq-len", 16], ["--max-triangles", 10], ["--dtype", "float64"],
-    ["--vocab-sample", 64], ["--readout", "model"]])
+    ["--vocab-sample", 64]])
 def test_barriers_of_other_settings_are_not_used_and_not_lost(small, monkeypatch, capsys, other):
     (small.parent / "text.txt").write_text(PROSE + "The quick brown fox jumps over the lazy dog. " * 40)
     assert compress(small, "--layers", 1) == 0
@@ -272,10 +281,27 @@ def test_the_cache_tells_the_same_tokens_in_other_sequences(small):
     assert hodgecover.cache_key(model, ids, Settings()) != hodgecover.cache_key(model, ids.view(4, 16), Settings())
 
 
+def test_a_cache_of_version_03_is_not_used(small):
+    """Its barriers are of merged parameters: the key has another format, so that another file is looked for. Even one
+    of the name that is looked for is told by the key in it."""
+    assert compress(small, "--layers", 1) == 0
+    cache, key = small.parent / "small-barriers", hodgecover.cache_key(Model(small), text_ids(small), Settings())
+    assert key["format"] not in ("1", "2", "3", "4") and "readout" not in key
+    new, = cache.iterdir()
+    stale = {name: torch.zeros_like(tensor) for name, tensor in load_file(new).items()}
+    old_key = key | {"format": "4", "readout": "lens"}
+    model_io.write_cached(cache, "model.layers.1", old_key, stale)
+    assert layers_in(cache) == ["1", "1"]
+    current = model_io.read_cached(cache, "model.layers.1", key)
+    assert current["barriers"].any()
+    save_file(stale, new, old_key | {"tensors": " ".join(sorted(stale))})
+    assert model_io.read_cached(cache, "model.layers.1", key) is None
+
+
 def test_the_cache_tells_each_choice_that_barriers_depend_on(small):
     """By itself: another seed samples another text, too, but not if the text is short."""
     model, ids = Model(small), text_ids(small)
-    choices = [{}, {"readout": "model"}, {"vocab_sample": 9}, {"max_triangles": 9}, {"seed": 9}]
+    choices = [{}, {"vocab_sample": 9}, {"max_triangles": 9}, {"seed": 9}]
     assert len({str(hodgecover.cache_key(model, ids, Settings(**choice))) for choice in choices}) == len(choices)
 
 
@@ -472,8 +498,8 @@ def test_other_errors_are_not_swallowed(small, monkeypatch):
 
 def test_progress_tells_the_time_left(monkeypatch, capsys):
     now = iter((0.0, 10.0, 40.0))
-    monkeypatch.setattr(hodgecover.time, "monotonic", lambda: next(now))
-    bar = hodgecover.progress_bar()
+    monkeypatch.setattr(model_io.time, "monotonic", lambda: next(now))
+    bar = model_io.progress_bar()
     bar(0.1)
     bar(0.25)
     assert capsys.readouterr().err == " 25% done, 0:02:30 left\n"  # 0.15 in 30 s
@@ -488,25 +514,32 @@ def test_auto_is_bfloat16_only_if_the_device_multiplies_it(monkeypatch):
     for able, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
                            ({"bf16": True}, torch.bfloat16), ({"avx2": True, "avx512_bf16": False}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        assert hodgecover.choose_dtype("auto", "cpu") == expected
+        assert model_io.choose_dtype("auto", "cpu") == expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert hodgecover.choose_dtype("auto", "cpu", "model") == torch.float32
     one = torch.ones(1)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: one)  # any device can be used
-    assert hodgecover.choose_dtype("auto", "cuda:1") == torch.bfloat16
-    assert hodgecover.choose_dtype("auto", "mps") == torch.float32
-    assert hodgecover.choose_dtype("float64", "cuda") == torch.float64
+    assert model_io.choose_dtype("auto", "cuda:1") == torch.bfloat16
+    assert model_io.choose_dtype("auto", "mps") == torch.float32
+    assert model_io.choose_dtype("float64", "cuda") == torch.float64
 
 
 def test_calibration_is_sampled_by_seed_and_a_short_text_is_said(tiny, tmp_path, capsys):
     model = Model(tiny)
-    first, other = (hodgecover.calibration_ids(model, [], 256, 128, seed) for seed in (0, 1))
+    first, other = (model_io.calibration_ids(model, [], 256, 128, seed) for seed in (0, 1))
     assert first.shape == other.shape == (2, 128) and not torch.equal(first, other)
-    assert hodgecover.calibration_ids(model, [], 383, 128).shape == (2, 128)  # at most 383
+    assert model_io.calibration_ids(model, [], 383, 128).shape == (2, 128)  # at most 383
     assert not capsys.readouterr().err
     (tmp_path / "short.txt").write_text("A short text. " * 100)
-    assert len(hodgecover.calibration_ids(model, [tmp_path / "short.txt"], 2048, 128, 0)) < 16
+    assert len(model_io.calibration_ids(model, [tmp_path / "short.txt"], 2048, 128, 0)) < 16
     assert "all used; 2048 were asked" in capsys.readouterr().err
+
+
+def test_a_sequence_is_by_default_as_long_as_the_models(tiny):
+    """A.11: documents are concatenated to the training context length; at most what is asked for."""
+    model = Model(tiny)
+    most = model.config.max_positions
+    assert model_io.calibration_ids(model, [], 2 * most).shape == (2, most)
+    assert model_io.calibration_ids(model, [], most // 2).shape == (1, most // 2)
 
 
 def test_each_file_gives_as_much_of_the_sample(tiny, tmp_path, capsys):
@@ -515,16 +548,16 @@ def test_each_file_gives_as_much_of_the_sample(tiny, tmp_path, capsys):
     files = [tmp_path / name for name in ("long.txt", "short.txt", "other.txt")]
     for file, times in zip(files, (300, 40, 80)):
         file.write_text(f"{file.name} is a text of its own, the {file.stem} one. " * times)
-    ids = hodgecover.calibration_ids(model, files, 7 * 32, 32, 1)
-    parts = [hodgecover.calibration_ids(model, [file], count * 32, 32, 1) for file, count in zip(files, (3, 2, 2))]
+    ids = model_io.calibration_ids(model, files, 7 * 32, 32, 1)
+    parts = [model_io.calibration_ids(model, [file], count * 32, 32, 1) for file, count in zip(files, (3, 2, 2))]
     assert torch.equal(ids, torch.cat(parts))
-    entry = hodgecover.record_entry("", {}, ids, files, source=model)
+    entry = model_io.record_entry("", {}, ids, files, source=model)
     assert entry["settings"]["text"] == ["long.txt", "short.txt", "other.txt"]
     assert entry["settings"]["tokens_of_each"] == [96, 64, 64]
     with pytest.raises(InputError, match="^tokens 92: too few for a sequence of 32 from each of 3 files$"):
-        hodgecover.calibration_ids(model, files, 92, 32)
+        model_io.calibration_ids(model, files, 92, 32)
     with pytest.raises(InputError, match=r"short\.txt: has \d+ tokens, its share of tokens 3200; give more"):
-        hodgecover.calibration_ids(model, files, 9600, 32)
+        model_io.calibration_ids(model, files, 9600, 32)
     assert not capsys.readouterr().err
 
 
@@ -533,5 +566,5 @@ def test_a_sequence_longer_than_the_model_s_is_warned_of(tiny, tmp_path, capsys)
     most = model.config.max_positions
     assert most == json.loads((tiny / "config.json").read_text())["max_position_embeddings"]
     for length in (most, most + 1):
-        hodgecover.calibration_ids(model, [], 2 * length, length)
+        model_io.calibration_ids(model, [], 2 * length, length)
         assert ("max_position_embeddings" in capsys.readouterr().err) == (length > most)

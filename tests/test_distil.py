@@ -436,7 +436,7 @@ def test_bfloat16_products_train_float32_weights(half, tmp_path):
 def test_on_another_device(half, tmp_path, mode):
     for device in ("fake", "cpu"):
         with Accelerator(), torch.autograd.set_multithreading_enabled(False):  # the mode is this thread's
-            assert run(distil, *half, "--device", device, "--out", tmp_path / device, *mode) == 0
+            assert run(distil, *half, "--device", device, "--seed", 0, "--out", tmp_path / device, *mode) == 0
     fake, cpu = (load_file(tmp_path / device / "model.safetensors") for device in ("fake", "cpu"))
     for name, weight in cpu.items():  # Adam's kernels differ by device
         torch.testing.assert_close(fake[name], weight, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 """examples/evaluate.py: its numbers against plain ones, its samples, what it refuses."""
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -59,6 +60,26 @@ def test_predictions_are_the_plain_ones_on_evenly_spaced_sequences(small, capsys
     assert said["top-1 agreement"] == [f"{top_1:.1%}"] and top_1 < 1
     assert said["on 96 tokens of text.txt, in sequences of 32, float64"] == []
     assert (contents(small), contents(output)) == before
+
+
+def test_routing_is_that_of_the_text(small, capsys):
+    """E.5: entropy over log n, and experts without a token; means over the layers of each model, counted one by one."""
+    output = dropped(small, small.with_name("halved"))
+    said = evaluated(capsys, small, output)
+    entropies, dead = [], []
+    for model in (Model(small, torch.float64), Model(output, torch.float64)):
+        ids = model_io.sequences(model.encode([PROSE]), 32)[[0, 17, 35]]
+        n, of_layer, unused = model.config.num_experts, [], 0
+        for step in model.stream(ids):
+            counts = [(step.gates[:, e] > 0).sum().item() for e in range(n)]
+            shares = [count / sum(counts) for count in counts if count]
+            of_layer.append(-sum(share * math.log(share) for share in shares) / math.log(n))
+            unused += counts.count(0)
+        entropies.append(f"{sum(of_layer) / len(of_layer):.3f}")
+        dead.append(f"{unused / n / len(of_layer):.1%}")
+    assert said["routing entropy"] == entropies and said["dead experts"] == dead
+    assert common.routing_of([torch.tensor([4, 0]), torch.tensor([1, 1])]) == (0.5, 0.25)
+    assert common.routing_of([]) is None
 
 
 def test_all_of_the_text_is_the_default(small, capsys):

@@ -11,7 +11,7 @@ import hodgecover
 import pytest
 import torch
 from conftest import PROSE, QUICK, assert_refused, contents, named, record, refuse, run, with_tokenizer
-from hodgecover import RECORD
+from model_io import RECORD
 from model_io import Model
 
 
@@ -49,7 +49,7 @@ def layers_of(found: dict) -> list[dict]:
 
 @pytest.mark.parametrize("command, options", [
     (hodgecover, ["--vocab-sample", 0]), (hodgecover, ["--vocab-sample", 40]),
-    (baselines, ["--method", "reap"]), (baselines, ["--method", "greedy-barrier"])])
+    (baselines, ["--method", "reap"]), (baselines, ["--method", "hodge-no-triangle"])])
 def test_an_unedited_plan_gives_the_same_bytes(small, tmp_path, monkeypatch, command, options):
     """From the record of an output, without a forward pass."""
     assert run(command, small, "--keep", 4, *options, "--calib", tmp_path / "text.txt", *QUICK, "--out",
@@ -118,11 +118,12 @@ def set_entry(*keys_and_value):
     (lambda found: layers_of(found).append(layers_of(found)[-1]), "its layers must be"),
     (set_layer("redirect", {"x": 1}), "not a plan that hodgecover.py wrote (ValueError"),
     (set_entry("source", "fingerprint", "0"), "of other weights or another config.json than"),
-    (lambda found: found.update(schema_version=1), "not a record of schema_version 2"),
+    (lambda found: found.update(schema_version=1), "not a record of schema_version 3"),
     (lambda found: found.update(history=[]), "not a plan that hodgecover.py wrote (IndexError"),
     (lambda found: layers_of(found)[0].pop("order"), "not a plan that hodgecover.py wrote (KeyError: 'order')"),
     (set_entry("command", "refit.py"), "its last step is refit.py, which a plan cannot repeat; give the record of"),
     (set_entry("layers", 0, "routed_share", float("nan")), "not a plan"),
+    (set_entry("version", "0.3.0"), "a plan of version 0.3.0, whose constants were not the paper's; make it again"),
 ])
 def test_a_plan_that_cannot_be_exported_gets_one_line(planned, tmp_path, capsys, change, says):
     edit(planned, change)

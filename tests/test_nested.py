@@ -109,7 +109,7 @@ def test_a_slice_of_experts_is_the_survivors_in_their_order(small, tmp_path):
     torch.testing.assert_close(cut[4].logits(some_ids()), kept.logits(some_ids()), rtol=1e-9, atol=1e-11)
     plans = export_plan.read_orders(source, tmp_path / "kept" / "hodgecover.json")
     model_io.write_checkpoint(source.checkpoint, tmp_path / "plain",
-                              {name: plan["order"][:4] for name, plan in plans.items()}, {})
+                              {name: plan.order[:4] for name, plan in plans.items()}, {})
     plain = Model(tmp_path / "plain")
     for index, name in enumerate(source.layer_names):
         router = f"{name}.mlp.gate.weight"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The paper (arXiv 2605.13997), statement by statement, in its order: properties and brute force on small complexes.
+"""The paper (arXiv 2605.13997), statement by statement: properties and brute force on small complexes, in its order, an
+appendix beside the section that it belongs to. Equations 32 and 33 are in test_budgets.py and test_wanda.py.
 
 b is an edge signal, d = (d1, d2) the boundary matrices, L1 the Hodge Laplacian; see the symbols of hodgecover.py.
 """
@@ -10,12 +11,10 @@ import hodgecover
 import mathx
 import pytest
 import torch
-from conftest import KINDS
-from hodgecover import MoELayer, Settings, Signals
+from hodgecover import Settings, Signals
 from hypothesis import assume
 from hypothesis import strategies as st
-from model_io import Experts, Model
-from safetensors.torch import load_file
+from model_io import Experts
 from strategies import (NO_TRIANGLES, PAIRS, SEEDS, TRIPLES, barrier_by_hand, complexes, cover_problems, fast_barriers,
                         fifths, given, kl_of_logit_change, normal, on_edges, random_layer, rational_rank, renumbered,
                         triangle_tensor, uniform)
@@ -27,13 +26,18 @@ def value_of(n: int, signal: torch.Tensor) -> dict[tuple[int, int], float]:
     return by_edge | {(j, i): value for (i, j), value in by_edge.items()}
 
 
+def worst_edge(cost: dict[tuple[int, int], float], triangle: tuple[int, int, int]) -> float:
+    """The largest cost of a triangle's edges."""
+    return max(cost[pair] for pair in itertools.combinations(triangle, 2))
+
+
 def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
     """Equal up to rounding, relative to the norm of the signal `scale`."""
     return (found - expected).norm().item() <= 1e-9 * scale.norm().item()
 
 
 def laplacian(d1: torch.Tensor, d2: torch.Tensor) -> torch.Tensor:
-    """L1 = d1' d1 + d2 d2' (section 3.2), (E, E): for small complexes only, the method never forms it."""
+    """L1 = d1' d1 + d2 d2' (equation 5), (E, E): for small complexes only, the method never forms it."""
     return d1.T @ d1 + d2 @ d2.T
 
 
@@ -52,68 +56,54 @@ def components(n: int, edges: list[tuple[int, int]]) -> int:
     return len(set(label))
 
 
-# --------------------------------------------------------------------------------- barriers are KL (section 3.1)
+# ------------------------------------------------------------------------- barriers are KL (section 3.1, appendix A.10)
 
 @pytest.mark.parametrize("case", [{"unreached": 3}, {"k": 7}])
 @pytest.mark.parametrize("simplex", [[0, 1], [2, 3], [1, 3, 6]])
 def test_a_barrier_is_the_kl_of_a_frequency_weighted_merge(case, simplex):
-    """Section 3.1: replace the experts of a pair or a triple by their merge, and compare the next-token distributions,
-    here token by token from the weights alone. An expert without tokens has no weight in its merges."""
+    """Equations 2 and 30: replace the experts of a pair or a triple by the mean of their outputs, and compare the
+    next-token distributions, here token by token from the weights alone. An expert without tokens has no weight."""
     layer = random_layer(tokens=12, **case)
     expected = barrier_by_hand(layer, simplex)
     assert hodgecover.plain_barrier(layer, simplex).item() == pytest.approx(expected, rel=1e-9)
-    assert fast_barriers(layer, torch.tensor([simplex])).item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("path", KINDS, ids=lambda path: path.name)
-def test_a_barrier_at_the_end_of_the_model_runs_the_model_with_merged_experts(path, monkeypatch):
-    """Section 3.1: the same, read out after all later layers, if each member of the simplex has the merged weights."""
-    model, ids, read = Model(path, torch.float64), load_file(path / "golden.safetensors")["ids"], Model.layer
-    log_p, head = model.logits(ids).log_softmax(-1), model.unembedding()
-    for step in model.stream(ids):
-        if step.gates is None or step.name.startswith("mtp."):
-            continue
-        norm = hodgecover.end_of_model(model, ids, step.index, step.norm)
-        layer = MoELayer(step.layer.experts, step.x, step.gates, step.y, norm, head)
-        for simplex in ([0, 1], [3, 5, 7]):
-            share = hodgecover.merge_weights(torch.tensor([simplex]), (step.gates > 0).sum(0))[0]
-            merged = Experts(*(part.clone() for part in layer.experts))
-            for part in merged:
-                part[simplex] = torch.tensordot(share, part[simplex], 1)
-
-            def changed(self, index):
-                found = read(self, index)
-                found.experts = merged if index == step.index else found.experts
-                return found
-            with monkeypatch.context() as patch:
-                patch.setattr(Model, "layer", changed)
-                log_q = Model(path, torch.float64).logits(ids).log_softmax(-1)
-            expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-            torch.testing.assert_close(hodgecover.plain_barrier(layer, simplex), expected, rtol=1e-7, atol=1e-15)
+    assert fast_barriers(layer, torch.tensor([simplex])).item() == pytest.approx(expected, rel=1e-9)
 
 
 @given(SEEDS, st.sampled_from([1e-9, 1.0, 1e9]))
 def test_merge_weights_are_routing_rates(seed, unit):
-    """Sections 3.1 and A.10: shares of the routing rate, in any unit; equal shares if all rates vanish."""
-    rates = unit * uniform(seed, 6) * torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
-    share = hodgecover.merge_weights(torch.tensor([[0, 1, 2], [0, 2, 3], [3, 4, 5]]), rates)
-    torch.testing.assert_close(share[0], rates[:3] / rates[:3].sum())
-    torch.testing.assert_close(share.sum(1), torch.ones(3).double())
-    assert share[1, 2] == 0 and share[2].tolist() == pytest.approx([1 / 3] * 3)
+    """Equation 30: shares of the routing rate, in any unit; an expert that no token uses has none."""
+    rates = unit * uniform(seed, 5)
+    rates[3:] = 0
+    shares = hodgecover.merge_weights(torch.tensor([[0, 1, 2], [0, 2, 3]]), rates)
+    torch.testing.assert_close(shares[0], rates[:3] / rates[:3].sum())
+    torch.testing.assert_close(shares.sum(1), torch.ones(2).double())
+    assert shares[1, 2] == 0
+
+
+@pytest.mark.parametrize("rates, expected", [
+    ([0.0, 0.0], [1 / 2, 1 / 2]), ([3e-13, 6e-13], [1 / 2, 1 / 2]), ([3e-12, 6e-12], [1 / 3, 2 / 3]),
+    ([0.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]), ([9e-13, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]),
+    ([2e-12, 0.0, 0.0], [1.0, 0.0, 0.0])])
+def test_a_merge_of_experts_without_tokens_is_their_plain_mean(rates, expected):
+    """Equation 30: if the rates of a pair or a triple sum to less than 1e-12."""
+    simplex = torch.arange(len(rates))[None]
+    shares = hodgecover.merge_weights(simplex, torch.tensor(rates, dtype=torch.float64))
+    assert shares[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 @given(SEEDS)
 def test_barriers_are_not_negative_and_equal_experts_merge_for_nothing(seed):
     """Section 3.1: a KL divergence, 0 if the merge changes nothing."""
     layer = random_layer(seed % 1000, tokens=8)
-    same = layer._replace(experts=Experts(*(part[:1].expand_as(part) for part in layer.experts)))
+    same = layer._replace(experts=Experts(*(weight[:1].expand_as(weight) for weight in layer.experts)))
     for simplices in (torch.tensor(PAIRS[7]), torch.tensor(TRIPLES[7])):
-        assert (fast_barriers(layer, simplices) >= 0).all() and fast_barriers(same, simplices).max() < 1e-20
+        assert (fast_barriers(layer, simplices) >= 0).all()
+        assert fast_barriers(same, simplices).max() < 1e-20
 
 
 @given(SEEDS, st.sampled_from([0.1, 1.0, 5.0]), st.sampled_from([0.01, 0.1, 1.0, 5.0]))
 def test_kl_of_a_logit_change_is_the_direct_kl(seed, peak, size):
-    """Section 3.1: KL of two next-token distributions, from the change of the logits alone."""
+    """Equation 2: KL of two next-token distributions, from the change of the logits alone."""
     logits = peak * normal(seed, 20)
     delta = size * normal(seed + 1, 3, 20)
     log_p = logits.log_softmax(-1)
@@ -121,14 +111,14 @@ def test_kl_of_a_logit_change_is_the_direct_kl(seed, peak, size):
     torch.testing.assert_close(kl_of_logit_change(log_p, delta), direct, rtol=1e-9, atol=1e-14)
 
 
-# ----------------------------------------------------------------- the complex and the Laplacian (section 3.2)
+# ----------------------------------------------------- the complex and the Laplacian (section 3.2, appendices A.2, A.3)
 
 @given(complexes())
 def test_the_boundary_of_an_edge_and_of_a_triangle(case):
-    """Section 3.2: d1 of (i, j) is j - i; d2 of (h, i, j) is (i, j) - (h, j) + (h, i)."""
+    """Equations 3 and 4: d1 of (i, j) is j - i; d2 of (h, i, j) is (i, j) - (h, j) + (h, i)."""
     n, triangles, _ = case
     d1, d2 = hodgecover.boundary_matrices(n, triangles)
-    assert (d1.shape, d2.shape) == ((n, len(PAIRS[n])), (len(PAIRS[n]), len(triangles)))
+    assert d1.shape == (n, len(PAIRS[n])) and d2.shape == (len(PAIRS[n]), len(triangles))
     for column, (i, j) in zip(d1.T.tolist(), PAIRS[n]):
         assert column == [(v == j) - (v == i) for v in range(n)]
     for column, (h, i, j) in zip(d2.T.tolist(), triangles.tolist()):
@@ -137,14 +127,15 @@ def test_the_boundary_of_an_edge_and_of_a_triangle(case):
 
 @given(complexes())
 def test_the_boundary_of_a_boundary_is_zero(case):
-    """Section 3.2: the chain identity d1 d2 = 0, exactly."""
-    d1, d2 = hodgecover.boundary_matrices(*case[:2])
+    """Lemma 1 (A.2), the chain identity: d1 d2 = 0, exactly."""
+    n, triangles, _ = case
+    d1, d2 = hodgecover.boundary_matrices(n, triangles)
     assert not (d1 @ d2).any()
 
 
 @given(complexes())
 def test_the_laplacian_is_symmetric_and_positive_semidefinite(case):
-    """Section 3.2: L1 = d1' d1 + d2 d2', so that b' L1 b = |d1 b|^2 + |d2' b|^2."""
+    """Equations 5 and 14: L1 = d1' d1 + d2 d2', so that b' L1 b = |d1 b|^2 + |d2' b|^2."""
     n, triangles, b = case
     d1, d2 = hodgecover.boundary_matrices(n, triangles)
     matrix = laplacian(d1, d2)
@@ -153,21 +144,75 @@ def test_the_laplacian_is_symmetric_and_positive_semidefinite(case):
     torch.testing.assert_close(b @ matrix @ b, energy, rtol=1e-9, atol=1e-12 * b.square().sum().item())
 
 
-@given(st.integers(2, 7), SEEDS, st.floats(0, 1))
-def test_thresholding_edges_would_change_the_rank_of_d1(n, seed, tau):
-    """Section 3.2: rank d1 = n - components, so that it falls when a thresholded graph is disconnected."""
-    d1, _ = hodgecover.boundary_matrices(n, NO_TRIANGLES)
+@given(complexes())
+def test_the_kernel_of_the_laplacian_is_that_of_both_boundaries(case):
+    """Equation 15: ker L1 = ker d1 and ker d2', of one dimension and one within the other."""
+    n, triangles, _ = case
+    d1, d2 = hodgecover.boundary_matrices(n, triangles)
+    both = torch.cat((d1, d2.T))
+    cycles = kernel(laplacian(d1, d2))
+    assert (both @ cycles).norm() < 1e-9
+    assert cycles.shape[1] == len(PAIRS[n]) - rational_rank(both)
+
+
+@given(complexes())
+def test_betti_1_is_the_dimension_of_the_kernel(case):
+    """Equations 16 and 17: dim ker L1 = beta_1 = E - n + 1 - rank d2, by ranks over the rationals. The Euler-Poincare
+    count n - E + F = 1 - beta_1 + beta_2, beta_2 = F - rank d2."""
+    n, triangles, _ = case
+    d1, d2 = hodgecover.boundary_matrices(n, triangles)
+    betti, rank = hodgecover.betti_1(d1, d2), rational_rank(d2)
+    assert betti == len(PAIRS[n]) - n + 1 - rank == kernel(laplacian(d1, d2)).shape[1]
     assert rational_rank(d1) == n - 1
-    cheap = uniform(seed, len(PAIRS[n])) <= tau
-    left = [edge for edge, is_in in zip(PAIRS[n], cheap) if is_in]
-    assert rational_rank(d1[:, cheap]) == n - components(n, left)
+    beta_2 = len(triangles) - rank
+    assert n - len(PAIRS[n]) + len(triangles) == 1 - betti + beta_2
 
 
-def test_thresholding_edges_would_lose_a_harmonic_cycle():
-    """Section 3.2: the unfilled cycle 0-1-2 is harmonic; without one of its edges nothing is."""
-    d1, d2 = hodgecover.boundary_matrices(3, NO_TRIANGLES)
-    assert kernel(laplacian(d1, d2)).shape[1] == 1
-    assert kernel(laplacian(d1[:, :2], d2[:2])).shape[1] == 0
+def star(n: int, count: int) -> torch.Tensor:
+    """Triangles (0, i, j), (count, 3): each has an edge (i, j) that no other has, so that they are independent."""
+    edges = 1 + hodgecover.edges(n - 1)[:count]
+    return torch.cat((torch.zeros(count, 1, dtype=torch.int64), edges), dim=1)
+
+
+@pytest.mark.parametrize("rank", [500, 499, 498])
+def test_betti_1_of_64_experts_is_1953_less_the_rank_of_d2(rank):
+    """Equation 17 and the paper's OLMoE, 1,453 to 1,455: each triangle that closes a tetrahedron takes 1 off rank d2 of
+    500 triangles."""
+    closing = torch.tensor([[1, 2, 3], [1, 2, 4]])[:500 - rank]
+    triangles = torch.cat((star(64, rank), closing))
+    d1, d2 = hodgecover.boundary_matrices(64, triangles)
+    assert hodgecover.betti_1(d1, d2) == 1953 - rank
+    assert torch.linalg.matrix_rank(d2[d2.any(1)]) == rank
+
+
+def test_betti_1_of_256_experts_with_500_independent_triangles_is_31885():
+    """Equation 17 and the paper's Qwen3.5, by the ranks on the edges that the triangles use."""
+    curve = hodgecover.betti_curve(torch.ones(32640), star(256, 500), torch.ones(500), torch.tensor([0.5, 1.0]))
+    assert curve.tolist() == [0, 31885]
+
+
+def weighted(d1: torch.Tensor, d2: torch.Tensor, of_edges: torch.Tensor, of_triangles: torch.Tensor) -> torch.Tensor:
+    """The weighted Laplacian of remark 3 (E, E)."""
+    root = of_edges.sqrt()
+    return laplacian(d1 * root, d2 / root[:, None] * of_triangles.sqrt())
+
+
+@given(complexes(), SEEDS)
+def test_positive_weights_keep_the_dimension_of_the_kernel(case, seed):
+    """Remark 3 (A.3): it is a topological invariant."""
+    n, triangles, b = case
+    d1, d2 = hodgecover.boundary_matrices(n, triangles)
+    matrix = weighted(d1, d2, 0.1 + uniform(seed, len(b)), 0.1 + uniform(seed + 1, len(triangles)))
+    assert kernel(matrix).shape[1] == hodgecover.betti_1(d1, d2)
+
+
+def test_positive_weights_change_the_projector():
+    """Remark 3 (A.3), on a 4-cycle with a chord."""
+    d1, d2 = hodgecover.boundary_matrices(4, torch.tensor([[0, 1, 2]]))
+    cycles = kernel(laplacian(d1, d2))
+    others = kernel(weighted(d1, d2, torch.arange(1.0, 7.0).double(), torch.ones(1).double()))
+    assert cycles.shape == others.shape
+    assert (cycles @ cycles.T - others @ others.T).abs().max() > 0.1
 
 
 @given(complexes(), SEEDS, st.sampled_from([-3.0, 1e-6, 1e6]))
@@ -181,7 +226,7 @@ def test_barriers_are_a_signal_and_no_weights(case, seed, scale):
         assert close(part, scale * of_b + of_other, torch.cat((scale * b, other)))
 
 
-# ---------------------------------------------------------- the order of the experts (section 3.2), and what it does
+# ------------------------------------------------------------- the order of the experts (section 3.2), and what it does
 
 def places(n: int, order: str, saliency: torch.Tensor) -> torch.Tensor:
     """The place of each expert in a total order, from the edges' signs: how many others come before it."""
@@ -191,13 +236,19 @@ def places(n: int, order: str, saliency: torch.Tensor) -> torch.Tensor:
 
 @given(st.integers(2, 8), SEEDS, st.integers(0, 99))
 def test_the_signs_of_the_edges_are_a_total_order(n, seed, number):
-    """Section 3.2: of the experts by ascending saliency, equal ones by index; by index; or at random."""
+    """Section 3.2: by index; of the experts by ascending saliency, equal ones by index; or at random."""
     saliency = fifths(seed, 4, n)
-    assert places(n, "saliency", saliency).argsort().tolist() == sorted(range(n), key=lambda e: (saliency[e], e))
     assert places(n, "index", saliency).tolist() == list(range(n))
+    assert (hodgecover.edge_signs("index", saliency) == 1).all()
+    assert places(n, "saliency", saliency).argsort().tolist() == sorted(range(n), key=lambda e: (saliency[e], e))
     drawn = places(n, f"random:{number}", saliency)
-    assert sorted(drawn.tolist()) == list(range(n)) and torch.equal(drawn, places(n, f"random:{number}", saliency * 2))
-    assert len({str(places(8, f"random:{other}", torch.ones(8))) for other in range(9)}) > 1
+    assert sorted(drawn.tolist()) == list(range(n))
+    assert torch.equal(drawn, places(n, f"random:{number}", saliency * 2))
+
+
+def test_random_orders_differ():
+    drawn = {str(places(8, f"random:{seed}", torch.ones(8))) for seed in range(9)}
+    assert len(drawn) > 1
 
 
 ORDERS = st.sampled_from(["saliency", "index", "random:0", "random:7"])
@@ -216,40 +267,44 @@ def test_signs_are_the_decomposition_after_the_experts_take_their_places(case, s
         assert close(signs * part, on_edges(n, of_ordered, place), b)
 
 
+def assert_same_report(moved: hodgecover.Diagnostics, report: hodgecover.Diagnostics, new: list[int]) -> None:
+    """The diagnostics of renumbered experts, new[e] for e, are the diagnostics with the simplices renumbered."""
+    for name in ("critical_edges", "critical_triangles"):
+        simplices = [sorted(new[e] for e in simplex) for simplex in getattr(report, name).tolist()]
+        assert getattr(moved, name).tolist() == sorted(simplices)
+    assert moved.betti_curve.tolist() == report.betti_curve.tolist()
+    others = set(report._fields) - {"critical_edges", "critical_triangles", "betti_curve", "audit"}
+    for name in others:
+        assert getattr(moved, name) == pytest.approx(getattr(report, name), abs=1e-12), name
+
+
 @given(st.integers(7, 9), SEEDS, ORDERS, st.randoms(use_true_random=False))
 def test_the_plan_of_renumbered_experts_is_the_renumbered_plan(n, seed, order, random):
     """Section 3.2: in saliency order for any renumbering; any order is index order once the experts are in it."""
     triangles = torch.combinations(torch.arange(n), 3)
     triangles = triangles[normal(seed, len(triangles)).topk(8).indices.sort().values]
-    signals = Signals(torch.arange(n), uniform(seed, n) / n, uniform(seed + 1, math.comb(n, 2)), triangles,
+    signals = Signals(torch.arange(n), uniform(seed, n), uniform(seed + 1, math.comb(n, 2)), triangles,
                       uniform(seed + 2, 8))
-    settings = dict(edge_percent=10, triangle_percent=30)
     magnitude = hodgecover.decompose(signals, Settings(order=order)).parts.harmonic.abs()
     assume(magnitude.sort().values.diff().min() > 1e-9)  # of equal ones the numbering chooses
-    label = torch.tensor(random.sample(range(n), n)) if order == "saliency" else places(n, order, signals.saliency)
-    other = Settings(order="saliency" if order == "saliency" else "index", **settings)
+    label, other = places(n, order, signals.saliency), "index"
+    if order == "saliency":
+        label, other = torch.tensor(random.sample(range(n), n)), "saliency"
+    settings = dict(edge_percent=10, triangle_percent=30)
     plan = hodgecover.plan_from_signals(signals, 4, Settings(order=order, **settings))
-    moved = hodgecover.plan_from_signals(renumbered(signals, label), 4, other)
+    moved = hodgecover.plan_from_signals(renumbered(signals, label), 4, Settings(order=other, **settings))
     new = label.tolist()
-    assert moved["order"] == [new[e] for e in plan["order"]]
-    assert moved["survivors"] == sorted(new[e] for e in plan["survivors"])
-    assert moved["redirect"] == {new[e]: new[target] for e, target in plan["redirect"].items()}
-    found, of_moved = plan["diagnostics"], moved["diagnostics"]
-    for name in ("critical_edges", "critical_triangles"):
-        simplices = [sorted(new[e] for e in simplex) for simplex in found.pop(name)]
-        assert sorted(simplices) == of_moved.pop(name)
-    for name in ("discordance_quantiles", "betti_curve"):
-        assert of_moved.pop(name) == pytest.approx(found.pop(name))
-    for name, value in found.items():
-        for key, number in value.items() if isinstance(value, dict) else [("", value)]:
-            assert (of_moved[name][key] if key else of_moved[name]) == pytest.approx(number, abs=1e-12)
+    assert moved.order == [new[e] for e in plan.order]
+    assert moved.survivors == sorted(new[e] for e in plan.survivors)
+    assert moved.redirect == {new[e]: new[target] for e, target in plan.redirect.items()}
+    assert_same_report(moved.diagnostics, plan.diagnostics, new)
 
 
-# ------------------------------------------------------------------------------- Hodge decomposition (section 3.3)
+# ------------------------------------------------------------- Hodge decomposition (section 3.3, appendices A.4 to A.7)
 
 @given(complexes())
 def test_the_parts_sum_to_the_signal_and_are_orthogonal(case):
-    """Theorem 1 (section 3.3): b = b_grad + b_curl + b_harm, pairwise orthogonal."""
+    """Theorems 1 and 2, equation 6: b = b_grad + b_curl + b_harm, pairwise orthogonal."""
     n, triangles, b = case
     parts = hodgecover.hodge_decompose(b, *hodgecover.boundary_matrices(n, triangles))
     assert close(sum(parts), b, b)
@@ -259,7 +314,7 @@ def test_the_parts_sum_to_the_signal_and_are_orthogonal(case):
 
 @given(complexes())
 def test_each_part_lies_in_its_subspace(case):
-    """Theorem 1 (section 3.3): b_grad in im d1', b_curl in im d2, b_harm in ker L1."""
+    """Theorem 2, equation 18: b_grad in im d1', b_curl in im d2, b_harm in ker L1."""
     n, triangles, b = case
     d1, d2 = hodgecover.boundary_matrices(n, triangles)
     gradient, curl, harmonic = hodgecover.hodge_decompose(b, d1, d2)
@@ -271,21 +326,9 @@ def test_each_part_lies_in_its_subspace(case):
     assert close(laplacian(d1, d2) @ harmonic, zero, 100 * b)
 
 
-@given(complexes())
-def test_betti_1_is_the_dimension_of_the_kernel(case):
-    """Theorem 1 (section 3.3): dim ker L1 = beta_1, by ranks over the rationals. Sections 3.4, A.3: the Euler-Poincare
-    count n - E + F = 1 - beta_1 + beta_2, beta_2 = F - rank d2."""
-    n, triangles, _ = case
-    d1, d2 = hodgecover.boundary_matrices(n, triangles)
-    betti = mathx.betti_1(d1, d2)
-    assert betti == len(PAIRS[n]) - rational_rank(d1) - rational_rank(d2) == kernel(laplacian(d1, d2)).shape[1]
-    beta_2 = len(triangles) - rational_rank(d2)
-    assert n - len(PAIRS[n]) + len(triangles) == 1 - betti + beta_2
-
-
 @given(complexes(), SEEDS)
 def test_the_decomposition_is_unique(case, seed):
-    """Theorem 1 (section 3.3): whatever split with parts in the three subspaces b has, it is this one."""
+    """Theorem 2: whatever split with parts in the three subspaces b has, it is this one."""
     n, triangles, _ = case
     d1, d2 = hodgecover.boundary_matrices(n, triangles)
     cycles = kernel(laplacian(d1, d2))
@@ -297,7 +340,8 @@ def test_the_decomposition_is_unique(case, seed):
 
 @given(complexes())
 def test_the_projection_formulas(case):
-    """A.5: b_grad and b_curl are least-squares projections onto im d1' and im d2, b_harm onto L1's null vectors."""
+    """Equations 19 to 21: b_grad and b_curl are least-squares projections onto im d1' and im d2, b_harm onto L1's null
+    vectors."""
     n, triangles, b = case
     d1, d2 = hodgecover.boundary_matrices(n, triangles)
     gradient, curl, harmonic = hodgecover.hodge_decompose(b, d1, d2)
@@ -319,83 +363,228 @@ def test_the_gradient_is_a_score_of_each_expert(case):
 
 @given(complexes(), SEEDS)
 def test_no_potential_and_triangle_correction_explain_more_than_all_but_the_harmonic_part(case, seed):
-    """Proposition 1 (section 3.3): min over phi, psi of |b - d1' phi - d2 psi|^2 = |b_harm|^2."""
+    """Proposition 1: min over phi, psi of |b - d1' phi - d2 psi|^2 = |b_harm|^2, at b_grad + b_curl alone."""
     n, triangles, b = case
     d1, d2 = hodgecover.boundary_matrices(n, triangles)
     harmonic = hodgecover.hodge_decompose(b, d1, d2).harmonic
     model = torch.cat((d1.T, d2), dim=1)  # (E, n + F)
     best = torch.linalg.lstsq(model, b, driver="gelsd").solution
-    assert close(b - model @ best, harmonic, b)  # the least residual is b_harm itself: the minimiser is unique
+    assert close(b - model @ best, harmonic, b)
     other = best + normal(seed, len(best))
     assert (b - model @ other).norm() >= harmonic.norm() * (1 - 1e-9)
 
 
-# --------------------------------------------------------------------------------------- diagnostics (section 3.4)
+@given(complexes(), SEEDS, st.sampled_from([0.0, 1e-3, 1.0]))
+def test_the_error_of_a_harmonic_blind_loss_is_the_harmonic_exposure(case, seed, epsilon):
+    """Corollary 1 (A.7), equations 24 to 29: if the loss of an action a is beta_a + <w_a, b> + xi_a, and a blind one
+    has b_grad + b_curl in place of b."""
+    n, triangles, b = case
+    d = hodgecover.boundary_matrices(n, triangles)
+    low_gradient, low_curl, harmonic = hodgecover.hodge_decompose(b, *d)
+    exposure, baseline = normal(seed, 2, len(b)), normal(seed + 1, 2)  # of two actions
+    xi = epsilon * (2 * uniform(seed + 2, 2) - 1)
+    loss = baseline + exposure @ b + xi
+    blind = baseline + exposure @ (low_gradient + low_curl)
+    projected = torch.stack([hodgecover.hodge_decompose(w, *d).harmonic for w in exposure])
+    scale = torch.cat((b, xi, baseline)) * exposure.norm()
+    assert close(loss - blind, projected @ harmonic + xi, scale)  # 26
+    rounding = 1e-9 * scale.norm()
+    assert ((loss - blind).abs() <= projected.norm(dim=1) * harmonic.norm() + epsilon + rounding).all()  # 27
+
+    ranking = (loss[0] - loss[1]) - (blind[0] - blind[1])
+    of_both = hodgecover.hodge_decompose(exposure[0] - exposure[1], *d).harmonic
+    assert close(ranking, of_both @ harmonic + xi[0] - xi[1], scale)  # 28
+    assert ranking.abs() <= of_both.norm() * harmonic.norm() + 2 * epsilon + rounding  # 29
+
+
+# ----------------------------------------------------------------------------- diagnostics (section 3.4, appendix A.12)
 
 @given(complexes(), st.sampled_from([1e-6, 3.0, 1e6]))
 def test_the_harmonic_energy_fraction(case, scale):
-    """Eq. 8 (section 3.4): eta_harm = |b_harm|^2 / |b|^2; the fractions sum to 1 and do not depend on scale."""
+    """Equation 8: rho_harm = |b_harm|^2 / |b|^2; the fractions sum to 1 and do not depend on scale (A.12)."""
     n, triangles, b = case
     d = hodgecover.boundary_matrices(n, triangles)
     parts = hodgecover.hodge_decompose(b, *d)
-    eta = parts.shares()
+    rho = parts.shares()
     energy = sum(value ** 2 for value in b.tolist())
     for name, part in parts._asdict().items():
-        assert eta[name] == pytest.approx(sum(value ** 2 for value in part.tolist()) / energy, rel=1e-9)
-    assert sum(eta.values()) == pytest.approx(1)
-    assert hodgecover.hodge_decompose(scale * b, *d).shares() == pytest.approx(eta, rel=1e-6, abs=1e-12)
+        of_part = sum(value ** 2 for value in part.tolist())
+        assert rho[name] == pytest.approx(of_part / energy, rel=1e-9)
+    assert sum(rho.values()) == pytest.approx(1)
+    assert hodgecover.hodge_decompose(scale * b, *d).shares() == pytest.approx(rho, rel=1e-6, abs=1e-12)
     assert set(hodgecover.hodge_decompose(0 * b, *d).shares().values()) == {0}
 
 
-@given(complexes(3), SEEDS, st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([0.25, 1.0, 8.0]))
+@given(complexes(3), SEEDS, st.sampled_from([None, 0.0, 0.1, 0.5]), st.sampled_from([0.25, 1.0, 8.0]))
 def test_the_discordance_fraction(case, seed, margin, scale):
-    """Section 3.4: the share of triangles whose barrier exceeds their worst edge's by a margin; scale-invariant."""
+    """Equation 9: the share of sampled triangles whose barrier exceeds 1.2 of their worst edge's, by default;
+    scale-invariant."""
     n, triangles, _ = case
     b, triplets = fifths(seed, 6, len(PAIRS[n])), fifths(seed + 1, 8, len(triangles))
-    cost = value_of(n, b)
-    discordant = [triplet > (1 + margin) * max(cost[pair] for pair in itertools.combinations(triangle, 2))
-                  for triplet, triangle in zip(triplets.tolist(), triangles.tolist())]
+    settings, factor = Settings(thresholds=2), 1.2
+    if margin is not None:
+        settings, factor = Settings(thresholds=2, margin=margin), 1 + margin
+    cost, discordant = value_of(n, b), 0
+    for triplet, triangle in zip(triplets.tolist(), triangles.tolist()):
+        discordant += triplet > factor * worst_edge(cost, triangle)
     signals = Signals(torch.ones(n), torch.ones(n).double(), scale * b, triangles, scale * triplets)
-    found = hodgecover.plan_from_signals(signals, 1, Settings(margin=margin, thresholds=2))["diagnostics"]
-    assert found["discordance"] == pytest.approx(sum(discordant) / max(len(triangles), 1))
+    report = hodgecover.plan_from_signals(signals, 1, settings).diagnostics
+    assert report.discordance == pytest.approx(discordant / max(len(triangles), 1))
 
 
-# ------------------------------------------------------------------------------- curated triangles (section 3.2, A.9)
+# ------------------------------------------------------------------------ thresholded edges (section 3.2, appendix A.8)
+
+@given(st.integers(2, 7), SEEDS, st.floats(0, 1))
+def test_thresholding_edges_would_change_the_rank_of_d1(n, seed, tau):
+    """A.8, 1: rank d1 = n - components, so that it falls when a thresholded graph is disconnected."""
+    d1, _ = hodgecover.boundary_matrices(n, NO_TRIANGLES)
+    cheap = uniform(seed, len(PAIRS[n])) <= tau
+    left = [edge for edge, is_in in zip(PAIRS[n], cheap) if is_in]
+    assert rational_rank(d1[:, cheap]) == n - components(n, left)
+
+
+@given(complexes(3, 6), SEEDS, st.floats(0.3, 1))
+def test_a_removed_bridge_takes_from_the_rank_and_another_edge_from_the_kernel(case, seed, tau):
+    """A.8, 1 to 3: without a bridge rank d1 is 1 less and dim ker d1 the same; without another edge the reverse. Its
+    triangles go with it, which changes rank d2, and beta_1 by equation 17."""
+    n, triangles, _ = case
+    d1, d2 = hodgecover.boundary_matrices(n, triangles)
+    edges_in = uniform(seed, len(PAIRS[n])) <= tau
+
+    def thresholded(edges_in: torch.Tensor) -> tuple[int, int, int, int]:
+        """Components, rank d1, dim ker d1, and beta_1 of the complex of these edges."""
+        left = [edge for edge, is_in in zip(PAIRS[n], edges_in) if is_in]
+        filled = d2[:, (d2[~edges_in] == 0).all(0)][edges_in]
+        graph, count = d1[:, edges_in], components(n, left)
+        betti = len(left) - n + count - rational_rank(filled)
+        assert hodgecover.betti_1(graph, filled) == betti == kernel(laplacian(graph, filled)).shape[1]
+        return count, rational_rank(graph), len(left) - rational_rank(graph), betti
+    count, rank, cycles, betti = thresholded(edges_in)
+    for edge in edges_in.nonzero().squeeze(1).tolist():
+        without = edges_in.clone()
+        without[edge] = False
+        count_left, rank_left, cycles_left, betti_left = thresholded(without)
+        bridge = count_left > count
+        assert (rank_left, cycles_left) == (rank - bridge, cycles - (not bridge))
+        if bridge:
+            assert betti_left == betti  # no triangle has a bridge
+
+
+def test_thresholding_edges_would_lose_a_harmonic_cycle():
+    """A.8: the unfilled cycle 0-1-2 is harmonic; without one of its edges nothing is."""
+    d1, d2 = hodgecover.boundary_matrices(3, NO_TRIANGLES)
+    assert kernel(laplacian(d1, d2)).shape[1] == 1
+    assert kernel(laplacian(d1[:, :2], d2[:2])).shape[1] == 0
+
+
+# ------------------------------------------------------------------------ curated triangles (section 3.2, appendix A.9)
 
 @given(st.integers(3, 8), SEEDS, st.booleans(), st.sampled_from([0, 1, 2, 4, 60]))
 def test_candidates_are_the_cliques_at_or_below_the_median(n, seed, ties, limit):
-    """A.9, stage 1: the 3-cliques of the edges with barrier <= median, no more than the limit. Renumbered experts have
+    """A.9, stage A: the 3-cliques of the edges with barrier <= median, no more than the limit. Renumbered experts have
     the renumbered ones."""
-    b = fifths(seed, 4, len(PAIRS[n])) if ties else uniform(seed, len(PAIRS[n]))
-    median, cost, saliency = sorted(b.tolist())[(len(b) - 1) // 2], value_of(n, b), uniform(seed + 1, n)
-    cliques = [t for t in TRIPLES[n] if all(cost[pair] <= median for pair in itertools.combinations(t, 2))]
+    b, saliency = uniform(seed, len(PAIRS[n])), uniform(seed + 1, n)
+    if ties:
+        b = fifths(seed, 4, len(PAIRS[n]))
+    median, cost = sorted(b.tolist())[(len(b) - 1) // 2], value_of(n, b)
+    cliques = [triangle for triangle in TRIPLES[n] if worst_edge(cost, triangle) <= median]
     candidates = hodgecover.candidate_triangles(b, saliency, limit, seed)
-    found = list(map(tuple, candidates.tolist()))
-    assert len(found) == min(limit, len(cliques))
-    assert found == sorted(set(found)) and set(found) <= set(cliques)
-    moved = renumbered(Signals(saliency, saliency, b, candidates, torch.zeros(len(found))), normal(seed, n).argsort())
+    rows = [tuple(row) for row in candidates.tolist()]
+    assert len(rows) == min(limit, len(cliques))
+    assert rows == sorted(set(rows)) and set(rows) <= set(cliques)
+    moved = renumbered(Signals(saliency, saliency, b, candidates, torch.zeros(len(rows))), normal(seed, n).argsort())
     assert torch.equal(hodgecover.candidate_triangles(moved.barriers, moved.saliency, limit, seed), moved.candidates)
+
+
+def test_the_sample_of_candidates_is_uniform():
+    """A.9, stage A: each of 20 cliques is among 5 drawn in a quarter of 400 draws; 100 +- 8.7."""
+    b, saliency = torch.ones(15, dtype=torch.float64), uniform(0, 6)
+    drawn = torch.zeros(6, 6, 6)
+    for seed in range(400):
+        h, i, j = hodgecover.candidate_triangles(b, saliency, 5, seed).T
+        drawn[h, i, j] += 1
+    counts = drawn[drawn > 0]
+    assert len(counts) == 20 and counts.sum() == 2000
+    assert 60 < counts.min() and counts.max() < 140
+
+
+def complex_at(n: int, b: torch.Tensor, triangles: torch.Tensor, triplets: torch.Tensor, tau: float
+               ) -> tuple[int, int, list[list[int]]]:
+    """beta_1, edges and triangles of K_tau (A.9, stage B), by the ranks of the whole matrices."""
+    d1, d2 = hodgecover.boundary_matrices(n, triangles)
+    edges_in, cost = b <= tau, value_of(n, b)
+    rows = triangles.tolist()
+    triangles_in = [place for place, row in enumerate(rows) if max(triplets[place], worst_edge(cost, row)) <= tau]
+    ranks = rational_rank(d1[:, edges_in]) + rational_rank(d2[:, triangles_in])
+    count = int(edges_in.sum())
+    return count - ranks, count, [rows[place] for place in triangles_in]
 
 
 @given(complexes(3, 6), SEEDS)
 def test_the_betti_curve_is_that_of_each_thresholded_complex(case, seed):
-    """A.9, stage 2: beta_1 of K_tau at each threshold, by ranks over the rationals."""
+    """A.9, stage B: beta_1 of K_tau at each threshold, by ranks over the rationals."""
     n, triangles, _ = case
     b, triplets = fifths(seed, 6, len(PAIRS[n])), fifths(seed + 1, 8, len(triangles))
     thresholds = torch.arange(-1, 17).double() / 10  # at the barriers and between them
-    d1, d2 = hodgecover.boundary_matrices(n, triangles)
-    expected = []
-    for tau in thresholds:
-        edges_in = b <= tau
-        faces_in = d2.abs().T @ edges_in.double() == 3
-        triangles_in = (triplets <= tau) & faces_in
-        expected.append(int(edges_in.sum()) - rational_rank(d1[:, edges_in]) - rational_rank(d2[:, triangles_in]))
-    assert mathx.betti_curve(hodgecover.edges(n), d2, b, triplets, thresholds).tolist() == expected
+    expected = [complex_at(n, b, triangles, triplets, tau)[0] for tau in thresholds]
+    assert hodgecover.betti_curve(b, triangles, triplets, thresholds).tolist() == expected
 
 
-# ---------------------------------------------------------------------------------------- HodgeCover (section 4.1)
+@given(complexes(3, 5), SEEDS, st.booleans())
+def test_tau_has_the_largest_betti_number_and_of_those_the_most_edges(case, seed, ties):
+    """A.9, stage B: of 80 even thresholds on [0, 1.1 max b]; T are the candidates that are, with their edges, at or
+    below it. Ours: of thresholds with the same edges and beta_1, the last; a triangle that closes a tetrahedron changes
+    neither."""
+    n, triangles, _ = case
+    b, triplets = uniform(seed, len(PAIRS[n])), 1.5 * uniform(seed + 1, len(triangles))
+    if ties:
+        b, triplets = 0.2 + fifths(seed, 4, len(PAIRS[n])), fifths(seed + 1, 8, len(triangles))
+    most = max(b.tolist())
+    taus = [1.1 * most * place / 79 for place in range(80)]
+    seen = [complex_at(n, b, triangles, triplets, tau) for tau in taus]
+    last = max(range(80), key=lambda place: (*seen[place][:2], place))
+    betti, count, inside = seen[last]
+    signals = Signals(torch.ones(n), uniform(seed, n), b, triangles, triplets)
+    complex_ = hodgecover.decompose(signals)
+    assert complex_.betti_curve.tolist() == [found[0] for found in seen]
+    assert complex_.betti_curve.max() == betti and (b <= complex_.tau).sum() == count
+    assert complex_.triangles.tolist() == inside
+    kept = [triplets[triangles.tolist().index(row)] for row in inside]
+    assert complex_.triplets.tolist() == kept
+    assert complex_.d1.shape[1] == len(PAIRS[n])  # the edges are complete whatever tau* is
 
-@given(st.lists(st.integers(1, 9), max_size=30), st.sampled_from([0, 1, 5, 10, 33, 50, 100]))
+
+@given(complexes(3, 7))
+def test_without_triangles_all_that_is_no_gradient_is_harmonic(case):
+    """A.9, regime 1: im d2 = 0, and ker L1 is the cycle space of the graph."""
+    n, _, b = case
+    d1, d2 = hodgecover.boundary_matrices(n, NO_TRIANGLES)
+    gradient, curl, harmonic = hodgecover.hodge_decompose(b, d1, d2)
+    assert not curl.any() and torch.equal(harmonic, b - gradient)
+    assert hodgecover.betti_1(d1, d2) == math.comb(n - 1, 2)
+
+
+@given(complexes(3, 7))
+def test_with_all_triangles_nothing_is_harmonic(case):
+    """A.9, regime 2: beta_1 vanishes."""
+    n, _, b = case
+    d1, d2 = hodgecover.boundary_matrices(n, triangle_tensor(TRIPLES[n]))
+    assert close(hodgecover.hodge_decompose(b, d1, d2).harmonic, torch.zeros_like(b), b)
+    assert hodgecover.betti_1(d1, d2) == 0
+
+
+@given(complexes(4, 7))
+def test_with_some_triangles_the_harmonic_space_is_between(case):
+    """A.9, regime 3: each triangle takes at most one dimension of the cycle space, the first takes one."""
+    n, triangles, _ = case
+    assume(len(triangles))
+    betti = hodgecover.betti_1(*hodgecover.boundary_matrices(n, triangles))
+    assert math.comb(n - 1, 2) - len(triangles) <= betti < math.comb(n - 1, 2)
+
+
+# ------------------------------------------------------------------- HodgeCover (section 4.1, appendices B.1, B.2, C.1)
+
+@given(st.lists(st.integers(1, 9), max_size=30), st.sampled_from([0, 1, 5, 10, 20, 33, 50, 100]))
 def test_critical_simplices_are_the_top_percent(values, percent):
     """Section 4.1: the top-p% edges by |b_harm|, the top-q% triangles by barrier; rounded up, the first of equals."""
     count = -(-len(values) * percent // 100)
@@ -404,11 +593,12 @@ def test_critical_simplices_are_the_top_percent(values, percent):
 
 
 def phi(chosen, saliency: torch.Tensor, families: list[tuple[torch.Tensor, float]]) -> float:
-    """Eq. 10 word by word: the saliencies, plus each family's weight times the share of it that is covered."""
+    """Equation 10 word by word: the saliencies, plus each family's weight times the share of it that is covered."""
     total = sum(saliency[vertex].item() for vertex in chosen)
     for simplices, weight in families:
         rows = simplices.tolist()
-        total += weight * sum(any(vertex in chosen for vertex in row) for row in rows) / max(len(rows), 1)
+        covered = sum(not set(chosen).isdisjoint(row) for row in rows)
+        total += weight * covered / max(len(rows), 1)
     return total
 
 
@@ -420,7 +610,7 @@ def test_an_empty_critical_set_adds_nothing():
 
 @given(cover_problems(), st.randoms(use_true_random=False))
 def test_the_objective_is_non_negative_monotone_and_submodular(problem, random):
-    """Proposition 2 (section 4.1): 0 <= Phi(A) <= Phi(B), and A gains no less from a vertex than B, for A within B."""
+    """Proposition 2: 0 <= Phi(A) <= Phi(B), and A gains no less from a vertex than B, for A within B."""
     n = len(problem[0])
     large = random.sample(range(n), random.randint(0, n - 1))
     small = large[:random.randint(0, len(large))]
@@ -430,30 +620,69 @@ def test_the_objective_is_non_negative_monotone_and_submodular(problem, random):
     assert gains[0] >= gains[1] - 1e-12
 
 
-@given(cover_problems())
-def test_greedy_takes_the_largest_marginal_gain(problem):
-    """Eq. 11 (section 4.1): every pick has the largest gain of those left; fewer picks are a prefix of more."""
+def assert_each_pick_gains_most(picks: list[int], start: int, problem: tuple) -> None:
+    """Every pick after the first `start` has the largest marginal gain of the vertices left (equation 11)."""
     n = len(problem[0])
-    picks = hodgecover.greedy_cover(*problem, n)
-    assert sorted(picks) == list(range(n))
-    for size, pick in enumerate(picks):
-        before = picks[:size]
-        assert hodgecover.greedy_cover(*problem, size) == before
+    for size in range(start, len(picks)):
+        before, pick = picks[:size], picks[size]
         values = [phi([*before, vertex], *problem) for vertex in range(n) if vertex not in before]
         assert phi([*before, pick], *problem) == pytest.approx(max(values))
 
 
 @given(cover_problems())
-def test_greedy_reaches_1_minus_1_over_e_of_the_best(problem):
-    """Proposition 2 (section 4.1): Phi(greedy) >= (1 - 1/e) max Phi, by brute force over all sets of each size."""
+def test_greedy_takes_the_largest_marginal_gain(problem):
+    """Equation 11, algorithm 1: every pick has the largest gain of those left; fewer picks are a prefix of more."""
     n = len(problem[0])
-    for size in range(n + 1):
+    picks = hodgecover.greedy_cover(*problem, n)
+    assert sorted(picks) == list(range(n))
+    for size in range(n):
+        assert hodgecover.greedy_cover(*problem, size) == picks[:size]
+    assert_each_pick_gains_most(picks, 0, problem)
+
+
+@given(cover_problems(), st.data())
+def test_protected_experts_are_kept_and_what_they_cover_is_covered(problem, data):
+    """Algorithm 1, line 10: the cover goes on from S_E."""
+    n = len(problem[0])
+    named = data.draw(st.lists(st.integers(0, n - 1), max_size=n))
+    protected = list(dict.fromkeys(named))  # some may be named twice
+    keep = data.draw(st.integers(len(protected), n))
+    picks = hodgecover.greedy_cover(*problem, keep, named)
+    assert picks[:len(protected)] == protected and len(picks) == len(set(picks)) == keep
+    assert_each_pick_gains_most(picks, len(protected), problem)
+
+
+@given(cover_problems())
+def test_greedy_reaches_the_bound_of_nemhauser_wolsey_and_fisher(problem):
+    """Proposition 2, equations 12 and 31: Phi(greedy) >= (1 - (1 - 1/k)^k) max Phi >= (1 - 1/e) max Phi, by brute force
+    over all sets of each size."""
+    n = len(problem[0])
+    for size in range(1, n + 1):
         best = max(phi(chosen, *problem) for chosen in itertools.combinations(range(n), size))
-        assert phi(hodgecover.greedy_cover(*problem, size), *problem) >= (1 - 1 / math.e) * best - 1e-12
+        bound = 1 - (1 - 1 / size) ** size
+        assert bound >= 1 - 1 / math.e
+        assert phi(hodgecover.greedy_cover(*problem, size), *problem) >= bound * best - 1e-12
+
+
+MATCHINGS = torch.tensor([[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 3], [1, 2]]])  # of K4
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_every_vertex_score_covers_half_of_one_matching_of_k4_and_the_cover_all(scores):
+    """Remark 1 (B.2): E* is one of the three perfect matchings of K4, and all that a vertex sees is the same; so its
+    pair is an edge of one matching, and misses the other edge of that. The cover sees E*."""
+    pair = sorted(range(4), key=lambda vertex: -scores[vertex])[:2]
+    nothing = torch.zeros(4, dtype=torch.float64)
+    of_scores = [phi(pair, nothing, [(matching, 1.0)]) for matching in MATCHINGS]
+    assert sorted(of_scores) == [0.5, 1, 1]
+    for matching in MATCHINGS:
+        assert matching.flatten().bincount().tolist() == [1, 1, 1, 1]
+        picks = hodgecover.greedy_cover(nothing, [(matching, 1.0)], 2)
+        assert phi(picks, nothing, [(matching, 1.0)]) == 1
 
 
 def test_coverage_is_no_ranking_by_incidence():
-    """B.2, section 4.1: on a 4-cycle all experts have incidence 2, yet {0, 1} covers 3 edges and {0, 2} all 4."""
+    """Section 4.1: on a 4-cycle all experts have incidence 2, yet {0, 1} covers 3 edges and {0, 2} all 4."""
     cycle = torch.tensor([[0, 1], [0, 3], [1, 2], [2, 3]])
     problem = torch.zeros(4, dtype=torch.float64), [(cycle, 1.0)]
     assert cycle.flatten().bincount().tolist() == [2, 2, 2, 2]
@@ -461,12 +690,13 @@ def test_coverage_is_no_ranking_by_incidence():
     assert hodgecover.greedy_cover(*problem, 2) == [0, 2]
 
 
-@given(st.integers(3, 8), SEEDS, st.sampled_from([0.0, 1.0, 5.0]), st.data())
+@given(st.integers(3, 8), SEEDS, st.sampled_from([0.0, 1.0, 3.0]), st.data())
 def test_the_redirect_goes_to_the_nearest_survivor_by_hodge_weighted_barrier(n, seed, alpha, data):
-    """Section 4.1: pi(i) = argmin over survivors j of b_ij (1 + alpha |b_harm,ij| / |b|)."""
+    """Equation 13: pi(i) = argmin over survivors j of b_ij (1 + alpha |b_harm,ij| / |b|)."""
     b, harmonic = uniform(seed, len(PAIRS[n])), normal(seed + 1, len(PAIRS[n]))
     survivors = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True))
-    cost = value_of(n, b * (1 + alpha * harmonic.abs() / math.sqrt(sum(value ** 2 for value in b.tolist()))))
+    norm = math.sqrt(sum(value ** 2 for value in b.tolist()))
+    cost = value_of(n, b * (1 + alpha * harmonic.abs() / norm))
     dropped = set(range(n)) - set(survivors)
     expected = {i: min(survivors, key=lambda j: cost[i, j]) for i in dropped}
     assert hodgecover.redirect(survivors, b, harmonic, alpha) == expected
@@ -474,21 +704,39 @@ def test_the_redirect_goes_to_the_nearest_survivor_by_hodge_weighted_barrier(n, 
 
 @pytest.mark.parametrize("scale, target", [(1, 1), (1e-4, 1), (1e-11, 1), (1e-13, 0)])
 def test_the_harmonic_factor_is_1_if_there_is_no_signal(scale, target):
-    """Section 4.1: expert 2 shuns the harmonic edge to 0, unless |b| < 1e-12."""
+    """Algorithm 1, line 20: expert 2 shuns the harmonic edge to 0, unless |b| < 1e-12."""
     b = scale * torch.tensor([1.0, 0.5, 0.6], dtype=torch.float64)
     harmonic = scale * torch.tensor([0.0, -1.0, 0.0], dtype=torch.float64)
     assert hodgecover.redirect([0, 1], b, harmonic, alpha=1.0) == {2: target}
 
 
-# ------------------------------------------------------------- what an auditor must know and the paper does not say
+# ------------------------------------------------------------------------------------------ retained mass (equation 34)
+
+@given(complexes(3, 7), st.sets(st.integers(0, 6), min_size=1), SEEDS)
+def test_retained_mass_is_the_share_of_the_l1_mass_that_meets_the_survivors(case, chosen, seed):
+    """Equation 34: of a Hodge part on the edges, and of the barriers on the triangles."""
+    n, triangles, b = case
+    survivors = sorted(vertex for vertex in chosen if vertex < n)
+    for simplices, signal in ((hodgecover.edges(n), b), (triangles, uniform(seed, len(triangles)))):
+        total = met = 0.0
+        for value, simplex in zip(signal.tolist(), simplices.tolist()):
+            total += abs(value)
+            if set(simplex) & set(survivors):
+                met += abs(value)
+        share = met / total if total else 0
+        assert hodgecover.retained_mass(signal, simplices, survivors) == pytest.approx(share)
+        assert hodgecover.retained_mass(0 * signal, simplices, survivors) == 0
+
+
+# ----------------------------------------------------------------- what an auditor must know and the paper does not say
 
 @pytest.mark.parametrize("n", [2, 3, 4, 9, 64])
 def test_a_constant_signal_has_harmonic_energy(n):
-    """b = 1 on the complex without triangles has eta_grad = (2/3) (n + 1) / n; all the rest is harmonic."""
+    """b = 1 on the complex without triangles has rho_grad = (2/3) (n + 1) / n; all the rest is harmonic."""
     d = hodgecover.boundary_matrices(n, NO_TRIANGLES)
-    eta = hodgecover.hodge_decompose(torch.ones(math.comb(n, 2), dtype=torch.float64), *d).shares()
+    rho = hodgecover.hodge_decompose(torch.ones(math.comb(n, 2), dtype=torch.float64), *d).shares()
     share = 2 / 3 * (n + 1) / n
-    assert eta == pytest.approx({"gradient": share, "curl": 0, "harmonic": 1 - share}, abs=1e-12)
+    assert rho == pytest.approx({"gradient": share, "curl": 0, "harmonic": 1 - share}, abs=1e-12)
 
 
 @given(complexes(3, 6), st.permutations(range(6)))
@@ -512,7 +760,7 @@ def test_relabelling_only_permutes_the_parts_of_an_alternating_cochain(case, dra
 
 
 def test_relabelling_changes_the_parts_of_barriers():
-    """Barriers have b_ji = b_ij: a 3-cycle with barriers 1, 1, 0 has eta_harm 0 in one order, 2/3 in another."""
+    """Barriers have b_ji = b_ij: a 3-cycle with barriers 1, 1, 0 has rho_harm 0 in one order, 2/3 in another."""
     d = hodgecover.boundary_matrices(3, NO_TRIANGLES)
     b = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)  # on (0, 1), (0, 2), (1, 2)
     swapped = on_edges(3, b, torch.tensor([1, 0, 2]))
@@ -520,13 +768,13 @@ def test_relabelling_changes_the_parts_of_barriers():
     assert hodgecover.hodge_decompose(swapped, *d).shares()["harmonic"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("triangles, eta", [
+@pytest.mark.parametrize("triangles, rho", [
     ([], (0, 0, 1)),
     ([(0, 1, 2)], (0, 1, 0)),
     ([(1, 2, 3)], (0, 1 / 9, 8 / 9)),
 ], ids=["unfilled", "filled", "neighbour-filled"])
-def test_a_filled_three_cycle_is_curl_and_an_unfilled_one_harmonic(triangles, eta):
+def test_a_filled_three_cycle_is_curl_and_an_unfilled_one_harmonic(triangles, rho):
     """The cycle 0 -> 1 -> 2 -> 0 among 4 experts; a filled triangle that shares an edge with it takes a part."""
     cycle = torch.tensor([1.0, -1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
     d = hodgecover.boundary_matrices(4, triangle_tensor(triangles))
-    assert tuple(hodgecover.hodge_decompose(cycle, *d).shares().values()) == pytest.approx(eta, abs=1e-12)
+    assert tuple(hodgecover.hodge_decompose(cycle, *d).shares().values()) == pytest.approx(rho, abs=1e-12)
