@@ -194,7 +194,7 @@ def test_text_is_evenly_spaced_from_the_first_to_the_last():
     assert study.evenly(text, 6)[:, 0].tolist() == [0, 10, 20] and len(study.evenly(text, 999)) == 11
 
 
-# --------------------------------------------------------------------------------------- RESULTS.md is the CSV's picture
+# -------------------------------------------------------------------------------------- RESULTS.md is the CSV's picture
 
 
 def test_the_document_has_the_figures_of_the_csv():
@@ -223,7 +223,7 @@ def test_every_picture_of_a_document_is_of_the_csv():
         assert re.search(rb"tEXtSource\0(\w{64})", png)[1].decode() == report.digest(points)
 
 
-RETIRED = {"settings": {"order by index"}}  # lines of version 0.3 that no study measures any more: it is the default now
+RETIRED = {"settings": {"order by index"}}  # lines of version 0.3 that no study measures any more
 
 
 def lines_of(table: str) -> set[str]:
@@ -602,7 +602,7 @@ def test_columns_keep_the_named_share(small):
     (["plain", "--samples", "0"], "--samples 0: must be from 1 to 10"),
     (["plain", "--tokens", "31", "--results", "x.csv"], "--tokens 31: must be from 32"),
     (["plain"], "--results: results.csv is of the models in examples/ on their whole text"),
-    (["plain", "--model", str(common.HERE / "tiny-olmoe"), "--tokens", "64"], "--results: results.csv is of the models in"),
+    (["plain", "--model", str(common.HERE / "tiny-olmoe"), "--tokens", "64"], "--results: results.csv is of the models"),
     (["plain", "--results", "nowhere/x.csv"], "nowhere"),
     (["plain", "--model", "nowhere"], "nowhere")])
 def test_bad_input_is_refused_before_the_work(arguments, says, small, capsys, monkeypatch):
