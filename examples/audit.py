@@ -4,8 +4,8 @@
     python examples/audit.py examples/tiny-olmoe --keep 32            in minutes
     python examples/audit.py CKPT --keep 32 --calib FILE... --vocab-sample 1024
 
-Barriers have no sign and get one from the order of the experts. So each layer is planned by index (the paper's order,
-and the default), by saliency (ours) and in random orders. A table a layer shows the shares of energy (eta, the paper's
+Barriers have no sign and get one from the order of the experts; the paper takes any (3.2). So each layer is planned by
+index (the default), by saliency and in random orders. A table a layer shows the shares of energy (eta, the paper's
 rho) of the three parts, beside them the harmonic share of a constant signal on the same complex; how much of E* and of
 the survivors each order shares with the default; and the pick that completes the cover.
 
@@ -95,8 +95,8 @@ def audit_layer(signals: Signals, rows: torch.Tensor, keep: int, orders: int,
 
 
 def triplet_ratio(signals: Signals) -> float:
-    """The median (the lower of two) over the candidates of a triplet's barrier over its most expensive edge's; 0 if there
-    are none."""
+    """The median (the lower of two) over the candidates of a triplet's barrier over its most expensive edge's; 0 if
+    there are none."""
     faces = hodgecover.faces(len(signals.frequency), signals.candidates)
     worst = signals.barriers[faces].amax(1)
     ratios = (signals.triplets / worst)[worst > 0]
