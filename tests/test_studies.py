@@ -601,6 +601,7 @@ def test_columns_keep_the_named_share(small):
     (["plain", "--samples", "11"], "--samples 11: must be from 1 to 10"),
     (["plain", "--samples", "0"], "--samples 0: must be from 1 to 10"),
     (["plain", "--tokens", "31", "--results", "x.csv"], "--tokens 31: must be from 32"),
+    (["plain", "--tokens", "0", "--results", "x.csv"], "--tokens 0: must be from 32"),
     (["plain"], "--results: results.csv is of the models in examples/ on their whole text"),
     (["plain", "--model", str(common.HERE / "tiny-olmoe"), "--tokens", "64"], "--results: results.csv is of"),
     (["plain", "--results", "nowhere/x.csv"], "nowhere"),
