@@ -4,17 +4,19 @@
     python examples/audit.py examples/tiny-olmoe --keep 32            in minutes
     python examples/audit.py CKPT --keep 32 --calib FILE... --vocab-sample 1024
 
-Barriers have no sign and get one from the order of the experts. So each layer is planned by index (the paper's order,
-and the default), by saliency (ours) and in random orders. A table a layer shows the shares of energy (eta, the paper's
+Barriers have no sign and get one from the order of the experts; the paper takes any (3.2). So each layer is planned by
+index (the default), by saliency and in random orders. A table a layer shows the shares of energy (eta, the paper's
 rho) of the three parts, beside them the harmonic share of a constant signal on the same complex; how much of E* and of
 the survivors each order shares with the default; and the pick that completes the cover.
 
 One table has what hodgecover.py's record says of each layer in the default order: with tau* the largest barrier, with
-the triangles of T the candidates they were chosen from. Two tables set it beside the paper's figures. The summary adds
-what the additive model b_ij = phi_i + phi_j, which no order changes, leaves unexplained, and how many of the survivors
-saliency alone would choose. A last table shows where the dropped experts are redirected to: by the paper's rule, by the
-barriers without their additive part phi_i + phi_j, and to the nearest router row. Few targets mean that a router that
-followed the redirect would send most of the dropped gate mass to a few survivors that are cheap to merge with anything.
+the triangles of T the candidates they were chosen from, with the discordance the median of a candidate's barrier over
+its most expensive edge's, which is 2 for experts that differ independently (three_cycle.py says why). Two tables set it
+beside the paper's figures. The summary adds what the additive model b_ij = phi_i + phi_j, which no order changes,
+leaves unexplained, and how many of the survivors saliency alone would choose. A last table shows where the dropped
+experts are redirected to: by the paper's rule, by the barriers without their additive part phi_i + phi_j, and to the
+nearest router row. Few targets mean that a router that followed the redirect would send most of the dropped gate mass
+to a few survivors that are cheap to merge with anything.
 
 --end-to-end compares the ranks of the edges, on so many tokens, with those of barriers at the end of the model, which
 are ours, not the paper's: the same merge, then all later layers, which must fit in memory.
@@ -58,10 +60,12 @@ class Spread(NamedTuple):
 
 
 class LayerAudit(NamedTuple):
-    """The audit of one layer: its default plan, its largest barrier in nats, the facts in index, saliency and random
-    orders, the share of the survivors that are the top by saliency, and the spread of three redirects."""
+    """The audit of one layer: its default plan, its largest barrier in nats, the median over the candidates of the
+    triplet's barrier over its most expensive edge's, the facts in index, saliency and random orders, the share of the
+    survivors that are the top by saliency, and the spread of three redirects."""
     plan: Plan
     largest_barrier: float
+    triplet_ratio: float
     index: OrderFacts
     saliency: OrderFacts
     random: list[OrderFacts]
@@ -84,9 +88,21 @@ def audit_layer(signals: Signals, rows: torch.Tensor, keep: int, orders: int,
     top = baselines.descending(signals.saliency)[:keep]
     return LayerAudit(
         plan=plan, largest_barrier=signals.barriers.max().item(),
+        triplet_ratio=triplet_ratio(signals),
         index=facts("index"), saliency=facts("saliency"),
         random=[facts(f"random:{seed}") for seed in range(orders)],
         top_by_saliency=shared(plan.survivors, top), redirects=redirects)
+
+
+def triplet_ratio(signals: Signals) -> float:
+    """The median (the lower of two) over the candidates of a triplet's barrier over its most expensive edge's; 0 if
+    there are none."""
+    faces = hodgecover.faces(len(signals.frequency), signals.candidates)
+    worst = signals.barriers[faces].amax(1)
+    ratios = (signals.triplets / worst)[worst > 0]
+    if not len(ratios):
+        return 0.0
+    return ratios.median().item()
 
 
 def order_facts(plan: Plan, default: Plan) -> OrderFacts:
@@ -276,8 +292,9 @@ def retained_line(plans: list[Plan]) -> tuple[str, ...]:
 ORDER_HEAD = ("order", "eta gradient", "curl", "harmonic", "harmonic of a constant", "E* shared",
               "survivors shared", "covered at")
 LAYER_HEAD = ("layer", "eta gradient (of a constant signal)", "curl", "harmonic", "beta_1",
-              "tau* (largest barrier), nats", "candidates in T", "discordance", "E* covered at",
-              "T* covered at", "routed to survivors")
+              "tau* (largest barrier), nats", "candidates in T",
+              "discordance (median triplet over worst edge)", "E* covered at", "T* covered at",
+              "routed to survivors")
 SUMMARY_HEAD = ("layer", "harmonic share", "of a constant signal", "over random orders",
                 "E* shared with them, median", "survivors shared with them",
                 "energy the additive model leaves", "variance", "E* and T* covered at (picks that stay)",
@@ -312,7 +329,8 @@ def layer_line(index: int, audit: LayerAudit) -> tuple:
         etas.append(f"{share:.3f} ({constant:.3f})")
     tau = f"{report.tau:.3g} ({audit.largest_barrier:.3g})"
     triangles = f"{report.triangles} of {report.candidates}"
-    return (index, *etas, report.betti_1, tau, triangles, f"{report.discordance:.1%}",
+    discordance = f"{report.discordance:.1%} ({audit.triplet_ratio:.2f})"
+    return (index, *etas, report.betti_1, tau, triangles, discordance,
             *report.covered_at.values(), f"{audit.plan.routed_share:.1%}")
 
 

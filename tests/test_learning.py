@@ -5,6 +5,7 @@ import doctest
 import itertools
 import json
 import re
+import statistics
 
 import audit
 import baselines
@@ -50,6 +51,11 @@ def test_the_audit_compares_each_order_with_the_default(audited):
     default = hodgecover.plan_from_signals(signals, 4, FEW)
     assert found.plan.order == default.order and len(orders) == 7
     assert found.largest_barrier == signals.barriers.max()
+    barriers = dict(zip(tuples(hodgecover.edges(8)), signals.barriers.tolist()))
+    ratios = []
+    for triangle, barrier in zip(tuples(signals.candidates), signals.triplets.tolist()):
+        ratios.append(barrier / max(barriers[pair] for pair in itertools.combinations(triangle, 2)))
+    assert found.triplet_ratio == pytest.approx(statistics.median_low(ratios))
     for order, facts in orders.items():
         settings = Settings(max_triangles=10, order=order)
         complex_ = hodgecover.decompose(signals, settings)
@@ -149,7 +155,8 @@ def test_the_printed_tables_are_the_audit_s(printed):
         report = found.plan.diagnostics
         eta = [f"{report.eta[part]:.3f} ({report.eta_constant[part]:.3f})" for part in plot_diagnostics.PARTS]
         assert [str(index), *eta, str(report.betti_1), f"{report.tau:.3g} ({found.largest_barrier:.3g})",
-                f"{report.triangles} of {report.candidates}", f"{report.discordance:.1%}",
+                f"{report.triangles} of {report.candidates}",
+                f"{report.discordance:.1%} ({found.triplet_ratio:.2f})",
                 str(report.covered_at["edges"]), str(report.covered_at["triangles"]),
                 f"{found.plan.routed_share:.1%}"] in rows
         summary = next(row for row in rows[::-1] if row[0] == str(index) and len(row) == 10)

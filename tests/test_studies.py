@@ -31,7 +31,7 @@ import study
 import torch
 import wanda
 import ways
-from conftest import DENSE, GOLDEN, PROSE, assert_refused, run, with_tokenizer
+from conftest import DENSE, GOLDEN, PROSE, assert_refused, refuse, run, with_tokenizer
 from model_io import Model
 
 TABLES = study.tables()
@@ -100,20 +100,18 @@ def test_cell_of_hodgecover_is_what_its_command_gives(sample, tmp_path):
     assert_cell(sample, LINES["hodgecover"], tmp_path / "out", 0.5)
 
 
-def test_cell_at_the_end_of_the_model_is_the_plan_of_its_barriers(sample, tmp_path):
-    """Not that of the layer's barriers; another rate measures nothing anew."""
-    few = sample.of(32)
-    source, keep = sample.source, 4
-    made = partial(LINES[f"hodgecover, readout model, {study.END_TOKENS:,} tokens"], tokens=32)(
-        sample, 0.5, tmp_path / "made")
-    wanted, other = {}, {}
-    measured = dict(audit.signals_at_end(source, few.ids, few.settings))
-    for index, signals in measured.items():
-        name = source.layer_names[index]
-        wanted[name] = hodgecover.plan_from_signals(signals, keep, few.settings).survivors
-        other[name] = hodgecover.plan_from_signals(few.signals[name], keep, few.settings).survivors
-    assert wanted != other
-    check_survivors(made, source, wanted)
+def test_cell_at_the_end_of_the_model_is_the_plan_of_its_barriers(sample, tmp_path, monkeypatch):
+    """Which are measured once for all rates; those of the layer are not looked at."""
+    monkeypatch.setattr(hodgecover, "measure_model", refuse)
+    source, few = sample.source, sample.of(32)
+    wanted = {}
+    for index, signals in audit.signals_at_end(source, few.ids, few.settings):
+        plan = hodgecover.plan_from_signals(signals, 4, few.settings)
+        wanted[source.layer_names[index]] = plan.survivors
+    way = partial(LINES[f"hodgecover, readout model, {study.END_TOKENS:,} tokens"], tokens=32)
+    check_survivors(way(sample, 0.5, tmp_path / "made"), source, wanted)
+    monkeypatch.setattr(hodgecover, "plain_barrier", refuse)
+    assert way(sample, 0.25, tmp_path / "larger").config.num_experts == 6
 
 
 @pytest.mark.parametrize("label, options", [("10% critical", ["--edge-percent", 10, "--triangle-percent", 10]),
@@ -196,7 +194,7 @@ def test_text_is_evenly_spaced_from_the_first_to_the_last():
     assert study.evenly(text, 6)[:, 0].tolist() == [0, 10, 20] and len(study.evenly(text, 999)) == 11
 
 
-# --------------------------------------------------------------------------------------- RESULTS.md is the CSV's picture
+# -------------------------------------------------------------------------------------- RESULTS.md is the CSV's picture
 
 
 def test_the_document_has_the_figures_of_the_csv():
@@ -225,7 +223,7 @@ def test_every_picture_of_a_document_is_of_the_csv():
         assert re.search(rb"tEXtSource\0(\w{64})", png)[1].decode() == report.digest(points)
 
 
-RETIRED = {"settings": {"order by index"}}  # lines of version 0.3 that no study measures any more: it is the default now
+RETIRED = {"settings": {"order by index"}}  # lines of version 0.3 that no study measures any more
 
 
 def lines_of(table: str) -> set[str]:
@@ -603,8 +601,9 @@ def test_columns_keep_the_named_share(small):
     (["plain", "--samples", "11"], "--samples 11: must be from 1 to 10"),
     (["plain", "--samples", "0"], "--samples 0: must be from 1 to 10"),
     (["plain", "--tokens", "31", "--results", "x.csv"], "--tokens 31: must be from 32"),
+    (["plain", "--tokens", "0", "--results", "x.csv"], "--tokens 0: must be from 32"),
     (["plain"], "--results: results.csv is of the models in examples/ on their whole text"),
-    (["plain", "--model", str(common.HERE / "tiny-olmoe"), "--tokens", "64"], "--results: results.csv is of the models in"),
+    (["plain", "--model", str(common.HERE / "tiny-olmoe"), "--tokens", "64"], "--results: results.csv is of"),
     (["plain", "--results", "nowhere/x.csv"], "nowhere"),
     (["plain", "--model", "nowhere"], "nowhere")])
 def test_bad_input_is_refused_before_the_work(arguments, says, small, capsys, monkeypatch):

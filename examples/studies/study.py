@@ -83,10 +83,12 @@ def budgeted() -> dict[str, Way]:
 
 def few_tokens(plain: dict[str, Way]) -> dict[str, Way]:
     """HodgeCover by barriers at the end of the model, and what it is compared with, on fewer tokens."""
+    compared = {"hodgecover": plain["hodgecover"], "hodgecover, readout model": select_at_end,
+                "reap": plain["reap"]}
     lines = {}
-    for label, way in {"hodgecover": plain["hodgecover"], "hodgecover, readout model": select_at_end,
-                       "reap": plain["reap"]}.items():
-        lines[f"{label}, {END_TOKENS:,} tokens"] = partial(with_tokens, way=way, tokens=END_TOKENS)
+    for label, way in compared.items():
+        label = f"{label}, {END_TOKENS:,} tokens"
+        lines[label] = partial(with_tokens, way=way, tokens=END_TOKENS)
     return lines
 
 
@@ -186,8 +188,8 @@ def measure(sample: Sample, text: torch.Tensor, way: Way, value: float) -> dict[
         comparison = common.compare(sample.source, output, text)
         left = wanda.parameters(output) * (1 - evaluate.expert_zeros(output))
     gone = 1 - left / (wanda.parameters(sample.source) or math.nan)
-    return dict(perplexity=f"{comparison.output_perplexity:.6g}", kl=f"{comparison.kl:.6g}", gone=f"{gone:.4f}",
-                cost=f"{cost:.1f}")
+    return {"perplexity": f"{comparison.output_perplexity:.6g}", "kl": f"{comparison.kl:.6g}",
+            "gone": f"{gone:.4f}", "cost": f"{cost:.1f}"}
 
 
 def picked(named: dict, wanted: list[str], option: str) -> dict:
@@ -203,15 +205,16 @@ def evenly(text: torch.Tensor, tokens: int) -> torch.Tensor:
     return text[torch.linspace(0, len(text) - 1, min(len(text), tokens // text.shape[1])).long()]
 
 
-def missing_cells(args: argparse.Namespace, lines: dict[str, Way], columns: dict[str, float]) -> list[dict]:
+def missing_cells(args: argparse.Namespace, lines: dict[str, Way],
+                  columns: dict[str, float]) -> list[dict]:
     """The first five fields of each sample that this version has not measured yet."""
-    done = set()
+    model, done = args.model.resolve().name, set()
     if args.results.exists():
         for rows in report.read(args.results, [hodgecover.__version__]).values():
             done |= {row[:5] for row in rows}
     missing = []
     for line, column, seed in itertools.product(lines, columns, range(args.samples)):
-        cell = dict(model=args.model.resolve().name, table=args.table, line=line, column=column, seed=seed)
+        cell = {"model": model, "table": args.table, "line": line, "column": column, "seed": seed}
         if tuple(cell.values()) not in done:
             missing.append(cell)
     return missing
@@ -220,49 +223,66 @@ def missing_cells(args: argparse.Namespace, lines: dict[str, Way], columns: dict
 def command_line() -> hodgecover.Parser:
     """The parser of this command."""
     parser = common.parser_of(__file__, __doc__)
-    parser.add_argument("table", metavar="TABLE", choices=tables(), help="; ".join(tables()))
-    parser.add_argument("--only", metavar="LINE", nargs="+", default=[], help="lines to fill, reference first [all]")
-    parser.add_argument("--columns", metavar="NAME", nargs="+", default=[], help="columns to fill, such as 50%% [all]")
-    parser.add_argument("--samples", metavar="N", type=int, default=5, help="calibration samples, 1 to 10 [5]")
-    parser.add_argument("--model", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
-                        help="source checkpoint [examples/tiny-olmoe]")
-    parser.add_argument("--results", metavar="FILE", type=Path, default=report.RESULTS, help="[results.csv here]")
-    parser.add_argument("--tokens", metavar="N", type=int, help="of held-out text, for a first look [16384 or 8192]")
+    add = parser.add_argument
+    add("table", metavar="TABLE", choices=tables(), help="; ".join(tables()))
+    add("--only", metavar="LINE", nargs="+", default=[], help="lines to fill, reference first [all]")
+    add("--columns", metavar="NAME", nargs="+", default=[], help="columns to fill, such as 50%% [all]")
+    add("--samples", metavar="N", type=int, default=5, help="calibration samples, 1 to 10 [5]")
+    add("--model", metavar="DIR", type=Path, default=common.HERE / "tiny-olmoe",
+        help="source checkpoint [examples/tiny-olmoe]")
+    add("--results", metavar="FILE", type=Path, default=report.RESULTS, help="[results.csv here]")
+    add("--tokens", metavar="N", type=int,
+        help="of held-out text, for a first look [16384 or 8192]")
     return parser
+
+
+def check_results(args: argparse.Namespace) -> None:
+    """Raise InputError for a first look, or another model, that would go into results.csv."""
+    other = args.tokens is not None or args.model.resolve().parent != common.HERE
+    model_io.require(not other or args.results.resolve() != report.RESULTS,
+                     "results: results.csv is of the models in examples/ on their whole text; for a "
+                     "first look or another model name another file with --results")
 
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, after parsing."""
     table = tables()[args.table]
-    lines, columns = picked(table.lines, args.only, "only"), picked(table.columns, args.columns, "columns")
+    lines = picked(table.lines, args.only, "only")
+    columns = picked(table.columns, args.columns, "columns")
     hodgecover.check_range("samples", args.samples, 1, 10)
-    source, path = model_io.Model(args.model), args.model.resolve()
-    if args.results.resolve() == report.RESULTS and (args.tokens is not None or path.parent != common.HERE):
-        raise model_io.InputError("results: results.csv is of the models in examples/ on their whole text; for a first "
-                                  "look or another model name another file with --results")
-    text, tokens = TEXTS.get(path.name, ("documentation", 16384))
-    hodgecover.check_range("tokens", args.tokens or tokens, SEQ_LEN, 10**9)
-    documents, cache = common.TEXTS[text], model_io.beside(source.checkpoint.path, "-barriers")
-    samples = [Sample(source, cache, documents, hodgecover.Settings(vocab_sample=0, seed=seed))
-               for seed in range(args.samples)]
-    held_out = evenly(model_io.sequences(encoded(source, documents, "held-out"), SEQ_LEN), args.tokens or tokens)
+    source, name = model_io.Model(args.model), args.model.resolve().name
+    check_results(args)
+    text, tokens = TEXTS.get(name, ("documentation", 16384))
+    if args.tokens is not None:
+        tokens = args.tokens
+    hodgecover.check_range("tokens", tokens, SEQ_LEN, 10**9)
+    documents = common.TEXTS[text]
+    cache = model_io.beside(source.checkpoint.path, "-barriers")
+    samples = []
+    for seed in range(args.samples):
+        settings = hodgecover.Settings(vocab_sample=0, seed=seed)
+        samples.append(Sample(source, cache, documents, settings))
+    sequences = model_io.sequences(encoded(source, documents, "held-out"), SEQ_LEN)
+    held_out = evenly(sequences, tokens)
+
     missing = missing_cells(args, lines, columns)
     bar = model_io.progress_bar()
     with args.results.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, report.Row._fields, lineterminator="\n")
         if not file.tell():
             writer.writeheader()
-        for at, cell in enumerate(missing):
-            bar(at / len(missing))
-            figures = measure(samples[cell["seed"]], held_out, lines[cell["line"]], columns[cell["column"]])
-            row = cell | figures | dict(version=hodgecover.__version__, samples=1, perplexity_sd=0, kl_sd=0)
+        for done, cell in enumerate(missing):
+            bar(done / len(missing))
+            way, value = lines[cell["line"]], columns[cell["column"]]
+            row = cell | measure(samples[cell["seed"]], held_out, way, value)
+            row |= {"version": hodgecover.__version__, "samples": 1, "perplexity_sd": 0, "kl_sd": 0}
             writer.writerow(row)
             file.flush()
     bar(None)
     results = report.read(args.results, [hodgecover.__version__])
-    print(report.levels(results, [args.table], list(lines), list(columns), [path.name]))
+    print(report.levels(results, [args.table], list(lines), list(columns), [name]))
     if len(lines) > 1 < args.samples:
-        print("\n" + report.gaps(results, args.table, list(lines), list(columns), path.name))
+        print("\n" + report.gaps(results, args.table, list(lines), list(columns), name))
 
 
 main = common.main_of(command_line, run)

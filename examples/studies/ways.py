@@ -140,7 +140,8 @@ def plans(sample: Sample, method: str, kept: dict[str, int]) -> dict[str, Plan]:
     return chosen
 
 
-def plans_of(measured: dict[str, Signals], settings: Settings, kept: dict[str, int]) -> dict[str, Plan]:
+def plans_of(measured: dict[str, Signals], settings: Settings,
+             kept: dict[str, int]) -> dict[str, Plan]:
     """HodgeCover's plans of signals, by layer name."""
     return {name: hodgecover.plan_from_signals(signals, kept[name], settings)
             for name, signals in measured.items()}
@@ -173,7 +174,8 @@ def with_tokens(sample: Sample, value: float, out: Path, way: Way, tokens: int) 
 def merge(sample: Sample, dropped: float, out: Path, method: str, all_slots: bool = False) -> Model:
     """The merged experts of one of baselines.MERGING."""
     source = sample.source
-    merges = baselines.merge_model(source, sample.ids, method, survivors(source, dropped), all_slots=all_slots,
+    keep = survivors(source, dropped)
+    merges = baselines.merge_model(source, sample.ids, method, keep, all_slots=all_slots,
                                    settings=sample.settings, cache=sample.cache)
     baselines.export_merges(source, dict(merges), out, {}, all_slots)
     return Model(out)
