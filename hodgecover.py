@@ -69,13 +69,10 @@ class Settings:
         require(isinstance(self.order, str) and re.fullmatch(ORDERS, self.order),
                 f"order {self.order}: must be index, saliency or random:SEED")
         for name, (_, low, high) in CHOICES.items():
-            value, kinds, says = getattr(self, name), (int, float), "a number"
-            if isinstance(getattr(Settings, name), int):
-                kinds, says = int, "a whole number"
+            value, whole = getattr(self, name), isinstance(getattr(Settings, name), int)
             if name != "order":
-                is_one = isinstance(value, kinds) and not isinstance(value, bool)
-                require(is_one, f"{name} {value!r}: must be {says}")
                 check_range(name, value, low, high)
+                require(not whole or isinstance(value, int), f"{name} {value}: must be a whole number")
         require(self.vocab_sample != 1, "vocab_sample 1: must be 0 or 2 and more; of one outcome KL is 0")
 
 

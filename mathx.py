@@ -208,8 +208,7 @@ def combinations(gates: torch.Tensor, gram: torch.Tensor, eps: float, members: t
     least = torch.finfo(square.dtype).eps - 1
     growth = torch.maximum(growth, least * square)  # a mean square is positive, also after rounding
     square = square + eps
-    less_1 = torch.expm1(-torch.log1p(growth / square) / 2)  # scale - 1
-    less_1 = less_1[..., None]
+    less_1 = torch.expm1(-torch.log1p(growth / square) / 2)[..., None]  # scale - 1
     share = torch.cat((less_1, (1 + less_1) * change), -1)
     share *= square.rsqrt()[..., None]
     return index, share
@@ -360,11 +359,9 @@ def audit_sample(layer, members: torch.Tensor, weights: torch.Tensor, sample: Sa
     layer, sample = on_tokens(layer, t), on_tokens(sample, t)
     log_p = log_readout(layer, memory)
     # What the head reads of each merge, less what it reads of y: (R, d).
-    stream = layer.y.to(log_p.dtype)
-    change = changes_of_stream(layer, members[simplex], weights[simplex])
+    stream, change = layer.y.to(log_p.dtype), changes_of_stream(layer, members[simplex], weights[simplex])
     moved = layer.norm(stream + change) - layer.norm(stream)
-    delta = moved.to(layer.x.dtype) @ layer.unembedding.T
-    delta = delta.to(log_p.dtype)
+    delta = (moved.to(layer.x.dtype) @ layer.unembedding.T).to(log_p.dtype)
     delta -= delta.gather(1, log_p.argmax(-1, keepdim=True))
 
     of_sample = delta.gather(1, sample.outcomes)

@@ -439,7 +439,7 @@ class Model:
 
     Attributes: `checkpoint`, `config`, `dtype`, `device`. By layer, first those of the decoder, then those of a
     multi-token prediction head: `layer_names`, the prefix of its tensors, and `layer_configs`. `transposed`: the names
-    of the fused experts that are stored so. Raises InputError if the checkpoint is missing, malformed or unsupported."""
+    of the fused experts that are stored so. Raises InputError for a missing, malformed or unsupported checkpoint."""
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         self.checkpoint = Checkpoint(path)
@@ -507,7 +507,7 @@ class Model:
             yield from (load(f"{prefix}{e}.{name}_proj.weight") for name in Experts._fields)
 
     def turned(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
-        """Return a matrix or stack of the tensor `name`, transposed if stored so: to the layout of `Experts`, or back."""
+        """Return a matrix or stack of the tensor `name`, transposed if stored so: to `Experts` layout, or back."""
         return matrix.mT if name in self.transposed else matrix
 
     def embed(self, ids: torch.Tensor, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
@@ -632,7 +632,7 @@ class Model:
 
     def encode_file(self, path: str | os.PathLike, tokens: int | None = None) -> torch.Tensor:
         """Return the token ids (T,) of a file's documents; of a large file, if some `tokens` do, of windows spread over
-        it. Raises InputError as `read_documents` and `encode` do, and for chats if the tokenizer lacks their markers."""
+        it. Raises InputError as `read_documents`, `encode` do, and for chats if the tokenizer lacks their markers."""
         documents = read_documents(path, tokens)
         if any(document.startswith(CHATML[0]) for document in documents):
             markers = self.use_tokenizer(lambda tokenizer: [*map(tokenizer.token_to_id, CHATML)])
@@ -888,32 +888,25 @@ def read_config(raw: dict) -> Config:
     tied = [value_of(config, "tie_word_embeddings", bool, False) for config in (raw, text)]
     renormalised = family.always_renormalised or value_of(text, "norm_topk_prob", bool, family.norm_topk_prob)
     config = Config(
-        model_type=kind,
-        vocab_size=whole("vocab_size"),
-        hidden_size=whole("hidden_size"),
-        num_layers=whole("num_hidden_layers"),
-        num_heads=num_heads,
+        model_type=kind, vocab_size=whole("vocab_size"), hidden_size=whole("hidden_size"),
+        num_layers=whole("num_hidden_layers"), num_heads=num_heads,
         num_kv_heads=whole("num_key_value_heads", default=num_heads),
-        head_dim=head_dim,
-        rotary_dim=rotary_dim,
+        head_dim=head_dim, rotary_dim=rotary_dim,
         rope_theta=number("rope_theta", default=family.rope_theta),
         rms_norm_eps=number("rms_norm_eps", default=family.rms_norm_eps),
         num_experts=of_experts(expert_count_keys(text)[0]),
         expert_width=of_experts(family.width_key),
         shared_width=optional("shared_expert_intermediate_size", int),
         dense_width=optional("intermediate_size", int),
-        top_k=of_experts("num_experts_per_tok"),
-        norm_topk_prob=renormalised,
-        tie_word_embeddings=any(tied),
-        eos_token_id=eos,
+        top_k=of_experts("num_experts_per_tok"), norm_topk_prob=renormalised,
+        tie_word_embeddings=any(tied), eos_token_id=eos,
         max_positions=optional("max_position_embeddings", int),
         clip_qkv=optional("clip_qkv", float),
         linear_key_heads=whole("linear_num_key_heads", default=16),
         linear_key_head_dim=whole("linear_key_head_dim", default=128),
         linear_value_heads=whole("linear_num_value_heads", default=32),
         linear_value_head_dim=whole("linear_value_head_dim", default=128),
-        linear_conv_width=whole("linear_conv_kernel_dim", default=4),
-        biased=biased)
+        linear_conv_width=whole("linear_conv_kernel_dim", default=4), biased=biased)
     check_config(config)
     return config
 
@@ -1135,14 +1128,11 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
     return transposed
 
 
-def turned_shapes(cfg: Config, stored: dict[str, list[int]], shapes: dict[str, list[int | None]]) -> dict[str, list[int]]:
+def turned_shapes(cfg: Config, stored: dict, shapes: dict) -> dict[str, list[int]]:
     """Return the shapes of a layer's fused experts if they are stored transposed, by name in it; else none."""
-    turned = {}
     if not FAMILIES[cfg.model_type].may_be_transposed:
-        return turned
-    for name, shape in shapes.items():
-        if ".experts." in name:
-            turned[name] = [shape[0], *shape[:0:-1]]
+        return {}
+    turned = {name: [shape[0], *shape[:0:-1]] for name, shape in shapes.items() if ".experts." in name}
     if any(stored.get(name) == shape != shapes[name] for name, shape in turned.items()):
         return turned
     return {}
@@ -1205,8 +1195,7 @@ def windows(path: Path, most: int, lines: bool) -> Iterator[tuple[int, bool, str
                 if cut:
                     data = data.lstrip(bytes(range(0x80, 0xc0)))  # of a character that starts before
                 end = file.tell()
-                decoder = codecs.getincrementaldecoder("utf-8-sig")()
-                decoder = io.IncrementalNewlineDecoder(decoder, True)
+                decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), True)
                 yield start, count == 1, decoder.decode(data, final=not cut)
     except (OSError, ValueError) as err:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(err, 'strerror', err)})") from None
@@ -1229,8 +1218,7 @@ def json_documents(path: Path, start: int, text: str) -> Iterator[str]:
 
 def chat_text(messages: list[dict]) -> str:
     """Return a chat's messages in ChatML."""
-    turns = [f"{CHATML[0]}{each['role']}\n{each['content'] + CHATML[1]}\n" for each in messages]
-    return "".join(turns)
+    return "".join(f"{CHATML[0]}{turn['role']}\n{turn['content'] + CHATML[1]}\n" for turn in messages)
 
 
 def pieces(document: str) -> Iterator[tuple[str, bool]]:

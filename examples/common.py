@@ -28,8 +28,8 @@ sys.path.insert(0, str(HERE.parent))
 import hodgecover  # noqa: E402
 import model_io  # noqa: E402
 from hodgecover import Parser, Settings  # noqa: E402
-from model_io import (RECORD, TOKENS, DTYPES, FP8, SCALE, STORED, Checkpoint, Experts, InputError, Layer, LayerPass,  # noqa: E402
-                      Model, Piece, surviving_tensors)
+from model_io import (DTYPES, FP8, RECORD, SCALE, STORED, TOKENS, Checkpoint, Experts, InputError,  # noqa: E402
+                      Layer, LayerPass, Model, Piece, surviving_tensors)
 
 Size = tuple[int, int | None]  # experts of a layer, hidden units of each (None: all)
 
