@@ -62,7 +62,7 @@ TEXT_BYTES = 64  # that are read of it for each token that is wanted
 WINDOW = 1 << 14  # bytes of such a part
 PIECE = 1 << 14  # characters that are encoded at a time
 CHATML = "<|im_start|>", "<|im_end|>"
-MODELING = "modeling_per_layer"  # code by which transformers reads a checkpoint with `per_layer_config`
+MODELING = "modeling_per_layer"  # transformers' code for a checkpoint with `per_layer_config`
 NOTICE = ("> **This is a compressed model.** `hodgecover.json` says how it was made of the model "
           "described below; the scores below are that model's.\n\n")
 
@@ -184,10 +184,13 @@ def rope(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     half = cfg.rotary_dim // 2
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), frequency)
-    cos, sin = angle.cos().to(x), angle.sin().to(x)
+    cos = angle.cos().to(x)
+    sin = angle.sin().to(x)
     # Dimensions i and half + i are a plane; those from rotary_dim on stay as they are
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    turned = first * cos - second * sin
+    second = second * cos + first * sin
+    return torch.cat((turned, second, rest), dim=-1)
 
 
 def linear(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -310,7 +313,9 @@ def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torc
         wanted = beta * (value - decay.exp() * (key @ state))
         correction = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
         # A token reads the state from before the chunk, then the chunk's corrections up to its own
-        out.append(decay.exp() * (query @ state) + between * (query @ key.mT) @ correction)
+        of_state = decay.exp() * (query @ state)
+        of_chunk = between * (query @ key.mT) @ correction
+        out.append(of_state + of_chunk)
         # What is left at the end of the chunk of the state and of each correction
         state_left = decay[:, :, -1:].exp()
         correction_left = (decay[:, :, -1:] - decay).exp()
@@ -320,7 +325,8 @@ def chunked_gated_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torc
 
 def gated(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """Return the input of the down projection of the layer's dense SwiGLU block `name` on x (T, d): (T, f)."""
-    return functional.silu(linear(x, w, f"{name}.gate_proj")) * linear(x, w, f"{name}.up_proj")
+    gate = linear(x, w, f"{name}.gate_proj")
+    return functional.silu(gate) * linear(x, w, f"{name}.up_proj")
 
 
 def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -387,17 +393,17 @@ class Family(NamedTuple):
     rms_norm_eps: float = 1e-6  # unless config.json has it
     rope_theta: float = 10000.0  # likewise
     norm_topk_prob: bool = False  # likewise
-    partial_rotary_factor: float | None = None  # likewise; None: the whole head rotates, whatever config.json says
+    partial_rotary_factor: float | None = None  # likewise; None: the whole head rotates
     always_renormalised: bool = False  # the gates, whatever norm_topk_prob says
     norms_less_1: bool = False  # norm weights are stored less 1
     head_norms: bool = True  # of Qwen's queries and keys
     gated_query: bool = False  # in full attention
-    by_key_head: bool = False  # the recurrence has two projections, with rows sorted so, rather than four
+    by_key_head: bool = False  # the recurrence has two projections, sorted so, not four
     may_be_transposed: bool = False  # fused experts: (n, d, 2 f) and (n, f, d)
     shared_expert: bool = False  # in every sparse layer
     dense: bool = False  # no layer has experts
     dense_layers: bool = False  # some layers have none, by mlp_only_layers and decoder_sparse_step
-    recurrent_layers: bool = False  # most have linear attention: layer_types, full_attention_interval
+    recurrent_layers: bool = False  # most layers have linear attention
 
 
 QWEN3_5 = Family(qwen_attention, partial_rotary_factor=0.25, always_renormalised=True, norms_less_1=True,
@@ -457,7 +463,7 @@ class Model:
         self.transposed = check_tensors(self.checkpoint.path, tensors, self.prefix, by_name)
         check_scales(self.checkpoint)
         self._embedding = f"{self.prefix}embed_tokens.weight"
-        tied = self.config.tie_word_embeddings and "lm_head.weight" not in tensors  # a stored head counts
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in tensors
         self._head = self._embedding if tied else "lm_head.weight"
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -487,7 +493,8 @@ class Model:
         """Read a layer's experts, fused or one by one: bfloat16 if stored so, or FP8, half a float32 run's memory."""
         layer_name, config = self.layer_names[index], self.layer_configs[index]
         n, d, f = config.num_experts, config.hidden_size, config.expert_width
-        prefix, tensors = f"{layer_name}.mlp.experts.", self.checkpoint.weights
+        prefix = f"{layer_name}.mlp.experts."
+        tensors = self.checkpoint.weights
         stored = {tensors[name].dtype for name in tensors if name.startswith(prefix)}
         dtype = torch.bfloat16 if stored <= {"BF16", FP8} else self.dtype
         empty = partial(torch.empty, dtype=dtype, device=self.device)
@@ -499,7 +506,9 @@ class Model:
 
     def _projections(self, prefix: str, e: int) -> Iterator[torch.Tensor]:
         """Yield gate (f, d), up (f, d) and down (d, f) of expert e, each as it is read."""
-        load, gate_up, down = self.checkpoint.load, f"{prefix}gate_up_proj", f"{prefix}down_proj"
+        load = self.checkpoint.load
+        gate_up = f"{prefix}gate_up_proj"
+        down = f"{prefix}down_proj"
         if gate_up in self.checkpoint.weights:  # fused: gate above up in a stack (n, 2 f, d)
             yield from self.turned(gate_up, load(gate_up, e)).chunk(2)
             yield self.turned(down, load(down, e))
@@ -596,7 +605,7 @@ class Model:
         head = self.unembedding()
         at_once = PASS_TOKENS // 4  # positions of a product, of which these stay in the cache:
         in_cache = max(1, (1 << 18 if head.is_cpu else 1 << 24) // len(head))
-        targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)  # -100: no loss
+        targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten().to(self.device)
         logits = None
         for h, h_targets in zip(hidden.flatten(0, 1).split(at_once), targets.split(at_once)):
             logits = torch.mm(h, head.T, out=logits if len(h) == at_once else None)  # one buffer
@@ -615,7 +624,7 @@ class Model:
         end = [] if self.config.eos_token_id is None else [self.config.eos_token_id]
         text_pieces = (piece for document in documents for piece in pieces(document))
 
-        def encode_batches(tokenizer) -> Iterator[torch.Tensor]:  # an encoding takes 80 times its text
+        def encode_batches(tokenizer) -> Iterator[torch.Tensor]:
             yield torch.zeros(0, dtype=torch.int64)
             while batch := [*islice(text_pieces, 32)]:
                 texts, are_last = zip(*batch)
@@ -752,7 +761,8 @@ class Checkpoint:
         path = self.path / INDEX
         require(path.is_file(), f"{self.path}: no weights; expected {WEIGHTS} or {INDEX}")
         index = read_json(path)
-        weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
+        weight_map = index.get("weight_map")
+        metadata = index.get("metadata") or {}
         require(isinstance(weight_map, dict) and weight_map and isinstance(metadata, dict),
                 f"{path}: no weight_map, or metadata that is no object")
         files = sorted({str(file) for file in weight_map.values()})
@@ -768,7 +778,8 @@ class Checkpoint:
         missing, of no floating-point type, or cut off, for a row of FP8, and for a scale that is not finite."""
         require(name in self.tensors, f"{self.path}: the weights have no tensor {name!r}")
         info = self.tensors[name]
-        path, shape = self.path / info.file, info.shape
+        path = self.path / info.file
+        shape = info.shape
         rows = row if isinstance(row, list) else [row]
         first = shape[0] if shape else 0
         readable = row is None or (info.dtype != FP8 and all(at in range(first) for at in rows))
@@ -816,7 +827,8 @@ class Checkpoint:
 def dequantised(tensor: torch.Tensor, scale: torch.Tensor, block: list[int]) -> torch.Tensor:
     """Return an FP8 matrix times its scales, one a block, (height, width) each, in bfloat16."""
     rows, columns = tensor.shape
-    height, width = min(block[0], rows), min(block[1], columns)
+    height = min(block[0], rows)
+    width = min(block[1], columns)
     numbers = tensor.flatten().view(torch.uint8).int()
     values = FP8_VALUES.index_select(0, numbers).view(rows, columns)
     scale = scale.view(-1, -(-columns // width))  # a row for each row of blocks
@@ -845,23 +857,29 @@ def value_of(text: dict, key: str, kind: type, default: float | None = None):
     return value
 
 
-FLAT_CONFIG = "config.json: text_config and rope_parameters must be JSON objects, the latter a flat one"
+FLAT_CONFIG = "text_config and rope_parameters must be JSON objects, the latter a flat one"
+
+
+def require_config(ok: object, says: str) -> None:
+    """Raise InputError(says), of config.json, unless ok."""
+    require(ok, f"config.json: {says}")
 
 
 def read_config(raw: dict) -> Config:
     """Return the Config of the object in `config.json` (the key names of transformers 4 and 5; a nested `text_config`).
     Raises InputError for an unsupported model type or option, and for a key that is missing or of a wrong kind."""
     kind = str(raw.get("model_type"))
-    require(kind in FAMILIES, f"config.json: model_type {kind!r} is not supported{REFUSED.get(kind, '')}; supported: "
+    require_config(kind in FAMILIES, f"model_type {kind!r} is not supported{REFUSED.get(kind, '')}; supported: "
             f"{', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     text = raw.get("text_config") or raw
-    require(isinstance(text, dict), FLAT_CONFIG)
+    require_config(isinstance(text, dict), FLAT_CONFIG)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    require(isinstance(rope, dict), FLAT_CONFIG)
-    require(not any(isinstance(value, dict) for value in rope.values()), FLAT_CONFIG)
+    require_config(isinstance(rope, dict), FLAT_CONFIG)
+    require_config(not any(isinstance(value, dict) for value in rope.values()), FLAT_CONFIG)
     refuse_unsupported(raw, text, rope)
-    whole, number = partial(value_of, text, kind=int), partial(value_of, text | rope, kind=float)
+    whole = partial(value_of, text, kind=int)
+    number = partial(value_of, text | rope, kind=float)
 
     def optional(key: str, kind: type):
         return None if text.get(key) is None else value_of(text, key, kind)
@@ -914,16 +932,17 @@ def read_config(raw: dict) -> Config:
 def layer_configs(raw: dict, config: Config, names: list[str]) -> list[Config]:
     """Return the Config of each layer by the object in `config.json`: of the decoder's whether they have experts, and
     linear attention, and how many experts and how wide (`per_layer_config`). Raises InputError for another form."""
-    text, family = raw.get("text_config") or raw, FAMILIES[config.model_type]
+    text = raw.get("text_config") or raw
+    family = FAMILIES[config.model_type]
     count = config.num_layers
     dense = text.get("mlp_only_layers") or []
     mixers = text.get("layer_types")
     per_layer = text.get("per_layer_config") or {}
     sparse_step = value_of(text, "decoder_sparse_step", int, 1)
     full_step = value_of(text, "full_attention_interval", int, 4)
-    require(isinstance(dense, list), f"config.json: mlp_only_layers is {dense!r}; it must be a list")
-    require(not mixers or (isinstance(mixers, list) and len(mixers) == count),
-            "config.json: layer_types must be a list of all")
+    require_config(isinstance(dense, list), f"mlp_only_layers is {dense!r}; it must be a list")
+    require_config(not mixers or (isinstance(mixers, list) and len(mixers) == count),
+            "layer_types must be a list of all")
     check_per_layer(per_layer, count, {"num_experts", "num_local_experts", family.width_key})
 
     per_layer = {int(index): layer for index, layer in per_layer.items()}  # "07" is a stranger's 7
@@ -947,33 +966,35 @@ def layer_configs(raw: dict, config: Config, names: list[str]) -> list[Config]:
 
 def check_per_layer(per_layer: object, count: int, keys: set[str]) -> None:
     """Raise InputError unless `per_layer_config` has objects of these keys for some of `count` layers."""
-    says = f"config.json: per_layer_config must have an object for each of some layers, of {', '.join(sorted(keys))}"
-    require(isinstance(per_layer, dict), says)
+    says = f"per_layer_config must have an object for each of some layers, of {', '.join(sorted(keys))}"
+    require_config(isinstance(per_layer, dict), says)
     for index, layer in per_layer.items():
-        require(re.fullmatch(r"\d{1,9}", index) and int(index) < count, says)
-        require(isinstance(layer, dict) and layer.keys() <= keys, says)
+        require_config(re.fullmatch(r"\d{1,9}", index) and int(index) < count, says)
+        require_config(isinstance(layer, dict) and layer.keys() <= keys, says)
 
 
 def check_config(config: Config) -> None:
     """Raise InputError if two values of the configuration do not fit together."""
-    eos, rotary, heads = config.eos_token_id, config.rotary_dim, config.num_heads
-    require(eos is None or eos in range(config.vocab_size),
-            f"config.json: eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}")
-    require(rotary % 2 == 0 and rotary <= config.head_dim, f"config.json: {rotary} of the {config.head_dim} "
+    eos = config.eos_token_id
+    rotary = config.rotary_dim
+    heads = config.num_heads
+    require_config(eos is None or eos in range(config.vocab_size),
+            f"eos_token_id is {eos!r}; it must be a token id below {config.vocab_size}")
+    require_config(rotary % 2 == 0 and rotary <= config.head_dim, f"{rotary} of the {config.head_dim} "
             "dimensions of a head rotate; it must be an even number of them")
-    require(config.top_k <= config.num_experts, f"config.json: num_experts_per_tok {config.top_k} is above "
+    require_config(config.top_k <= config.num_experts, f"num_experts_per_tok {config.top_k} is above "
             f"{config.num_experts} experts")
-    require(heads % config.num_kv_heads == 0,
-            f"config.json: num_key_value_heads is {config.num_kv_heads}; it must divide {heads}")
-    require(config.linear_value_heads % config.linear_key_heads == 0, "config.json: linear_num_key_heads is "
+    require_config(heads % config.num_kv_heads == 0,
+            f"num_key_value_heads is {config.num_kv_heads}; it must divide {heads}")
+    require_config(config.linear_value_heads % config.linear_key_heads == 0, "linear_num_key_heads is "
             f"{config.linear_key_heads}; it must divide {config.linear_value_heads}")
 
 
 def expert_count_keys(text: dict) -> list[str]:
     """Return the key of the expert count, transformers 5's for Qwen3-MoE, or both. Raises InputError if they differ."""
     keys = [key for key in ("num_experts", "num_local_experts") if key in text] or ["num_experts"]
-    require(text.get(keys[0]) == text.get(keys[-1]),
-            "config.json: num_experts and num_local_experts differ")
+    require_config(text.get(keys[0]) == text.get(keys[-1]),
+            "num_experts and num_local_experts differ")
     return keys
 
 
@@ -991,18 +1012,18 @@ def refuse_unsupported(raw: dict, text: dict, rope: dict) -> None:
     quantised = quantisation(raw)
     said = [str(quantised[key]) for key in ("quant_method", "quant_algo", "format") if key in quantised]
     method = ", ".join(said)
-    require(method == "fp8" or len(quantised) == 1,
-            f"config.json: quantised weights ({method}); fp8 and plain ones are supported")
+    require_config(method == "fp8" or len(quantised) == 1,
+            f"quantised weights ({method}); fp8 and plain ones are supported")
     block = repr(quantised["weight_block_size"])
-    require(re.fullmatch(r"None|\[[1-9]\d*, [1-9]\d*\]", block),
-            f"config.json: weight_block_size {block}: must be 2 above 0")
+    require_config(re.fullmatch(r"None|\[[1-9]\d*, [1-9]\d*\]", block),
+            f"weight_block_size {block}: must be 2 above 0")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    require(rope_type == "default", f"config.json: rope type {rope_type!r} is not supported; only 'default' is")
+    require_config(rope_type == "default", f"rope type {rope_type!r} is not supported; only 'default' is")
     window = text.get("use_sliding_window") and text.get("sliding_window", "by default") is not None
-    require(not window and "sliding_attention" not in str(text.get("layer_types")),
-            "config.json: a sliding window is in use; only full attention is supported")
+    require_config(not window and "sliding_attention" not in str(text.get("layer_types")),
+            "a sliding window is in use; only full attention is supported")
     act = text.get("hidden_act", "silu")
-    require(act in ("silu", "swish"), f"config.json: hidden_act {act!r} is not supported; only 'silu' is")
+    require_config(act in ("silu", "swish"), f"hidden_act {act!r} is not supported; only 'silu' is")
 
 
 def find_layers(tensors: Iterable[str], prefix: str, count: int) -> list[str]:
@@ -1014,9 +1035,9 @@ def find_layers(tensors: Iterable[str], prefix: str, count: int) -> list[str]:
         if match:
             stored.add(match[1])
     decoder = [name for name in stored if name.startswith(f"{prefix}layers.")]
-    names = [f"{prefix}layers.{i}" for i in range(min(count, len(decoder) + 1))]  # a stranger's number may be huge
-    require(len(decoder) == count and stored.issuperset(names),
-            f"config.json: num_hidden_layers is {count}; the weights have {len(decoder)} layers")
+    names = [f"{prefix}layers.{i}" for i in range(min(count, len(decoder) + 1))]
+    require_config(len(decoder) == count and stored.issuperset(names),
+            f"num_hidden_layers is {count}; the weights have {len(decoder)} layers")
     return names + sorted(name for name in stored if name.startswith("mtp."))
 
 
@@ -1026,7 +1047,8 @@ def mixer_shapes(cfg: Config) -> dict[str, list[int]]:
     shapes = {}
     if cfg.recurrent:
         heads = cfg.linear_value_heads
-        key, value = cfg.linear_key_heads * cfg.linear_key_head_dim, heads * cfg.linear_value_head_dim
+        key = cfg.linear_key_heads * cfg.linear_key_head_dim
+        value = heads * cfg.linear_value_head_dim
         projections = {"qkv": 2 * key + value, "z": value, "a": heads, "b": heads}
         if family.by_key_head:
             projections = {"qkvz": 2 * key + 2 * value, "ba": 2 * heads}
@@ -1037,7 +1059,8 @@ def mixer_shapes(cfg: Config) -> dict[str, list[int]]:
         shapes["linear_attn.out_proj"] = [d, value]
         return shapes
 
-    query, key = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    query = cfg.num_heads * cfg.head_dim
+    key = cfg.num_kv_heads * cfg.head_dim
     shapes["self_attn.q_proj"] = [2 * query if family.gated_query else query, d]
     shapes["self_attn.k_proj"] = shapes["self_attn.v_proj"] = [key, d]
     shapes["self_attn.o_proj"] = [d, query]
@@ -1102,7 +1125,7 @@ def check_tensors(path: Path, tensors: dict[str, TensorInfo], prefix: str, layer
 
     # Those that config.json asks for.
     expected = {f"{prefix}embed_tokens.weight": [cfg.vocab_size, d], f"{prefix}norm.weight": [d]}
-    if not cfg.tie_word_embeddings or "lm_head.weight" in tensors:  # a head that is stored is the one that counts
+    if not cfg.tie_word_embeddings or "lm_head.weight" in tensors:  # a stored head counts
         expected["lm_head.weight"] = [cfg.vocab_size, d]
     if any(layer.startswith("mtp.") for layer in layers):
         expected |= {"mtp.fc.weight": [d, 2 * d], "mtp.norm.weight": [d],
@@ -1141,13 +1164,15 @@ def turned_shapes(cfg: Config, stored: dict, shapes: dict) -> dict[str, list[int
 def check_scales(checkpoint: Checkpoint) -> None:
     """Raise InputError for an FP8 tensor that is no matrix, or one of which rows are read, and for a scale that is
     missing, of another shape than follows from config.json, or of no FP8 tensor. Reads no weight."""
-    tensors, block = checkpoint.tensors, quantisation(checkpoint.raw_config)["weight_block_size"]
+    tensors = checkpoint.tensors
+    block = quantisation(checkpoint.raw_config)["weight_block_size"]
     missing = TensorInfo("", "missing", [], 0, 0)
     for stored in tensors:
         if not stored.endswith(SCALE) and tensors[stored].dtype != FP8:
             continue
         name = stored.removesuffix(SCALE)
-        info, scale = tensors.get(name, missing), tensors.get(name + SCALE, missing)
+        info = tensors.get(name, missing)
+        scale = tensors.get(name + SCALE, missing)
         wanted = [1] * min(len(scale.shape), 2)  # one scale of the whole matrix
         if block:
             wanted = [-(-size // side) for size, side in zip(info.shape, block)]
@@ -1299,7 +1324,8 @@ def calibration_ids(model: Model, files: Sequence[Path] = (), tokens: int = TOKE
     check_range("seq_len", seq_len, 2, tokens)
     check_range("seed", seed, 0, 2**63 - 1)
     warn_of_length(model, seq_len)
-    count, samples = tokens // seq_len, []
+    count = tokens // seq_len
+    samples = []
     if not files:
         documents = [text for part in parts for text in python_documentation(part)]
         samples.append(sequences(model.encode(documents), seq_len, count, seed))
@@ -1429,7 +1455,8 @@ def with_keys(config: dict, changes: dict[str, int], per_layer: dict[int, dict[s
 
 def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str, str]) -> None:
     """Write a safetensors file, a piece at a time."""
-    header, offset = {"__metadata__": metadata} if metadata else {}, 0
+    header = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     for name, piece in tensors.items():
         end = offset + piece.nbytes()
         header[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [offset, end]}
@@ -1442,8 +1469,8 @@ def write_safetensors(path: Path, tensors: dict[str, Piece], metadata: dict[str,
             out.writelines(piece.read())
 
 
-def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]], files: dict[str, bytes]
-                     ) -> None:
+def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, list[int]],
+                     files: dict[str, bytes]) -> None:
     """Write the checkpoint that keeps `survivors`, layer name -> K expert indices, and files by their names, to the
     folder `out`, which appears whole or not at all. Names, dtypes and shards are the source's; unsorted indices permute
     the experts. Empty: a plain copy. Raises InputError if the layers keep different numbers, and as `new_folder` does.
@@ -1457,12 +1484,13 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path, survivors: dict[str, lis
     write_tensors(checkpoint, out, surviving_tensors(checkpoint, survivors), config, files)
 
 
-def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], config: dict, files: dict[str, bytes]
-                  ) -> None:
+def write_tensors(checkpoint: Checkpoint, out: Path, kept: dict[str, Piece], config: dict,
+                  files: dict[str, bytes]) -> None:
     """Write pieces and files by their names, the object of config.json, and the checkpoint's tokenizer and other small
     files, to the folder `out`, which appears whole or not at all. The configuration ties no head that is stored. Raises
     InputError as `new_folder` does."""
-    flag, text = "tie_word_embeddings", config.get("text_config") or {}
+    flag = "tie_word_embeddings"
+    text = config.get("text_config") or {}
     if "lm_head.weight" in kept and (config.get(flag) or text.get(flag)):
         config = with_keys(config, {flag: False}) | {flag: False}
     written = {} if config == checkpoint.raw_config else {"config.json": config}
@@ -1544,7 +1572,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def check_new(path: Path) -> None:
     """Raise InputError if `path` cannot become a new folder: it exists and is not an empty one, or cannot be made."""
     try:
-        if not str(path).isprintable() or len(os.fsencode(path.name)) > 220:  # of 255, for hidden folders beside
+        if not str(path).isprintable() or len(os.fsencode(path.name)) > 220:
             raise InputError(f"{path}: a name that is too long or not printable; name another")
         if path.is_symlink() or path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise InputError(f"{path}: exists and is not an empty folder; remove it or name another")
@@ -1562,7 +1590,8 @@ def text_hash(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.cpu().long().numpy().tobytes()).hexdigest()
 
 
-def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: Sequence[Path], **read: Model) -> dict:
+def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: Sequence[Path],
+                 **read: Model) -> dict:
     """An entry of a record's history: a command, its settings, its text ids (B, L), if it read any, of these files
     (none: Python's documentation), and the checkpoints that it read, by their role."""
     settings = dict(settings)
@@ -1573,7 +1602,8 @@ def record_entry(command: str, settings: dict, ids: torch.Tensor | None, files: 
             settings["tokens_of_each"] = [share * ids.shape[1] for share in shares_of(len(ids), len(files))]
     entry = {"version": __version__, "command": command, "settings": settings}
     for role, model in read.items():
-        entry[role] = {"name": beside(model.checkpoint.path, "").name, "model_type": model.config.model_type,
+        name = beside(model.checkpoint.path, "").name
+        entry[role] = {"name": name, "model_type": model.config.model_type,
                        "num_experts": model.config.num_experts, "top_k": model.config.top_k,
                        "fingerprint": model.checkpoint.fingerprint()}
     return entry
@@ -1591,7 +1621,8 @@ def read_history(path: Path) -> list[dict]:
 def record_bytes(checkpoint: Checkpoint, entry: dict) -> bytes:
     """The content of hodgecover.json: the checkpoint's record, if it has one, with one more entry in its history. A
     list of numbers takes one line. Raises InputError if the checkpoint's file of that name is no record."""
-    path, history = checkpoint.path / RECORD, []
+    path = checkpoint.path / RECORD
+    history = []
     if path.exists():
         history = read_history(path)
     record = {"schema_version": SCHEMA_VERSION, "history": [*history, entry]}
@@ -1649,7 +1680,8 @@ def make_cache(folder: Path) -> None:
 
 def cache_file(folder: Path, name: str, key: dict[str, str]) -> Path:
     """Return the file of an entry: another key has another file, so that a quick run never overwrites a long one's."""
-    return folder / f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+    content = json.dumps(key, sort_keys=True).encode()
+    return folder / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
 
 
 def read_cached(folder: Path, name: str, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
@@ -1657,7 +1689,8 @@ def read_cached(folder: Path, name: str, key: dict[str, str]) -> dict[str, torch
     try:
         with safe_open(cache_file(folder, name, key), framework="pt") as opened:
             tensors = {field: opened.get_tensor(field).clone() for field in opened.keys()}
-            return tensors if opened.metadata() == key | {"tensors": " ".join(sorted(tensors))} else None
+            metadata = key | {"tensors": " ".join(sorted(tensors))}
+            return tensors if opened.metadata() == metadata else None
     except (OSError, SafetensorError):
         return None
 
