@@ -602,6 +602,7 @@ def measure_model(model: Model, ids: torch.Tensor, settings: Settings, layers: S
     if cache:
         model_io.make_cache(Path(cache))
         key = cache_key(model, ids, settings)
+        model_io.warn_of_old_cache(Path(cache), key["format"])
     stream, head = model.stream(ids), None
     for number, index in enumerate(layers):
         name, tensors = model.layer_names[index], None

@@ -1678,6 +1678,15 @@ def make_cache(folder: Path) -> None:
         raise InputError(f"cache {folder}: is a checkpoint, or cannot be written to; name another folder")
 
 
+def warn_of_old_cache(folder: Path, form: str) -> None:
+    """Warn of a cache that has entries of another format: an older version's, which are never used."""
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
+            if (opened.metadata() or {}).get("format", form) != form:
+                warn(f"cache {folder}: has barriers of an older version, which are not used; remove it")
+                return
+
+
 def cache_file(folder: Path, name: str, key: dict[str, str]) -> Path:
     """Return the file of an entry: another key has another file, so that a quick run never overwrites a long one's."""
     content = json.dumps(key, sort_keys=True).encode()

@@ -298,6 +298,18 @@ def test_a_cache_of_version_03_is_not_used(small):
     assert model_io.read_cached(cache, "model.layers.1", key) is None
 
 
+def test_a_cache_of_version_03_is_named(small, capsys):
+    """And one of this version is not."""
+    cache = small.with_name("cache")
+    model_io.make_cache(cache)
+    settings = ["--keep", 4, "--cache", cache, "--calib", small.with_name("text.txt"), *QUICK]
+    assert run(hodgecover, small, *settings, "--out", small.with_name("one")) == 0
+    assert "older version" not in capsys.readouterr().err
+    model_io.write_cached(cache, "model.layers.0", {"format": "4"}, {"saliency": torch.ones(8)})
+    assert run(hodgecover, small, *settings, "--out", small.with_name("two")) == 0
+    assert f"cache {cache}: has barriers of an older version, which are not used" in capsys.readouterr().err
+
+
 def test_the_cache_tells_each_choice_that_barriers_depend_on(small):
     """By itself: another seed samples another text, too, but not if the text is short."""
     model, ids = Model(small), text_ids(small)
