@@ -123,10 +123,10 @@ def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = l
     return pruned
 
 
-def prune_on_source(model: Model, source: Model, origins: dict[str, list[int]], ids: torch.Tensor, mask: Mask,
+def prune_on_source(model: Model, source: Model, ids: torch.Tensor, mask: Mask,
                     tick: hodgecover.Tick = lambda share: None) -> int:
-    """The same on the activations of one pass of the source (B.4); origins as `experts_of_source` returns them."""
-    pruned = 0
+    """The same on the activations of one pass of the source (B.4). Raises InputError as `experts_of_source` does."""
+    origins, pruned = experts_of_source(model, source), 0
     for step in source.stream(ids):
         if step.name in origins:
             norms = activation_norms(step)
@@ -235,12 +235,12 @@ def run(args: argparse.Namespace) -> None:
     source = common.open_model(args.source, args) if args.source else None
     hodgecover.sparse_layers(model)  # refuses a dense one
     model_io.check_out(model, args.out)
-    read, origins = {"checkpoint": model}, {}
+    read = {"checkpoint": model}
     if source:
         hodgecover.sparse_layers(source)
         common.check_source(model, source)
         model_io.refuse_inside(source, args.out, "out")
-        origins = experts_of_source(model, source)
+        experts_of_source(model, source)  # refuses others before the copy
         read["source"] = source
     said, mask = choose_mask(args, model, source)
     ids = common.calibration_ids(model, args)
@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
     bar = model_io.progress_bar()
     with common.copied(model, args.out, entry) as output:
         if source:
-            pruned = prune_on_source(output, source, origins, ids, mask, bar)
+            pruned = prune_on_source(output, source, ids, mask, bar)
         else:
             pruned = prune(output, ids, mask, bar)
         left = parameters(model) - pruned

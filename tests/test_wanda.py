@@ -164,8 +164,7 @@ def test_the_hybrid_is_pruned_on_the_source_s_activations(tmp_path, name):
         dropped(source.checkpoint.path, tmp_path / out, kept)
     output, other = Model(tmp_path / "out", torch.float64), Model(tmp_path / "other", torch.float64)
     mask = lambda weight, norms: wanda.keep_share(weight, norms, 0.4)  # noqa: E731
-    origins = wanda.experts_of_source(output, source)
-    pruned = wanda.prune_on_source(output, source, origins, ids, mask)
+    pruned = wanda.prune_on_source(output, source, ids, mask)
     assert pruned == sum((weight == 0).sum().item() for weight in matrices(tmp_path / "out").values())
     wanda.prune(other, ids, mask)
     differ = 0
