@@ -8,10 +8,11 @@
     python examples/bench.py --gradients 4096     heapr.py's pass back and a step of distil.py --layerwise instead
     python examples/bench.py --selectors          what hodgecover.py and each method of baselines.py cost instead
 
-The plain way is `hodgecover.plain_barrier` in float32: merge the weights, run the layer on every token, two
+The plain way is `hodgecover.plain_barrier` in float32: run the members on every token, mix their outputs, two
 log-softmaxes over the vocabulary. A sample of simplices is timed and scaled. The errors are against the same in
-float64. The floor of a sweep is the time of its operations at the rate of the bare product, (rows of a token, d) times
-the head, which is taken before and after each of three sweeps, since a shared machine's rate moves. Times are medians.
+float64. The floor of a sweep is the time of its operations (estimate.py) at the rate of the bare product, (n + 1, d)
+times the head, which is taken before and after each of three sweeps, since a shared machine's rate moves. Times are
+medians.
 
 --selectors: processor seconds of what the commands measure for a method, taken once and counted in full for each that
 shares it, and of its own work for half of the experts, the least of three: a plan, or the merged experts, and for ream
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -38,8 +40,8 @@ import model_io
 import refit
 from estimate import Shape
 from hodgecover import MoELayer
-from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, layer_shapes, mix_experts,
-                      RMSNorm, read_config, run_layer)
+from model_io import (PASS_TOKENS, Config, Experts, InputError, Layer, LayerPass, RMSNorm, layer_shapes, mix_experts,
+                      read_config, run_layer)
 
 SIZES = dict(experts=64, top_k=8, hidden=2048, width=1024, vocab=50304, sample=4)
 SEQ_LEN = 512  # of --gradients
@@ -167,22 +169,32 @@ def compare_plain(layer: MoELayer, shape: Shape, sample: int) -> dict[str, float
     """Print a line for pairs and one for triangles; return the seconds of each."""
     print("| | merges | touched | operations | s | floor, s | share of the product's rate | plain way, s | faster | "
           "largest error of a sample |\n|---|---|---|---|---|---|---|---|---|---|")
-    generator, spent = torch.Generator().manual_seed(1), {}
+    generator, times = torch.Generator().manual_seed(1), {}
     narrow, wide = in_dtype(layer, torch.float32), in_dtype(layer, torch.float64)
     for name, simplices in {"pairs": hodgecover.edges(shape.n), "triangles": random_triangles(shape.n)}.items():
-        used = simplices[(layer.gates > 0).any(0)[simplices].all(1)]  # the others' barriers are 0
-        if not len(used):
-            raise InputError(f"tokens {len(layer.x)}: no {name} whose experts are all used; give more")
-        some = used[torch.randperm(len(used), generator=generator)[:sample]]
+        costly = costly_merges(layer, simplices)
+        if not len(costly):
+            raise InputError(f"tokens {len(layer.x)}: no {name} of experts that are not always used together; give "
+                             "more, or a smaller --top-k")
+        some = costly[torch.randperm(len(costly), generator=generator)[:sample]]
+        plain_seconds = sum(seconds(hodgecover.plain_barrier, narrow, simplex) for simplex in some.tolist())
+        plain = plain_seconds / len(some) * len(simplices)
+        exact = torch.stack([hodgecover.plain_barrier(wide, simplex) for simplex in some.tolist()])
+        error = (estimate.sweep(layer, some) / exact - 1).abs().max().item()
 
-        rows, count, spent[name], floor = timed_floor(layer, shape, simplices)
-        plain = sum(seconds(hodgecover.plain_barrier, narrow, s) for s in some.tolist()) / len(some) * len(simplices)
-        exact = torch.stack([hodgecover.plain_barrier(wide, s) for s in some.tolist()])
-        errors = (estimate.sweep(layer, some) - exact).abs() / exact
-        error = errors[exact > 0].max().item()  # experts that always go together cost nothing to merge
-        print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {spent[name]:.1f} | {floor:.1f} | "
-              f"{floor / spent[name]:.0%} | {plain:.0f} | {plain / spent[name]:.0f} x | {error:.1e} |", flush=True)
-    return spent
+        rows, count, spent, floor = timed_floor(layer, shape, simplices)
+        times[name] = spent
+        print(f"| {name} | {len(simplices)} | {rows} | {count:.2e} | {spent:.1f} | {floor:.1f} | {floor / spent:.0%} | "
+              f"{plain:.0f} | {plain / spent:.0f} x | {error:.1e} |", flush=True)
+    return times
+
+
+def costly_merges(layer: MoELayer, simplices: torch.Tensor) -> torch.Tensor:
+    """The simplices (M, 2 or 3) of which some token is routed to one expert and not to another that is used. The
+    barriers of all others are 0, as a token's gates are alike here."""
+    routed = (layer.gates > 0)[:, simplices]  # (T, M, 2 or 3)
+    missing = routed.any(0) & ~routed
+    return simplices[(routed.any(2) & missing.any(2)).any(0)]
 
 
 def compare_samples(layer: MoELayer, shape: Shape, exact_seconds: dict[str, float]) -> None:
@@ -296,16 +308,16 @@ def time_gradients(args: argparse.Namespace, dtype: torch.dtype) -> None:
         print(f"| {name} | {spent:.1f} | {spent / bare:.1f} x | {memory:.1f} |", flush=True)
 
 
-def own_work(method: str, found: tuple, keep: int, layer: Layer) -> None:
+def own_work(method: str, measured: NamedTuple, keep: int, layer: Layer) -> None:
     """What a method does with what was measured: a plan, or groups and their merged experts."""
     if method in baselines.MERGING:
         settings = [hodgecover.Settings()] if method in baselines.MERGING_ON_BARRIERS else []
-        groups = baselines.MERGING[method](found, keep, *settings)
-        baselines.merged_layer(layer, baselines.Merge(*groups, found.frequency))
+        groups, weights = baselines.MERGING[method](measured, keep, *settings)
+        baselines.merged_layer(layer, baselines.Merge(groups, weights, measured.frequency))
     elif method in baselines.SELECTORS:
-        baselines.choose(found, layer.router, method, keep)
+        baselines.choose(measured, layer.router, method, keep)
     else:
-        hodgecover.plan_from_signals(found, keep)
+        hodgecover.plan_from_signals(measured, keep)
 
 
 def time_selectors(args: argparse.Namespace, dtype: torch.dtype) -> None:
@@ -322,16 +334,18 @@ def time_selectors(args: argparse.Namespace, dtype: torch.dtype) -> None:
              "facts": partial(baselines.layer_facts, step), "barriers": partial(hodgecover.measure_layer, layer)}
     print(f"n = {n}, K = {keep}, k = {k}, d = {d}, f = {f}, V = {vocab}, T = {args.tokens}, {dtype}, "
           f"{torch.get_num_threads()} threads\n\n| | s | of the forward pass |\n|---|---|---|")
-    took, found = {}, {}
+    took, measured = {}, {}
     for name, work in works.items():
-        took[name], found[name] = processor_seconds(work)
+        took[name], measured[name] = processor_seconds(work)
         print(f"| {name} | {took[name]:.3f} | {took[name] / took['forward pass']:.2f} x |", flush=True)
     print("\n| | measurement | its s | own s | sum, s | of the forward pass |\n|---|---|---|---|---|---|")
     for method, name in MEASURED_BY.items():
-        own = min(processor_seconds(own_work, method, found[name], keep, step.layer)[0] for _ in range(3))
-        own += took["forward pass"] * (method in baselines.SEQUENTIAL)
-        print(f"| {method} | {name} | {took[name]:.3f} | {own:.3f} | {took[name] + own:.3f} | "
-              f"{(took[name] + own) / took['forward pass']:.2f} x |", flush=True)
+        own = min(processor_seconds(own_work, method, measured[name], keep, step.layer)[0] for _ in range(3))
+        if method in baselines.SEQUENTIAL:
+            own += took["forward pass"]
+        both = took[name] + own
+        share = both / took["forward pass"]
+        print(f"| {method} | {name} | {took[name]:.3f} | {own:.3f} | {both:.3f} | {share:.2f} x |", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- the command line

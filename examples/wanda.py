@@ -112,8 +112,8 @@ def prune_layer(model: Model, layer: str, norms: dict[str, torch.Tensor], mask: 
 
 
 def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = lambda share: None) -> int:
-    """Prune the experts of a checkpoint in its files on the calibration tokens ids (B, L), each layer on what the pruned
-    ones before it give. Returns how many entries became 0 by the mask."""
+    """Prune the experts of a checkpoint in its files on the calibration tokens ids (B, L), each layer on what the
+    pruned ones before it give. Returns how many entries became 0 by the mask."""
     pruned = 0
     for step in model.stream(ids):
         if step.gates is not None:
@@ -125,30 +125,34 @@ def prune(model: Model, ids: torch.Tensor, mask: Mask, tick: hodgecover.Tick = l
 
 def prune_on_source(model: Model, source: Model, ids: torch.Tensor, mask: Mask,
                     tick: hodgecover.Tick = lambda share: None) -> int:
-    """The same on the activations of one pass of the source (B.4). Raises InputError as `source_experts` does."""
-    names = [name for name, config in zip(model.layer_names, model.layer_configs) if config.sparse]
-    experts = {name: source_experts(model, source, name) for name in names}
-    pruned = 0
+    """The same on the activations of one pass of the source (B.4). Raises InputError as `experts_of_source` does."""
+    origins, pruned = experts_of_source(model, source), 0
     for step in source.stream(ids):
-        if step.name in experts:
+        if step.name in origins:
             norms = activation_norms(step)
             for reads in ("inputs", "hidden"):
-                norms[reads] = norms[reads][experts[step.name]]
+                norms[reads] = norms[reads][origins[step.name]]
             pruned += prune_layer(model, step.name, norms, mask)
         tick((step.index + 1) / len(source.layer_names))
     return pruned
 
 
-def source_experts(model: Model, source: Model, layer: str) -> list[int]:
-    """Return the expert of the source's layer that each expert of a layer comes from: the one with its router row.
-    Raises InputError if there is none, and if the experts have become narrower."""
-    rows, of_source = (each.checkpoint.load(f"{layer}.mlp.gate.weight") for each in (model, source))
-    same = (rows[:, None] == of_source).all(2)  # (n of the checkpoint, n of the source)
-    width = model.layer_configs[model.layer_names.index(layer)].expert_width
-    if not same.any(1).all() or width != source.layer_configs[source.layer_names.index(layer)].expert_width:
-        raise InputError(f"{model.checkpoint.path}: the experts of {layer} are not the source's: another router row or "
-                         "width; give a checkpoint that only lost experts, or merged them")
-    return same.int().argmax(1).tolist()
+def experts_of_source(model: Model, source: Model) -> dict[str, list[int]]:
+    """Return, of each sparse layer by name, the expert of the source that each of its experts comes from: the one with
+    its router row. Raises InputError if there is not exactly one, and if the experts have become narrower."""
+    widths = {name: config.expert_width for name, config in zip(source.layer_names, source.layer_configs)}
+    origins = {}
+    for name, config in zip(model.layer_names, model.layer_configs):
+        if not config.sparse:
+            continue
+        rows, of_source = (each.checkpoint.load(f"{name}.mlp.gate.weight") for each in (model, source))
+        places = [(of_source == row).all(1).nonzero().flatten().tolist() for row in rows]
+        if config.expert_width != widths[name] or any(len(place) != 1 for place in places):
+            raise InputError(f"{model.checkpoint.path}: the experts of {name} are not the source's: another width, or "
+                             "a router row that is not one of the source's alone; give a checkpoint that only lost "
+                             "experts, or merged them")
+        origins[name] = [place[0] for place in places]
+    return origins
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -236,6 +240,7 @@ def run(args: argparse.Namespace) -> None:
         hodgecover.sparse_layers(source)
         common.check_source(model, source)
         model_io.refuse_inside(source, args.out, "out")
+        experts_of_source(model, source)  # refuses others before the copy
         read["source"] = source
     said, mask = choose_mask(args, model, source)
     ids = common.calibration_ids(model, args)

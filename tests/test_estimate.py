@@ -133,6 +133,24 @@ def test_the_cost_of_a_refit_counts_its_parts(tiny, fixed_rates, capsys):
     assert f"refit of 4 layers, float32: {cost.operations:.1e} operations" in capsys.readouterr().out
 
 
+def test_tables_are_kept_for_the_triangles_in_half_of_the_memory(small, monkeypatch):
+    """As many as `mathx.Tables` keeps; the buffers of the sweep have the other half."""
+    model, shape = Model(small), estimate.shape_of(Model(small), 20)
+    of_token = 4 * 9 * (20 + 9)
+    assert estimate.kept_share(model, shape, 10, 2 * 5 * of_token) == 0.5
+    assert estimate.kept_share(model, shape, 10, 10**9) == 1
+
+
+def test_a_sequence_is_as_long_as_the_model_takes(tiny, fixed_rates, capsys):
+    """At most the tokens, as of hodgecover.py; tokens beyond whole sequences are not counted."""
+    most = Model(tiny).config.max_positions
+    for tokens in (100, 2 * most + 100):
+        assert run(estimate, tiny, "--tokens", tokens, "--dtype", "float32") == 0
+        whole = tokens // min(most, tokens) * min(most, tokens)
+        cost = estimate.estimate(Model(tiny), Settings(), whole)
+        assert f"{cost.operations:.1e} operations" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("vocab_sample", [0, 20])
 def test_the_disk_is_that_of_the_cache(small, tmp_path, monkeypatch, vocab_sample):
     """But for the header of each file."""
@@ -207,6 +225,24 @@ def test_the_bench_compares_the_sweep_with_the_plain_way(capsys):
     ranks = mathx.spearman(bench.harmonic(estimated, 10), bench.harmonic(exact, 10))
     assert float(sampled[10]) == pytest.approx(ranks, abs=1e-5) and ranks < 0.999
     assert sampled[7] == f"{(estimated[exact > 0] / exact[exact > 0] - 1).mean():+.2%}" and (exact > 0).sum() > 5
+
+
+@pytest.mark.parametrize("experts", [3, 4])
+def test_experts_that_always_go_together_are_no_sample(capsys, experts):
+    """Merges of them cost nothing: there is no error to speak of."""
+    status = run(bench, *SMALL, "--top-k", experts, "--experts", experts, "--tokens", 8, "--vocab", 300)
+    said = capsys.readouterr().err
+    assert (status, said.count("\n")) == (2, 1) and "no pairs of experts that are not always used together" in said
+
+
+def test_the_merges_that_are_sampled_cost_something():
+    layer = bench.random_layer(Shape(5, 2, 8, 4, 300, 300), 3, 1.0, torch.float64)
+    gates = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).double() / 2
+    layer = layer._replace(gates=gates)
+    for members in (2, 3):
+        simplices = torch.combinations(torch.arange(5), members)
+        costs = estimate.sweep(layer, simplices) > 1e-12
+        assert costs.any() and torch.equal(bench.costly_merges(layer, simplices), simplices[costs])
 
 
 def test_the_floor_is_the_operations_at_the_rate_of_the_product(monkeypatch, capsys):
@@ -330,7 +366,7 @@ def test_the_bench_refuses_with_one_line(capsys, monkeypatch, options, says):
 
 def test_the_bench_needs_tokens_for_the_experts_of_a_merge(capsys):
     assert run(bench, *SMALL, "--tokens", 1, "--vocab", 30, "--top-k", 1) == 2
-    assert "--tokens 1: no pairs whose experts are all used" in capsys.readouterr().err
+    assert "--tokens 1: no pairs of experts that are not always used together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [bench, estimate])

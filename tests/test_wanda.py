@@ -4,11 +4,13 @@ import json
 
 import baselines
 import common
+import heapr
 import model_io
 import pytest
 import torch
 import wanda
-from conftest import DENSE, QUICK, assert_refused, contents, dropped, named, record, run, with_tokenizer
+from conftest import (DENSE, QUICK, assert_refused, contents, dropped, named, record, refuse, run, sparse_names,
+                      with_tokenizer)
 from fake_device import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,21 +191,44 @@ def test_a_merged_expert_has_the_norms_of_its_router_row(small, tmp_path):
     assert run(baselines, small, "--keep", 4, "--method", "mc-smoe", *work, "--out", tmp_path / "merged") == 0
     groups = record(tmp_path / "merged")["layers"][1]["groups"]
     model, source = Model(tmp_path / "merged"), Model(small)
-    assert wanda.source_experts(model, source, "model.layers.1") == sorted(group[0] for group in groups)
+    assert wanda.experts_of_source(model, source)["model.layers.1"] == sorted(group[0] for group in groups)
     total = ["--total-rate", 0.75, "--source", small]
     assert run(wanda, tmp_path / "merged", *total, *work, "--out", tmp_path / "out") == 0
     assert record(tmp_path / "out")["settings"]["rate"] == 0.5
 
 
-def test_experts_that_are_not_the_source_s_are_refused(small, tmp_path, capsys):
-    ckpt = dropped(small, tmp_path / "half")
-    checkpoint = model_io.Checkpoint(ckpt)
-    name = "model.layers.1.mlp.gate.weight"
-    common.overwrite(checkpoint, name, checkpoint.load(name) * 2)
+def test_the_experts_that_are_gone_are_the_decoder_s(tmp_path):
+    """r1 counts no expert of a multi-token head, which here keeps more of its own."""
+    source = Model(named("qwen3_5-vision-mtp"))
+    survivors = {name: [0, 2, 3, 4, 5, 7] if name.startswith("mtp.") else [0, 2, 3, 5] for name in sparse_names(source)}
+    common.write_edited(source.checkpoint, tmp_path / "out", survivors, {})
+    output = Model(tmp_path / "out")
+    assert [config.num_experts for config in output.layer_configs if config.sparse][-2:] == [4, 6]
+    assert wanda.experts_gone(output, source) == 0.5
+
+
+@pytest.mark.parametrize("of", ["half", "small"])
+def test_experts_that_are_not_the_source_s_are_refused(small, tmp_path, capsys, monkeypatch, of):
+    """Before anything is copied: rows that the source has not, and a row that it has twice."""
+    monkeypatch.setattr(common, "copied", refuse)
+    dropped(small, tmp_path / "half")
+    checkpoint, name = model_io.Checkpoint(tmp_path / of), "model.layers.1.mlp.gate.weight"
+    rows = checkpoint.load(name)
+    rows[1] = rows[0]
+    common.overwrite(checkpoint, name, {"half": rows * 2, "small": rows}[of])
     work = ["--calib", tmp_path / "text.txt", *QUICK, "--out", tmp_path / "out"]
-    status = run(wanda, ckpt, "--total-rate", 0.75, "--source", small, *work)
+    status = run(wanda, tmp_path / "half", "--total-rate", 0.75, "--source", small, *work)
     assert_refused(capsys, status, "the experts of model.layers.1 are not the source's")
     assert not (tmp_path / "out").exists()
+
+
+def test_narrower_experts_are_refused(small, tmp_path, capsys):
+    """Their hidden units are not known to be the source's."""
+    work = ["--calib", tmp_path / "text.txt", *QUICK]
+    assert run(heapr, small, "--width", 8, *work, "--out", tmp_path / "narrow") == 0
+    capsys.readouterr()
+    status = run(wanda, tmp_path / "narrow", "--total-rate", 0.75, "--source", small, *work, "--out", tmp_path / "out")
+    assert_refused(capsys, status, "another width")
 
 
 def test_the_copy_is_run_in_the_dtype_of_the_checkpoint(small, tmp_path):
