@@ -237,8 +237,7 @@ def sweeps(device: Device) -> None:
             counter = device.counted(sweep)
             spent = min(device.seconds(sweep) for _ in range(2))
             peak = device.peak(sweep)
-            count = estimate.product_operations(shape._replace(outcomes=outcomes or shape.vocab), tokens, touched,
-                                                simplices.shape[1])
+            count = estimate.sweep_operations(shape._replace(outcomes=outcomes or shape.vocab), tokens, touched)
             device.line(f"{kind} sweep, {name}", f"{spent:.3f} s, {count / spent / rate:.0%} of the product's rate")
             if device.kind != "cpu":
                 device.line("", f"{counter.launches / tokens:.1f} launches, {counter.waits / tokens:.3f} waits a token")
